@@ -146,6 +146,9 @@ static inline void gil_return(PyThreadState *saved)
 /* Free an instance of a heap type, whose content is freed already. */
 void instance_free(PyObject *self);
 
+/* Write the canonical XXH3-128 of some bytes: 16 bytes. */
+void keys_digest(const void *data, size_t bytes, uint64_t seed, unsigned char *digest);
+
 fast_call keys_hash128, keys_chain_keys, keys_pack_int64, keys_block_slots;
 fast_call counts_change_counts, counts_any_counted;
 fast_call needs_needed;

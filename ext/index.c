@@ -26,11 +26,14 @@ static int tier_options(PyObject *object, uint32_t options[4])
     return 0;
 }
 
-static int index_set_up(BlockIndex *self, PyObject *tiers)
+static int index_set_up(BlockIndex *self, PyObject *tiers, PyObject *rules)
 {
     uint32_t options[TIERS_MAX][4], capacities[TIERS_MAX];
     Py_ssize_t count = PyTuple_Size(tiers);
+    unsigned groups;
 
+    if (rules_count(rules, &groups) < 0)
+        return -1;
     if (count < 1 || count > TIERS_MAX)
         return raise_value("%zd tiers given, must be 1..%d", count, TIERS_MAX);
     for (Py_ssize_t t = 0; t < count; t++) {
@@ -38,7 +41,7 @@ static int index_set_up(BlockIndex *self, PyObject *tiers)
             return -1;
         capacities[t] = options[t][0];
     }
-    if (!index_open(&self->index, (unsigned)count, capacities)) {
+    if (!index_open(&self->index, (unsigned)count, capacities, groups)) {
         raise_errno(errno);
         return -1;
     }
@@ -52,25 +55,27 @@ static int index_set_up(BlockIndex *self, PyObject *tiers)
         }
     }
     nearest_tell(self);
-    return 0;
+    return rules_read(self, rules);
 }
 
 static PyObject *index_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"tiers", "broken_error", NULL};
-    PyObject *tiers, *broken_error;
+    static char *names[] = {"tiers", "broken_error", "rules", NULL};
+    PyObject *tiers, *broken_error, *rules = NULL;
     BlockIndex *self;
 
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO:BlockIndex", names, &tiers,
-                                     &broken_error))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|O:BlockIndex", names, &tiers,
+                                     &broken_error, &rules))
         return NULL;
-    if (!PyTuple_Check(tiers) || !PyExceptionClass_Check(broken_error))
-        return PyErr_Format(PyExc_TypeError, "BlockIndex takes a tuple and an exception class");
+    if (!PyTuple_Check(tiers) || !PyExceptionClass_Check(broken_error) ||
+        (rules && !PyTuple_Check(rules)))
+        return PyErr_Format(PyExc_TypeError,
+                            "BlockIndex takes a tuple, an exception class and a tuple");
     self = (BlockIndex *)PyType_GenericAlloc(type, 0);
     if (!self)
         return NULL;
     self->broken_error = Py_NewRef(broken_error);
-    if (index_set_up(self, tiers) < 0) {
+    if (index_set_up(self, tiers, rules) < 0) {
         Py_DECREF(self);
         return NULL;
     }
@@ -274,6 +279,8 @@ static CALL(call_, agreeing, BlockIndex, 1, READ("keys", read_bytes))
 
 static PyMethodDef index_methods[] = {
     FAST("survey", call_survey, "Return where blocks are."),
+    FAST("reach", call_reach, "Return the longest prefix of which every KV group is ready."),
+    FAST("group_blocks", call_group_blocks, "Count a tier's READY places by KV group."),
     FAST("reserve", call_reserve, "Take places."),
     FAST("reserve_copies", call_reserve_copies, "Take places for what another tier holds."),
     FAST("lacking", call_lacking, "Return the places whose blocks another tier lacks."),

@@ -34,7 +34,26 @@ int64_t request_blocks(const struct value *keys);
 void nearest_tell(BlockIndex *self);
 int scratch_take(BlockIndex *self, size_t count);
 
-fast_call call_survey, call_reserve, call_reserve_copies, call_lacking, call_lease, call_fillers;
+/* Read the range of positions of a request: its arguments keys, begin and end. Return 0 or -1. */
+int range_read(const struct value *values, size_t range[2]);
+int group_read(const BlockIndex *self, const struct value *value, unsigned *group);
+
+/* Return bytes for so many int64, and where they are. */
+static inline PyObject *int64s_new(size_t count, int64_t **items)
+{
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(count * sizeof(int64_t)));
+
+    if (bytes)
+        *items = (int64_t *)PyBytes_AsString(bytes);
+    return bytes;
+}
+
+/* index_rules.c: read the rules of the KV groups; see flexkv/common/space.py. Return 0 or -1. */
+int rules_count(PyObject *rules, unsigned *groups);
+int rules_read(BlockIndex *self, PyObject *rules);
+
+fast_call call_survey, call_reach, call_group_blocks;
+fast_call call_reserve, call_reserve_copies, call_lacking, call_lease, call_fillers;
 fast_call call_pin, call_unpin, call_commit, call_abort, call_forget, call_keys_of;
 fast_call call_export, call_restore, call_watch;
 PyObject *index_call_changes(BlockIndex *, PyObject *);

@@ -33,5 +33,6 @@ void changes_note(struct block_index *index, ref node, unsigned tier, bool is_re
         return;
     }
     changes->kept[changes->count++] =
-        (struct change){node_at(index, node)->key, tier, is_ready};
+        (struct change){node_at(index, node)->key, (uint8_t)tier, is_ready,
+                        (uint8_t)group_of(index, node), 0};
 }

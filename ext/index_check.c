@@ -28,7 +28,7 @@ static const char *place_check(const struct block_index *index, unsigned t, ref 
 static const char *tier_check(const struct block_index *index, unsigned t)
 {
     const struct tier *tier = &index->tier[t];
-    uint32_t states[4] = {0}, pinned = 0, stacked = 0;
+    uint32_t states[4] = {0}, ready_of[GROUPS_MAX] = {0}, pinned = 0, stacked = 0;
 
     for (ref id = 0; id < tier->unused; id++) {
         const char *broken = place_check(index, t, id);
@@ -37,6 +37,8 @@ static const char *tier_check(const struct block_index *index, unsigned t)
             return broken;
         states[tier->places[id].state]++;
         pinned += tier->places[id].pins > 0;
+        if (tier->places[id].state == PLACE_READY)
+            ready_of[group_of(index, tier->places[id].node)]++;
     }
     for (ref id = tier->free_places; id != NONE; id = tier->places[id].older)
         if (tier->places[id].state != PLACE_FREE || ++stacked > tier->unused)
@@ -46,30 +48,75 @@ static const char *tier_check(const struct block_index *index, unsigned t)
     if (states[PLACE_RESERVED] != tier->reserved || states[PLACE_READY] != tier->ready ||
         states[PLACE_DRAINING] != tier->draining || pinned != tier->pinned)
         return "a tier's counters and its places differ";
+    if (memcmp(ready_of, tier->ready_of, sizeof(ready_of)) != 0)
+        return "a tier's counters by KV group and its places differ";
     if (tier->free + tier->reserved + tier->ready + tier->draining != tier->capacity)
         return "a tier's counters do not add up to its capacity";
     return policy_check(tier);
 }
 
+static const char *leaf_check(const struct block_index *index, ref number)
+{
+    const struct node *node = node_at(index, number);
+    unsigned group = group_of(index, number);
+    struct key key;
+
+    if (node->child != NONE)
+        return "a leaf has a child";
+    if (group >= index->groups)
+        return "a leaf belongs to an unknown KV group";
+    if (is_leaf(index, node->parent) || node_at(index, node->parent)->parent == NONE)
+        return "a leaf's parent is not a block of the chain";
+    key = leaf_key(index, node_at(index, node->parent)->key, group);
+    if (memcmp(&node->key, &key, sizeof(key)) != 0)
+        return "a leaf has another key than its parent and its group give it";
+    if (leaf_find(index, node->parent, group, NONE) != number)
+        return "a leaf is not found under its parent";
+    return NULL;
+}
+
+/* Check a node's children, and that it knows of which groups it has leaves. */
+static const char *family_check(const struct block_index *index, ref number)
+{
+    uint32_t leaves = 0;
+
+    for (ref child = node_at(index, number)->child, before = NONE; child != NONE;
+         child = node_at(index, child)->after) {
+        uint32_t group = UINT32_C(1) << group_of(index, child);
+
+        if (node_at(index, child)->parent != number || node_at(index, child)->before != before)
+            return "a node's list of children is broken";
+        if (is_leaf(index, child) && leaves & group)
+            return "a node has two leaves of one KV group";
+        if (is_leaf(index, child))
+            leaves |= group;
+        before = child;
+    }
+    if (index->groups > 1 && !is_leaf(index, number) && *node_word(index, number) != leaves)
+        return "a node is wrong about its leaves";
+    return NULL;
+}
+
 static const char *node_check(struct block_index *index, ref number)
 {
     const struct node *node = node_at(index, number);
+    const char *broken;
     uint32_t places = 0;
 
     if (node->parent == NODE_FREE)
         return NULL;
-    if (node_find(index, node->key, node->bucket) != number)
+    broken = family_check(index, number);
+    if (broken)
+        return broken;
+    if (!is_leaf(index, number) && node_find(index, node->key, node->bucket) != number)
         return "a node is not found under its key";
-    for (ref child = node->child, before = NONE; child != NONE;
-         child = node_at(index, child)->after) {
-        if (node_at(index, child)->parent != number || node_at(index, child)->before != before)
-            return "a node's list of children is broken";
-        before = child;
-    }
     if (node->parent == NONE)
         return node->child == NONE ? "a root has no child" : NULL;
     if (node_at(index, node->parent)->parent == NODE_FREE)
         return "a block's parent is not in the index";
+    broken = is_leaf(index, number) ? leaf_check(index, number) : NULL;
+    if (broken)
+        return broken;
     for (unsigned t = 0; t < index->tiers; t++) {
         if (node->place[t] == NONE)
             continue;

@@ -1,6 +1,7 @@
 /* Finds blocks that one tier holds and another lacks, and reserves places there, without knowing
  * their prompts. */
 #include "index.h"
+#include "index_density.h"
 
 #define SAME_ROOT_MAX 1024 /* blocks for which places are taken in one go */
 
@@ -52,15 +53,18 @@ static void copies_take(struct block_index *index, struct copies *copies, const 
     struct density *density = index->tier[copies->target].density;
     unsigned char keys[(SAME_ROOT_MAX + 1) * INDEX_KEY_BYTES];
     int64_t positions[SAME_ROOT_MAX], uses[SAME_ROOT_MAX];
-    struct batch batch = {keys, n + 1, positions, n};
+    struct batch batch = {keys, n + 1, positions, n, 0};
     ref root = node_at(index, copy_node(index, copies, at[0]))->root;
     unsigned quota;
     size_t room, given = 0;
 
     memcpy(keys, &node_at(index, root)->key, INDEX_KEY_BYTES);
     for (size_t i = 0; i < n; i++) {
-        memcpy(keys + (i + 1) * INDEX_KEY_BYTES, copies->keys + at[i] * INDEX_KEY_BYTES,
-               INDEX_KEY_BYTES);
+        ref number = copy_node(index, copies, at[i]);
+
+        if (is_leaf(index, number)) /* it comes back as often as the chain's block */
+            number = node_at(index, number)->parent;
+        memcpy(keys + (i + 1) * INDEX_KEY_BYTES, &node_at(index, number)->key, INDEX_KEY_BYTES);
         positions[i] = (int64_t)i;
     }
     quota = index->quotas ? quota_of(index, node_at(index, root)->key) : 0;

@@ -1,7 +1,8 @@
 /* The block index without Python: nodes, places, policies. See README.md, "Index".
  *
  * A node is a block's identity: its key, its parent, its children. A place is room for one block in
- * one tier. Both are named by number; NONE stands for no node or place.
+ * one tier. Both are named by number; NONE stands for no node or place. The blocks of KV group 0
+ * are the chain; a block of another group is a leaf, a child of the chain's block at its position.
  */
 #ifndef FLEXKV_INDEX_CORE_H
 #define FLEXKV_INDEX_CORE_H
@@ -11,7 +12,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "needs.h"
+
 #define TIERS_MAX 4
+#define GROUPS_MAX 32
 #define QUOTAS_MAX 64
 #define LISTS_MAX 64 /* of a policy that keeps its occupied lists in one word */
 #define NONE UINT32_MAX
@@ -30,7 +34,8 @@ struct key {
     uint32_t word[4];
 };
 
-/* 44 bytes and a reference for each tier. A root has no block: it stands for a namespace. */
+/* 44 bytes, a reference for each tier, and where the model has leaves one word more: see node_word.
+ * A root has no block: it stands for a namespace. */
 struct node {
     struct key key;
     uint32_t bucket;    /* where its chain begins */
@@ -65,55 +70,7 @@ struct list {
 enum policy_kind { POLICY_LRU, POLICY_FIFO, POLICY_MRU, POLICY_FILO, POLICY_LFU, POLICY_SLRU,
                    POLICY_REWARD, POLICY_LHD, POLICY_KINDS };
 
-/* -- a memory of recent keys, resident or not: index_recent.c ---------------------------------- */
-
-struct recent_entry {
-    uint32_t tag[2];
-    ref chain, older, newer;
-    uint32_t value;
-};
-
-struct recent {
-    struct recent_entry *entries;
-    ref *buckets;
-    uint32_t mask, count, capacity;
-    ref oldest, newest, free;
-};
-
-bool recent_open(struct recent *recent, uint32_t capacity);
-void recent_close(struct recent *recent);
-struct recent_entry *recent_find(const struct recent *recent, struct key key);
-void recent_touch(struct recent *recent, struct recent_entry *entry);
-void recent_drop(struct recent *recent, struct recent_entry *entry);
-
-/* Add a key that is not there; if the map is full, the oldest entry is dropped for it. */
-struct recent_entry *recent_add(struct recent *recent, struct key key, uint32_t value);
-
-/* -- what LHD learns: index_density.c ---------------------------------------------------------- */
-
-#define CLASSES 11
-#define CLASS_LAST (CLASSES - 1)
-#define EPOCHS 256u
-#define ANCIENT EPOCHS
-#define CELLS_OF_CLASS (EPOCHS + 1) /* one more for the ancient */
-#define CELLS (CLASSES * CELLS_OF_CLASS)
-#define BUCKETS 20
-#define ASKED_LAST 64
-
-struct density {
-    uint32_t epoch;
-    uint64_t asked;              /* blocks asked for in this epoch */
-    double hits[CLASSES][BUCKETS], exposed[CLASSES][BUCKETS];
-    uint32_t living[CLASSES][EPOCHS]; /* samples that have not ended, by class and epoch */
-    struct recent samples, markers;
-    uint32_t samples_max, share;
-    float worth[CELLS];          /* hits per epoch */
-    uint16_t order[CELLS], rank[CELLS];
-    unsigned cells;
-    float bound;                 /* cells worth more than this give no victim */
-    uint64_t asked_last[ASKED_LAST];
-    unsigned asked_next;
-};
+struct density; /* what LHD has learned: index_density.h */
 
 struct policy {
     enum policy_kind kind;
@@ -134,6 +91,7 @@ struct tier {
     ref free_places;             /* a stack, linked by `older` */
     uint32_t free, reserved, ready, draining, pinned;
     uint32_t evict_blocks;       /* least number of blocks of an eviction */
+    uint32_t ready_of[GROUPS_MAX]; /* `ready` by KV group */
     uint64_t evicted;
     uint64_t touched;            /* insertions and uses; not under LHD */
     unsigned epoch_shift;        /* an epoch is 1 << epoch_shift of them */
@@ -146,7 +104,7 @@ struct tier {
 /* A block that became READY in a tier, or is no longer READY there. */
 struct change {
     struct key key;
-    uint32_t tier, is_ready;
+    uint8_t tier, is_ready, group, unused;
 };
 
 struct changes {
@@ -155,8 +113,20 @@ struct changes {
     bool lost;                   /* there were more than `limit` since they were last taken */
 };
 
+/* What a prefix needs of a KV group of leaves: see needs.h. */
+struct rule {
+    enum group_kind kind;
+    int64_t window, block_tokens;
+    uint32_t ratio;              /* how many blocks of the chain one of its blocks covers */
+    struct key salt;             /* a leaf's key is that of its parent, XOR this */
+    uint32_t bucket;             /* and so is its bucket */
+};
+
 struct block_index {
     unsigned tiers;
+    unsigned groups;             /* the chain's included; 1 if there are no leaves */
+    struct rule rule[GROUPS_MAX]; /* by group; the first is not used */
+    size_t alignment;            /* prefixes end on multiples of it: no group's block is cut */
     size_t node_bytes;
     char *nodes;
     size_t nodes_bytes;
@@ -179,10 +149,31 @@ static inline struct node *node_at(const struct block_index *index, ref node)
     return (struct node *)(index->nodes + (size_t)node * index->node_bytes);
 }
 
+/* Return a node's last word: for a leaf its group and LEAF; for any other node a bit for each group
+ * of which it has a leaf, in whatever state. Only where the model has leaves. */
+static inline uint32_t *node_word(const struct block_index *index, ref node)
+{
+    return &node_at(index, node)->place[index->tiers];
+}
+
+#define LEAF UINT32_C(1) /* group 0 has no leaves, so its bit is free */
+
+static inline bool is_leaf(const struct block_index *index, ref node)
+{
+    return index->groups > 1 && *node_word(index, node) & LEAF;
+}
+
+static inline unsigned group_of(const struct block_index *index, ref node)
+{
+    return is_leaf(index, node) ? *node_word(index, node) >> 1 : 0;
+}
+
 /* -- index_table.c: memory, keys, families ----------------------------------------------------- */
 
-/* Allocate the memory. Return false with errno set if that fails. */
-bool index_open(struct block_index *index, unsigned tiers, const uint32_t *capacities);
+/* Allocate the memory, for a model with so many KV groups. Return false with errno set if that
+ * fails. */
+bool index_open(struct block_index *index, unsigned tiers, const uint32_t *capacities,
+                unsigned groups);
 void index_close(struct block_index *index);
 /* The keys of one request: a root, then those of its blocks. Position p is the p-th block. */
 static inline struct key key_at(const unsigned char *keys, int64_t position)
@@ -212,6 +203,10 @@ bool node_has(const struct block_index *index, ref number, struct key key);
 ref node_guess(const struct block_index *index, struct key key, ref before);
 ref node_find(const struct block_index *index, struct key key, uint32_t bucket);
 
+/* Return the node of the chain's block at a position, or NONE; `guess` may be any number. */
+ref node_seek(const struct block_index *index, const unsigned char *keys, int64_t position,
+              ref guess);
+
 /* Return the root of a namespace, or NONE if it has no blocks. */
 ref root_find(const struct block_index *index, struct key key);
 
@@ -225,7 +220,9 @@ size_t nodes_find(const struct block_index *index, const unsigned char *keys, si
  * process must be checked by this before index_reserve gets them. -1 without memory. */
 int64_t chain_agrees(const struct block_index *index, const unsigned char *keys, size_t blocks);
 
-ref node_add(struct block_index *index, struct key key, uint32_t bucket, ref parent);
+/* Add a node; for a leaf `group` is not 0. */
+ref node_add(struct block_index *index, struct key key, uint32_t bucket, ref parent,
+             unsigned group);
 
 /* Unlink a node from its family, and link it again: an eviction does and undoes this. */
 void node_leave(struct block_index *index, ref node);
@@ -234,13 +231,43 @@ void node_join(struct block_index *index, ref node);
 /* Free a node that has left its family. */
 void node_free(struct block_index *index, ref node);
 
+/* -- index_leaves.c ---------------------------------------------------------------------------- */
+
+/* Set a group's rule; the index must be open. */
+void rule_set(struct block_index *index, unsigned group, struct rule rule);
+
+/* Return the leaf of a chain's block in a group, or NONE; `guess` may be any number. */
+ref leaf_find(const struct block_index *index, ref parent, unsigned group, ref guess);
+struct key leaf_key(const struct block_index *index, struct key parent, unsigned group);
+ref leaf_add(struct block_index *index, ref parent, unsigned group);
+
+/* How far the blocks of one request can be loaded, and what of each group that needs. */
+struct reach {
+    const ref *chain;            /* the nodes of the chain, by position, up to `ready` */
+    size_t first;                /* leaves before this position are not needed */
+    size_t ready;                /* where the ready chain ends that begins at `first` */
+    size_t end;                  /* the result: where the prefix ends, at least `first` */
+    struct {
+        ref *nodes;              /* leaves by the group's own blocks; memory for `ready` / ratio */
+        size_t needed;           /* the first of its own blocks that the prefix needs */
+        size_t from;             /* the first of them that is needed and not before `first` */
+        size_t low;              /* while searching: those from here on are in `nodes` */
+    } leaves[GROUPS_MAX];
+};
+
+/* Find the longest prefix of which every group has what it needs, ready; the chain must be ready
+ * for `drop` blocks more. */
+void reach_find(const struct block_index *index, struct reach *reach, size_t drop);
+
+/* Return the leaf at a position that the prefix needs, or NONE. It may be before `first`. */
+ref reach_leaf(const struct block_index *index, const struct reach *reach, unsigned group,
+               size_t position);
+
 /* -- index_changes.c --------------------------------------------------------------------------- */
 
 bool changes_watch(struct changes *changes, uint32_t limit);
 void changes_close(struct changes *changes);
 void changes_note(struct block_index *index, ref node, unsigned tier, bool is_ready);
-
-/* -- index_density.c --------------------------------------------------------------------------- */
 
 /* Blocks of one request, by position, in ascending order. */
 struct batch {
@@ -248,6 +275,7 @@ struct batch {
     size_t blocks;               /* of the whole request */
     const int64_t *positions;
     size_t n;
+    unsigned group;
 };
 
 /* Return whether a block of the batch is the last of its request. */
@@ -255,28 +283,6 @@ static inline bool is_last(const struct batch *batch, size_t i)
 {
     return batch->positions[i] + 1 == (int64_t)batch->blocks;
 }
-
-struct density *density_new(uint32_t capacity);
-void density_free(struct density *density);
-void density_learn(struct density *density);
-unsigned density_cell(const struct density *density, const struct place *place);
-unsigned density_class_of(unsigned uses, bool last);
-
-/* Observe a key that is asked for, or stored after that; ignore it unless it is sampled. */
-void density_sample(struct density *density, struct key key, unsigned class, bool asked);
-
-/* Begin the next epoch: let counts decay, and end samples that were not seen again. */
-void density_age(struct density *density);
-void density_foresee(struct density *density, const struct batch *batch, int64_t *uses);
-void density_class(const struct density *density, struct place *place, uint32_t uses, bool last);
-float density_of_new(const struct density *density, uint32_t uses, bool last);
-const char *density_check(const struct density *density);
-
-/* -- index_lhd.c ------------------------------------------------------------------------------- */
-
-/* Learn from a prompt; `nodes` has the nodes of its first `known` blocks. */
-void lhd_asked(struct block_index *index, unsigned tier, const struct batch *prompt,
-               const ref *nodes, size_t known);
 
 /* -- index_policy.c: which READY place goes next ----------------------------------------------- */
 
@@ -322,6 +328,12 @@ void place_free(struct tier *tier, ref place);
 bool ready_elsewhere(const struct block_index *index, const struct node *node, unsigned tier);
 bool has_place(const struct block_index *index, const struct node *node);
 
+/* Return whether a block is ready in the first tier, or is not there and ready in another. */
+bool is_loadable(const struct block_index *index, ref number);
+
+/* Count a place that became READY (1) or is no longer (-1). */
+void ready_count(struct block_index *index, unsigned tier, ref node, int by);
+
 /* Make the block's parked places candidates for eviction again. */
 void unpark(struct block_index *index, const struct node *node);
 
@@ -366,8 +378,15 @@ int64_t quota_left(const struct block_index *index, unsigned tier, unsigned quot
 /* A READY block, with what is needed to restore it. */
 struct block_record {
     struct key key, parent; /* the root's key for the first block of a prompt */
-    uint32_t is_first;
+    uint32_t flags;         /* RECORD_FIRST, and the group from bit 8 on */
 };
+
+#define RECORD_FIRST UINT32_C(1)
+
+static inline unsigned record_group(const struct block_record *record)
+{
+    return record->flags >> 8;
+}
 
 /* Write the record of a place. Return false if the place is not READY. */
 bool index_export(const struct block_index *index, unsigned tier, int64_t id,
@@ -416,9 +435,9 @@ bool index_unpin(struct block_index *index, unsigned tier, const int64_t *ids, s
 bool index_forget(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
 int64_t place_filler(const struct place *place);
 
-/* Count a use of every READY place of these nodes, which are given from the root on. Does nothing
- * under LHD. */
-void index_use(struct block_index *index, const ref *nodes, size_t n);
+/* Count a use of every READY place of these nodes, which are given from the root on, and of the
+ * leaves that a prefix needs (NULL: none). Does nothing under LHD. */
+void index_use(struct block_index *index, const ref *nodes, size_t n, const struct reach *reach);
 void index_clear(struct block_index *index, unsigned tier);
 void index_clear_root(struct block_index *index, ref root);
 const char *index_check(struct block_index *index);

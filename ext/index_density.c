@@ -13,7 +13,7 @@
  * The prior of a class's chance of a hit at an age is the chance of all classes together; the prior
  * of that is 1 / age, which gives the order of LRU. A cell is the places of one class and epoch.
  */
-#include "index_core.h"
+#include "index_density.h"
 
 #include <float.h>
 #include <stdlib.h>
@@ -358,7 +358,8 @@ void density_foresee(struct density *density, const struct batch *batch, int64_t
                 most = marker->value;
         }
         uses[i] = most;
-        density_sample(density, key, density_class_of(most, is_last(batch, i)), false);
+        if (!batch->group)
+            density_sample(density, key, density_class_of(most, is_last(batch, i)), false);
     }
 }
 

@@ -1,5 +1,5 @@
 /* The policy LHD in a tier: how a prompt that is asked for changes places, and when epochs end. */
-#include "index_core.h"
+#include "index_density.h"
 
 #define EPOCH_PART 8
 
@@ -51,9 +51,28 @@ static void place_asked(struct tier *tier, ref id)
         policy_insert(tier, id, 0);
 }
 
-/* Learn from a prompt; `nodes` has the nodes of its first `known` blocks. */
+/* Return the READY place of a node, or NONE; the node may be NONE. */
+static ref ready_place(const struct block_index *index, unsigned t, ref node)
+{
+    ref id = node == NONE ? NONE : node_at(index, node)->place[t];
+
+    return id != NONE && index->tier[t].places[id].state == PLACE_READY ? id : NONE;
+}
+
+/* Only the chain is sampled: a leaf is taken to come back as often as the chain at its position. */
+static void leaves_asked(const struct block_index *index, struct tier *tier, unsigned t,
+                         const struct reach *reach, size_t position)
+{
+    for (unsigned group = 1; group < index->groups; group++) {
+        ref id = ready_place(index, t, reach_leaf(index, reach, group, position));
+
+        if (id != NONE)
+            place_asked(tier, id);
+    }
+}
+
 void lhd_asked(struct block_index *index, unsigned t, const struct batch *prompt,
-               const ref *nodes, size_t known)
+               const ref *nodes, size_t known, const struct reach *reach)
 {
     struct tier *tier = &index->tier[t];
     struct density *density = tier->density;
@@ -64,10 +83,12 @@ void lhd_asked(struct block_index *index, unsigned t, const struct batch *prompt
         return;
     for (size_t j = prompt->blocks; j-- > 0;) {
         struct key key = key_at(prompt->keys, (int64_t)j);
-        ref id = j < known && nodes[j] != NONE ? node_at(index, nodes[j])->place[t] : NONE;
+        ref id = ready_place(index, t, j < known ? nodes[j] : NONE);
         unsigned class;
 
-        if (id != NONE && tier->places[id].state == PLACE_READY) {
+        if (reach)
+            leaves_asked(index, tier, t, reach, j);
+        if (id != NONE) {
             place_asked(tier, id);
             class = tier->places[id].class;
         } else {

@@ -11,7 +11,9 @@ bool index_export(const struct block_index *index, unsigned t, int64_t id,
         return false;
     node = node_at(index, place->node);
     parent = node_at(index, node->parent);
-    *record = (struct block_record){node->key, parent->key, parent->parent == NONE};
+    *record = (struct block_record){node->key, parent->key,
+                                    group_of(index, place->node) << 8 |
+                                        (parent->parent == NONE ? RECORD_FIRST : 0)};
     return true;
 }
 
@@ -22,9 +24,14 @@ static ref record_add(struct block_index *index, const struct restored *restored
 {
     int64_t above = restored->parents[i];
     struct key key = restored->records[i].key;
+    unsigned group = record_group(&restored->records[i]);
     uint32_t bucket;
     ref parent, known;
 
+    if (group) {
+        known = leaf_find(index, nodes[above], group, NONE);
+        return known == NONE ? leaf_add(index, nodes[above], group) : known;
+    }
     if (above < 0) {
         struct key root = restored->records[i].parent;
 
@@ -32,7 +39,7 @@ static ref record_add(struct block_index *index, const struct restored *restored
         page_first[i] = i;
         parent = root_find(index, root);
         if (parent == NONE)
-            parent = node_add(index, root, bucket_of_root(index, root), NONE);
+            parent = node_add(index, root, bucket_of_root(index, root), NONE, 0);
     } else {
         positions[i] = positions[above] + 1;
         page_first[i] = positions[i] % PAGE ? page_first[above] : i;
@@ -40,7 +47,7 @@ static ref record_add(struct block_index *index, const struct restored *restored
     }
     bucket = bucket_in_page(index, restored->records[page_first[i]].key, positions[i]);
     known = node_find(index, key, bucket);
-    return known == NONE ? node_add(index, key, bucket, parent) : known;
+    return known == NONE ? node_add(index, key, bucket, parent, 0) : known;
 }
 
 static void place_set(struct block_index *index, unsigned t, ref id, ref node)
@@ -54,7 +61,7 @@ static void place_set(struct block_index *index, unsigned t, ref id, ref node)
     at->place[t] = id;
     node_at(index, at->root)->place[t]++;
     tier->free--;
-    tier->ready++;
+    ready_count(index, t, node, 1);
     changes_note(index, node, t, true);
 }
 

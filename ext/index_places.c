@@ -1,5 +1,6 @@
 /* Places and their nodes: helpers of both the states of places and eviction. */
 #include "index_core.h"
+#include "index_density.h"
 
 void place_free(struct tier *tier, ref id)
 {
@@ -52,6 +53,21 @@ bool has_place(const struct block_index *index, const struct node *node)
         if (node->place[t] != NONE)
             return true;
     return false;
+}
+
+bool is_loadable(const struct block_index *index, ref number)
+{
+    const struct node *node = node_at(index, number);
+
+    if (node->place[0] != NONE)
+        return index->tier[0].places[node->place[0]].state == PLACE_READY;
+    return ready_elsewhere(index, node, 0);
+}
+
+void ready_count(struct block_index *index, unsigned t, ref node, int by)
+{
+    index->tier[t].ready += (uint32_t)by;
+    index->tier[t].ready_of[group_of(index, node)] += (uint32_t)by;
 }
 
 /* Make the block's parked places candidates for eviction again. */

@@ -13,6 +13,7 @@
  * victim is the one of these sets' victims that goes first by its epoch, or under LHD by its worth.
  */
 #include "index_core.h"
+#include "index_density.h"
 
 #include <stdlib.h>
 

@@ -1,5 +1,5 @@
 /* A bounded map from keys to numbers that forgets what was touched longest ago. */
-#include "index_core.h"
+#include "index_density.h"
 
 #include <stdlib.h>
 

@@ -19,14 +19,41 @@ static PyObject *export(BlockIndex *self, struct value *values)
 
 CALL(call_, export, BlockIndex, 2, READ("tier", read_tier), READ("ids", read_int64s))
 
+/* Check a record whose parent, if it has one, comes before it. */
+static const char *record_check(const struct block_index *index, const struct restored *restored,
+                                size_t i)
+{
+    const struct block_record *record = &restored->records[i], *above;
+    unsigned group = record_group(record);
+    struct key key;
+
+    if (restored->parents[i] < 0)
+        return group || !(record->flags & RECORD_FIRST) ? "a block is restored without its parent"
+                                                        : NULL;
+    above = &restored->records[restored->parents[i]];
+    if (record_group(above))
+        return "a block is restored under a leaf";
+    if (!group)
+        return NULL;
+    if (group >= index->groups)
+        return "a leaf of an unknown KV group is restored";
+    key = leaf_key(index, above->key, group);
+    return memcmp(&key, &record->key, sizeof(key)) == 0 ? NULL
+                                                        : "a leaf is restored under another block";
+}
+
 /* Check that parents come before their children, and that no place is named twice. */
-static const char *restored_check(const struct restored *restored, uint8_t *seen)
+static const char *restored_check(const struct block_index *index,
+                                  const struct restored *restored, uint8_t *seen)
 {
     for (size_t i = 0; i < restored->n; i++) {
+        const char *broken;
+
         if (restored->parents[i] >= (int64_t)i)
             return "a block is restored before its parent";
-        if (restored->parents[i] < 0 && !restored->records[i].is_first)
-            return "a block is restored without its parent";
+        broken = record_check(index, restored, i);
+        if (broken)
+            return broken;
         if (seen[restored->ids[i]]++)
             return "a place is restored twice";
     }
@@ -47,7 +74,7 @@ static PyObject *restore_checked(BlockIndex *self, unsigned tier, const struct r
     if (!nodes || !positions || !page_first || !seen) {
         PyErr_NoMemory();
     } else if (at->unused || at->capacity != at->places_max ||
-               (law = restored_check(restored, seen))) {
+               (law = restored_check(&self->index, restored, seen))) {
         index_broken(self, law);
     } else {
         index_restore(&self->index, tier, restored, nodes, positions, page_first);

@@ -1,5 +1,6 @@
 /* Nodes: memory that is allocated as it is touched, a chained hash table, and families. */
 #include "index_core.h"
+#include "index_density.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -27,11 +28,14 @@ static bool tier_open(struct tier *tier, uint32_t capacity)
     return tier->places;
 }
 
-bool index_open(struct block_index *index, unsigned tiers, const uint32_t *capacities)
+bool index_open(struct block_index *index, unsigned tiers, const uint32_t *capacities,
+                unsigned groups)
 {
     uint64_t blocks = 0, buckets = 4 * PAGE;
 
     memset(index, 0, sizeof(*index));
+    index->groups = groups;
+    index->alignment = 1;
     for (unsigned t = 0; t < tiers; t++) {
         if (!tier_open(&index->tier[t], capacities[t]))
             return false;
@@ -45,7 +49,7 @@ bool index_open(struct block_index *index, unsigned tiers, const uint32_t *capac
         errno = EOVERFLOW;
         return false;
     }
-    index->node_bytes = sizeof(struct node) + tiers * sizeof(ref);
+    index->node_bytes = sizeof(struct node) + (tiers + (groups > 1)) * sizeof(ref);
     index->nodes_bytes = (2 * (size_t)blocks + 2) * index->node_bytes;
     index->buckets_bytes = (size_t)buckets * sizeof(ref);
     index->free_nodes = NONE;
@@ -116,20 +120,34 @@ ref node_guess(const struct block_index *index, struct key key, ref before)
 
     if (before == NONE)
         return NONE;
-    if (node_has(index, before + 1, key) && node_at(index, before + 1)->parent == before)
+    if (node_has(index, before + 1, key) && node_at(index, before + 1)->parent == before &&
+        !is_leaf(index, before + 1))
         return before + 1;
     child = node_at(index, before)->child;
-    return node_has(index, child, key) ? child : NONE;
+    return node_has(index, child, key) && !is_leaf(index, child) ? child : NONE;
 }
 
-/* A bucket holds a node's number plus one, so that untouched memory is empty buckets. */
+/* A bucket holds a node's number plus one, so that untouched memory is empty buckets. Leaves are
+ * passed over: a key that another process made up may be that of one. */
 ref node_find(const struct block_index *index, struct key key, uint32_t bucket)
 {
     ref at = index->buckets[bucket] - 1;
 
-    while (at != NONE && !key_is(node_at(index, at), key))
+    while (at != NONE && (!key_is(node_at(index, at), key) || is_leaf(index, at)))
         at = node_at(index, at)->chain;
     return at;
+}
+
+ref node_seek(const struct block_index *index, const unsigned char *keys, int64_t position,
+              ref guess)
+{
+    struct key key = key_at(keys, position);
+    uint32_t bucket = bucket_at(index, keys, position);
+
+    if (node_has(index, guess, key) && node_at(index, guess)->bucket == bucket &&
+        !is_leaf(index, guess))
+        return guess;
+    return node_find(index, key, bucket);
 }
 
 ref root_find(const struct block_index *index, struct key key)
@@ -267,18 +285,28 @@ int64_t chain_agrees(const struct block_index *index, const unsigned char *keys,
     return i < blocks ? unknown_agree(index, keys, i, blocks) : (int64_t)i;
 }
 
+/* A leaf is never the first child where there is another: walks along the chain look there. */
 void node_join(struct block_index *index, ref number)
 {
     struct node *node = node_at(index, number);
+    ref *link;
 
     node->before = NONE;
     node->after = NONE;
     if (node->parent == NONE)
         return;
-    node->after = node_at(index, node->parent)->child;
+    link = &node_at(index, node->parent)->child;
+    if (is_leaf(index, number)) {
+        *node_word(index, node->parent) |= UINT32_C(1) << group_of(index, number);
+        if (*link != NONE) {
+            node->before = *link;
+            link = &node_at(index, *link)->after;
+        }
+    }
+    node->after = *link;
     if (node->after != NONE)
         node_at(index, node->after)->before = number;
-    node_at(index, node->parent)->child = number;
+    *link = number;
 }
 
 void node_leave(struct block_index *index, ref number)
@@ -293,9 +321,12 @@ void node_leave(struct block_index *index, ref number)
         node_at(index, node->before)->after = node->after;
     if (node->after != NONE)
         node_at(index, node->after)->before = node->before;
+    if (is_leaf(index, number))
+        *node_word(index, node->parent) &= ~(UINT32_C(1) << group_of(index, number));
 }
 
-ref node_add(struct block_index *index, struct key key, uint32_t bucket, ref parent)
+ref node_add(struct block_index *index, struct key key, uint32_t bucket, ref parent,
+             unsigned group)
 {
     ref number = index->free_nodes;
     struct node *node;
@@ -314,6 +345,8 @@ ref node_add(struct block_index *index, struct key key, uint32_t bucket, ref par
     node->root = parent == NONE ? number : node_at(index, parent)->root;
     for (unsigned t = 0; t < index->tiers; t++)
         node->place[t] = parent == NONE ? 0 : NONE;
+    if (index->groups > 1)
+        *node_word(index, number) = group ? group << 1 | LEAF : 0;
     node_join(index, number);
     return number;
 }

@@ -9,6 +9,7 @@
  * blocks that continue it are dropped, too, so that every block has a parent.
  */
 #include "index_core.h"
+#include "index_density.h"
 
 /* Free a place, unless it is pinned: then it is DRAINING. */
 static void place_leave(struct tier *tier, ref id)
@@ -36,7 +37,7 @@ static void place_detach(struct block_index *index, unsigned t, ref id)
         return;
     changes_note(index, number, t, false);
     policy_remove(tier, id);
-    tier->ready--;
+    ready_count(index, t, number, -1);
     place_leave(tier, id);
 }
 
@@ -104,9 +105,49 @@ static ref node_take(struct block_index *index, const unsigned char *keys, int64
     if (parent == NONE) {
         if (position)
             return NONE;
-        parent = node_add(index, above, bucket_of_root(index, above), NONE);
+        parent = node_add(index, above, bucket_of_root(index, above), NONE, 0);
     }
-    return node_add(index, key, bucket, parent);
+    return node_add(index, key, bucket, parent, 0);
+}
+
+/* The nodes that were taken last for a batch; any number if none was. */
+struct taken {
+    ref chain, leaf;
+    bool fresh;                  /* the chain's was added just now */
+};
+
+/* Return the node of a leaf, after adding it to the chain's block at the position if it is new;
+ * NONE if that block is nowhere. */
+static ref leaf_take(struct block_index *index, const struct batch *batch, size_t i,
+                     struct taken *taken)
+{
+    int64_t apart = i ? batch->positions[i] - batch->positions[i - 1] : 0;
+    ref found;
+
+    taken->chain = node_seek(index, batch->keys, batch->positions[i], taken->chain + (ref)apart);
+    if (taken->chain == NONE)
+        return NONE;
+    found = leaf_find(index, taken->chain, batch->group, taken->leaf + 1);
+    taken->leaf = found != NONE ? found : leaf_add(index, taken->chain, batch->group);
+    return taken->leaf;
+}
+
+/* Return the node of the i-th block of a batch, which may be new; NONE if its parent is nowhere. */
+static ref block_take(struct block_index *index, const struct batch *batch, size_t i,
+                      struct taken *taken)
+{
+    if (batch->group)
+        return leaf_take(index, batch, i, taken);
+    taken->chain = node_take(index, batch->keys, batch->positions[i], taken->chain, &taken->fresh);
+    return taken->chain;
+}
+
+/* Return whether a block of a batch may be at its position: a leaf hangs on the last of the chain's
+ * blocks that it covers. */
+static bool position_fits(const struct block_index *index, const struct batch *batch, size_t i)
+{
+    return !batch->group ||
+           (uint64_t)(batch->positions[i] + 1) % index->rule[batch->group].ratio == 0;
 }
 
 /* Return for how many blocks there is room, in the tier and in the quota. */
@@ -203,17 +244,20 @@ int64_t index_reserve(struct block_index *index, unsigned t, const struct batch 
     struct density *density = index->tier[t].density;
     const int64_t *positions = batch->positions;
     unsigned quota = index->quotas ? quota_of(index, key_at(batch->keys, -1)) : 0;
+    struct taken taken = {NONE, NONE, false};
     size_t n;
-    bool fresh = false;
-    ref last = NONE;
 
     if (density)
         density_foresee(density, batch, ids);
     n = room_make(index, t, quota, batch, how, ids);
     for (size_t i = 0; i < n; i++) {
+        ref last;
+
         if (i + EXPECT_AHEAD < n)
             bucket_expect(index, batch->keys, positions[i + EXPECT_AHEAD]);
-        last = node_take(index, batch->keys, positions[i], last, &fresh);
+        if (!position_fits(index, batch, i))
+            return refuse(index, t, ids, i, "reserve of a leaf where none can end");
+        last = block_take(index, batch, i, &taken);
         if (last == NONE)
             return refuse(index, t, ids, i, "reserve of a block whose parent is not in the index");
         if (node_at(index, last)->place[t] != NONE)
@@ -272,7 +316,7 @@ bool index_commit(struct block_index *index, unsigned t, const int64_t *ids, siz
             place_leave(tier, (ref)ids[n]); /* its block was dropped meanwhile */
             continue;
         }
-        tier->ready++;
+        ready_count(index, t, place->node, 1);
         place->state = PLACE_READY;
         policy_insert(tier, (ref)ids[n], index->clock_s);
         unpark(index, node_at(index, place->node));
@@ -339,21 +383,29 @@ bool index_unpin(struct block_index *index, unsigned t, const int64_t *ids, size
     return true;
 }
 
-void index_use(struct block_index *index, const ref *nodes, size_t n)
+static void node_use(struct block_index *index, ref number)
+{
+    const struct node *node;
+
+    if (number == NONE)
+        return;
+    node = node_at(index, number);
+    for (unsigned t = 0; t < index->tiers; t++) {
+        ref id = node->place[t];
+
+        if (id != NONE && index->tier[t].places[id].state == PLACE_READY &&
+            !index->tier[t].density)
+            policy_use(&index->tier[t], id, index->clock_s);
+    }
+}
+
+/* Leaves before their chain's block, so that they are older. */
+void index_use(struct block_index *index, const ref *nodes, size_t n, const struct reach *reach)
 {
     while (n--) {
-        const struct node *node;
-
-        if (nodes[n] == NONE)
-            continue;
-        node = node_at(index, nodes[n]);
-        for (unsigned t = 0; t < index->tiers; t++) {
-            ref id = node->place[t];
-
-            if (id != NONE && index->tier[t].places[id].state == PLACE_READY &&
-                !index->tier[t].density)
-                policy_use(&index->tier[t], id, index->clock_s);
-        }
+        for (unsigned group = 1; reach && group < index->groups; group++)
+            node_use(index, reach_leaf(index, reach, group, n));
+        node_use(index, nodes[n]);
     }
 }
 

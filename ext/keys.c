@@ -16,6 +16,11 @@ static void digest_write(XXH128_hash_t hash, unsigned char *digest)
     memcpy(digest, canonical.digest, KEY_BYTES);
 }
 
+void keys_digest(const void *data, size_t bytes, uint64_t seed, unsigned char *digest)
+{
+    digest_write(XXH3_128bits_withSeed(data, bytes, seed), digest);
+}
+
 static PyObject *hash128(PyObject *Py_UNUSED(module), struct value *values)
 {
     const Py_buffer *data = &values[0].view.buffer;
@@ -26,7 +31,7 @@ static PyObject *hash128(PyObject *Py_UNUSED(module), struct value *values)
     if (PyErr_Occurred())
         return NULL;
     saved = gil_leave((size_t)data->len > GIL_HOLD_BYTES_MAX);
-    digest_write(XXH3_128bits_withSeed(data->buf, (size_t)data->len, seed), digest);
+    keys_digest(data->buf, (size_t)data->len, seed, digest);
     gil_return(saved);
     return PyBytes_FromStringAndSize((const char *)digest, (Py_ssize_t)KEY_BYTES);
 }

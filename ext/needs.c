@@ -7,10 +7,10 @@ static PyObject *needed(PyObject *Py_UNUSED(module), struct value *values)
 {
     enum group_kind kind = (enum group_kind)values[0].integer;
     int64_t window = values[1].integer, block = values[2].integer, end = values[3].integer;
+    const char *rule = group_window_rule(kind, window);
 
-    if (group_has_window(kind) ? window < 1 : window != 0) {
-        raise_value("window=%lld must be %s for kind=%d", (long long)window,
-                    group_has_window(kind) ? "at least 1" : "0", (int)kind);
+    if (rule) {
+        raise_value("window=%lld must be %s for kind=%d", (long long)window, rule, (int)kind);
         return NULL;
     }
     if (end % block) {

@@ -2,6 +2,7 @@
 #ifndef FLEXKV_NEEDS_H
 #define FLEXKV_NEEDS_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 /* The numbers are repeated in flexkv/common/space.py: append only. */
@@ -13,10 +14,12 @@ enum group_kind {
     GROUP_KINDS,
 };
 
-/* Return whether groups of a kind have a window. */
-static inline int group_has_window(enum group_kind kind)
+/* Return the rule that a group's window breaks, or NULL. */
+static inline const char *group_window_rule(enum group_kind kind, int64_t window)
 {
-    return kind == GROUP_WINDOW || kind == GROUP_CHUNK;
+    if (kind == GROUP_WINDOW || kind == GROUP_CHUNK)
+        return window < 1 ? "at least 1" : NULL;
+    return window ? "0" : NULL;
 }
 
 /* Return the first of a group's own blocks that a prefix needs; all from there to its end are

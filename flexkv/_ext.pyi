@@ -9,6 +9,13 @@ from typing_extensions import Buffer
 Memory: TypeAlias = Buffer | NDArray[Any]
 """Anything with the buffer protocol; numpy's stubs declare it only for Python 3.12 and later."""
 
+Alike: TypeAlias = tuple[int, int, int, bytes | None, tuple[bytes | None, ...]]
+"""Blocks of one KV group that have the same states in the same tiers.
+
+(pattern, first position, count, positions or None if unbroken, ids by tier). The pattern has a
+base-3 digit for each tier, the lowest for the nearest: 0 nowhere, 1 being filled, 2 ready.
+"""
+
 TO_HOST: Final[int]
 TO_DEVICE: Final[int]
 
@@ -282,22 +289,35 @@ class BlockIndex:
     `keys` are those of one request: the root of its namespace, then a key for each block, 16 bytes
     each. `ids` are places in a tier, int64[n]. Arrays are returned as bytes of int64.
 
+    KV group 0 is that of the prefix chain. A block of another group is a leaf: it is named by the
+    position and the key of the chain's block on which it hangs.
+
     Every call may raise `broken_error`: the caller broke a law of the index.
     """
 
     def __init__(
-        self, tiers: tuple[tuple[int, int, int, int], ...], broken_error: type[Exception]
+        self,
+        tiers: tuple[tuple[int, int, int, int], ...],
+        broken_error: type[Exception],
+        rules: tuple[tuple[int, ...], ...] = (),
     ) -> None:
-        """Build an index; a tier is (blocks, policy, its parameter, blocks per eviction)."""
+        """Build an index.
+
+        Args:
+            tiers: (blocks, policy, its parameter, blocks per eviction) of each.
+            broken_error: the exception for a broken law.
+            rules: (group, kind, window, ratio, block_tokens) of each KV group but the chain's, in
+                the order of their numbers; see `needed`. `ratio` says how many blocks of the chain
+                a block of the group covers, of whose positions it has the last.
+
+        Raises:
+            ValueError: a rule is impossible, or contradicts those before it.
+        """
 
     def survey(
-        self, keys: bytes, begin: int, end: int, nearest: bool, use: int
-    ) -> list[tuple[int, int, int, bytes | None, tuple[bytes | None, ...]]]:
-        """Return where the blocks from `begin` to `end` are, in groups with the same pattern.
-
-        A group is (pattern, first position, count, positions or None if unbroken, ids by tier). The
-        pattern has a base-3 digit for each tier, the lowest for the nearest: 0 nowhere, 1 being
-        filled, 2 ready.
+        self, keys: bytes, begin: int, end: int, nearest: bool, use: int, group: int = 0
+    ) -> list[Alike]:
+        """Return where the blocks from `begin` to `end` are.
 
         Args:
             keys: the keys of the request.
@@ -307,7 +327,34 @@ class BlockIndex:
                 while that is being filled; stop before the first block that has no such tier.
             use: 1: count a use of each block found from the root on, in every tier; 2: the same,
                 for blocks that are stored after they were asked for; 0: count none.
+            group: of a group of leaves, those positions in the range at which it may have a leaf
+                are reported, up to the first where the chain has no block; `nearest` is ignored.
+                Only the reported leaves are used.
         """
+
+    def reach(
+        self, keys: bytes, begin: int, end: int, drop: int, use: bool
+    ) -> tuple[int, int, list[Alike], list[tuple[int, list[Alike]]]]:
+        """Return the longest prefix that ends before `end` and that every KV group can load.
+
+        Blocks are reported in their nearest tier, like those of `survey`; all of them are ready
+        there. Leaves before `begin` are not needed.
+
+        Args:
+            keys: the keys of the request.
+            begin: first position.
+            end: last position, exclusive.
+            drop: how many blocks of the chain must be ready behind the prefix.
+            use: whether to count a use of the blocks of the chain from the root on, and of the
+                leaves that the prefix needs.
+
+        Returns:
+            Where the prefix ends, at least `begin`; where the chain of ready blocks ends; the
+            blocks of the chain; and for each group that needs any, its number and its leaves.
+        """
+
+    def group_blocks(self, tier: int, /) -> tuple[int, ...]:
+        """Return the number of READY places of a tier, by KV group."""
 
     def reserve(
         self,
@@ -317,6 +364,7 @@ class BlockIndex:
         end: int,
         positions: Memory | None,
         how: int,
+        group: int = 0,
     ) -> bytes:
         """Reserve places for the blocks from `begin` to `end`, or only for those at `positions`.
 
@@ -399,7 +447,7 @@ class BlockIndex:
         """Return what places hold: 36 bytes each, zeros for those that are not READY.
 
         These are the block's key and its parent's (16 bytes each; the root's key for the first of a
-        prompt), and whether it is the first (uint32).
+        prompt), and a uint32: bit 0 is set for the first of a prompt, bits 8 and up are the group.
         """
 
     def restore(self, tier: int, records: Memory, parents: Memory, ids: Memory, /) -> None:
@@ -416,9 +464,10 @@ class BlockIndex:
         """Record up to `limit` changes from now on, or none with 0; earlier ones are dropped."""
 
     def changes(self) -> bytes | None:
-        """Return the changes since the last call, 24 bytes each; None if too many, and so lost.
+        """Return the changes since the last call, 20 bytes each; None if too many, and so lost.
 
-        A change is a block's key (16 bytes), its tier, and whether it is READY now (uint32 each).
+        A change is a block's key (16 bytes), then in a byte each its tier, whether it is READY now,
+        its KV group, and nothing.
         """
 
     def evict(self, tier: int, count: int, /) -> int:

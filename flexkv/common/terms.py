@@ -22,7 +22,10 @@ BlockKey: TypeAlias = bytes
 
 BLOCK_KEY_BYTES = 16
 BLOCK_RECORD_BYTES = 36
-"""A block's key, its parent's key, and whether it is a prompt's first block: a journal's record."""
+"""A block's key, its parent's key, and its flags: a journal's record. See `Residency.export`."""
+
+LEAF_SALT = b"flexkv leaf"
+"""The text whose XXH3-128, seeded with a KV group, a block's key is XORed with for its leaf's."""
 
 
 class Labelled(IntEnum):

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.common.terms import BLOCK_KEY_BYTES
+from flexkv import _ext
+from flexkv.common.terms import BLOCK_KEY_BYTES, LEAF_SALT
 
 DOUBLINGS_MAX = 40
 """Enough for prompts of 2**40 blocks; parents that take more steps form a circle."""
@@ -22,20 +23,29 @@ class Forest(NamedTuple):
     """int64[m]: the index in `order` of each one's parent; -1 for the first of a prompt."""
 
 
-def forest(blocks: NDArray[np.uint8]) -> Forest:
+def forest(blocks: NDArray[np.uint8], groups: int = 1) -> Forest:
     """Return the blocks that can be reached from the first block of a prompt.
 
     Args:
-        blocks: uint8[n, 36]: key, parent's key, whether it is the first of a prompt (uint32). Of
-            blocks with the same key the last counts.
+        blocks: uint8[n, 36]: key, parent's key, and a uint32: bit 0 is set for the first of a
+            prompt, bits 8 and up are the KV group, above 0 for a leaf. Of blocks of one group with
+            the same key the last counts.
+        groups: the number of KV groups; leaves of others are left out.
     """
     size = BLOCK_KEY_BYTES
     keys, above = _words(blocks[:, :size]), _words(blocks[:, size : 2 * size])
-    is_first = blocks[:, 2 * size] > 0
-    last = _last_of_each(keys)
-    parent = np.where(is_first, -1, _find(keys, last, above))
+    flags = np.ascontiguousarray(blocks[:, 2 * size :]).view("<u4")[:, 0]
+    group = flags >> 8
+    is_first = (flags & 1 > 0) & (group == 0)
+    chain = _last_of_each(keys, np.flatnonzero(group == 0))
+    parent = np.where(is_first, -1, _find(keys, chain, above))
     stays = np.zeros(len(keys), np.bool_)
-    stays[last] = True
+    stays[chain] = True
+    for leaves in range(1, groups):
+        of_group = np.flatnonzero(group == leaves)
+        salt = np.frombuffer(_ext.hash128(LEAF_SALT, leaves), np.uint64)
+        right = np.all(above[of_group] ^ salt == keys[of_group], axis=1)
+        stays[_last_of_each(keys, of_group[right])] = True
     stays &= is_first | (parent >= 0)
     depth = _depths(parent, is_first)
     order = np.flatnonzero(stays & (depth >= 0))
@@ -50,11 +60,11 @@ def _words(keys: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return np.ascontiguousarray(keys).view(np.uint64)
 
 
-def _last_of_each(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the index of each key's last occurrence, sorted by key."""
-    if not len(keys):
+def _last_of_each(keys: NDArray[np.uint64], among: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the last index of each key `among` ascending indices, sorted by key."""
+    if not len(among):
         return np.zeros(0, np.int64)
-    order = np.lexsort((np.arange(len(keys)), keys[:, 1], keys[:, 0]))
+    order = among[np.lexsort((among, keys[among, 1], keys[among, 0]))]
     ordered = keys[order]
     ends = np.append(np.any(ordered[1:] != ordered[:-1], axis=1), True)
     return np.asarray(order[ends])

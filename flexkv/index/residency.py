@@ -23,7 +23,7 @@ from flexkv.common.terms import BLOCK_KEY_BYTES, BLOCK_RECORD_BYTES, BlockIds, P
 from flexkv.index.claims import Claims, Holding
 from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
-from flexkv.index.found import Found, Group, Placement
+from flexkv.index.found import Found, Group, LeafFound, Placement
 
 ABSENT, PENDING, READY = 0, 1, 2
 """State of a block in one tier: nowhere, being filled, there."""
@@ -80,7 +80,7 @@ class Change(NamedTuple):
     """Its KV group: 0 for a block of the prefix chain, else that of a leaf."""
 
 
-_CHANGE = struct.Struct("=16sII")
+_CHANGE = struct.Struct("=16sB?Bx")
 
 
 class Residency:
@@ -113,14 +113,14 @@ class Residency:
             rules: what a prefix needs of each KV group but the chain's; group n is rules[n - 1].
         """
         eviction = eviction or Eviction()
-        if rules:
-            raise NotImplementedError
         self.groups = 1 + len(rules)
         self.clears = clears or ClearHistory()
         self.tiers = tuple(sorted(capacities))
         self._number = {tier: number for number, tier in enumerate(self.tiers)}
         self._table = _ext.BlockIndex(
-            tuple(eviction.options(capacities[tier]) for tier in self.tiers), InvariantError
+            tuple(eviction.options(capacities[tier]) for tier in self.tiers),
+            InvariantError,
+            tuple(tuple(rule) for rule in rules),
         )
         count = len(self.tiers)
         self._states = [
@@ -153,11 +153,18 @@ class Residency:
                 the leaves that are needed there, in every tier.
             drop: how many blocks behind the run the chain must have as well.
         """
+        blocks = len(keys) // BLOCK_KEY_BYTES - 1
+        if self.groups > 1 and blocks > first:
+            return self._reach(keys, range(first, blocks), use, drop)
+        found = self._run(keys, first, blocks, use)
+        return found.before(max(first, found.last - drop)) if drop else found
+
+    def _run(self, keys: bytes, first: int, blocks: int, use: bool = False) -> Found:
+        """Return the longest resident run of the chain alone."""
         ready: dict[Tier, Placement] = {}
         pending, last = None, first
-        blocks = len(keys) // BLOCK_KEY_BYTES - 1
         if blocks <= first:
-            return Found(first, first, ready)
+            return Found(first, first, ready, chain=first)
         for pattern, begin, count, places, ids in self._table.survey(
             keys, first, blocks, True, _ASKED if use else _UNUSED
         ):
@@ -170,7 +177,25 @@ class Residency:
                 ready[tier] = placement
             else:
                 pending = placement
-        return Found(first, last, ready, pending)
+        chain = pending.positions.first if pending else last
+        return Found(first, last, ready, pending, chain=chain)
+
+    def _reach(self, keys: bytes, wanted: range, use: bool, drop: int) -> Found:
+        """Return the longest run of which every KV group is ready; `wanted` is not empty."""
+        last, chain, told, leaves = self._table.reach(keys, wanted.start, wanted.stop, drop, use)
+        found = [LeafFound(group, self._by_tier(of)) for group, of in leaves]
+        return Found(wanted.start, last, self._by_tier(told), None, tuple(found), chain)
+
+    def _by_tier(self, told: Sequence[_ext.Alike]) -> dict[Tier, Placement]:
+        """Return where blocks are, all of them ready."""
+        placed = {}
+        for pattern, begin, count, places, ids in told:
+            number, tier, is_ready = self._nearest[pattern]
+            block_ids = _array(ids[number])
+            assert is_ready, pattern
+            assert block_ids is not None, pattern
+            placed[tier] = Placement(Positions(begin, count, _array(places)), block_ids)
+        return placed
 
     def parent(self, keys: bytes, first: int) -> list[Holding] | None:
         """Return what to pin of the block before position `first`; None if it is nowhere.
@@ -180,7 +205,7 @@ class Residency:
         """
         if not first:
             return []
-        found = self.find(keys[: (first + 1) * BLOCK_KEY_BYTES], first - 1)
+        found = self._run(keys, first - 1, first)
         if found.pending is not None:
             return []
         return found.holdings if found.ready else None
@@ -200,7 +225,7 @@ class Residency:
                 tuple([_array(blob) for blob in ids]),
             )
             for pattern, begin, count, places, ids in self._table.survey(
-                keys, first, last, False, _STORED if use else _UNUSED
+                keys, first, last, False, _STORED if use else _UNUSED, group
             )
         ]
 
@@ -221,7 +246,9 @@ class Residency:
 
     def group_blocks(self, tier: Tier) -> list[int]:
         """Return the number of ready places of a tier, by KV group."""
-        return [self.counts(tier).ready]
+        if tier not in self._number:
+            return [0] * self.groups
+        return list(self._table.group_blocks(self._number[tier]))
 
     @property
     def evicted(self) -> list[int]:
@@ -241,8 +268,8 @@ class Residency:
     def export(self, tier: Tier, block_ids: BlockIds) -> NDArray[np.uint8]:
         """Return what places hold, for `restore`: uint8[n, 36], zeros for those that are not READY.
 
-        A row is the block's key, its parent's key (the root's for the first of a prompt), and as
-        uint32 whether it is the first.
+        A row is the block's key, its parent's key (the root's for the first of a prompt), and a
+        uint32: bit 0 is set for the first of a prompt, and bits 8 and up are the KV group.
         """
         blob = self._table.export(self._number[tier], block_ids)
         return np.frombuffer(blob, np.uint8).reshape(len(block_ids), BLOCK_RECORD_BYTES)
@@ -298,7 +325,9 @@ class Residency:
         if places is None:
             begin, last = positions.first, positions.first + positions.block_count
         number = self._number[tier]
-        return np.frombuffer(self._table.reserve(number, keys, begin, last, places, how), np.int64)
+        return np.frombuffer(
+            self._table.reserve(number, keys, begin, last, places, how, group), np.int64
+        )
 
     def reserve_copies(
         self, source: Tier, target: Tier, block_ids: BlockIds, keys: bytes
@@ -347,8 +376,8 @@ class Residency:
         if blob is None:
             return None
         return [
-            Change(key, self.tiers[tier], bool(is_ready))
-            for key, tier, is_ready in _CHANGE.iter_unpack(blob)
+            Change(key, self.tiers[tier], is_ready, group)
+            for key, tier, is_ready, group in _CHANGE.iter_unpack(blob)
         ]
 
     # -- holding --------------------------------------------------------------------------------

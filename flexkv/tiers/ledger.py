@@ -131,7 +131,7 @@ class Ledger:
         self._journaled[block_ids] = True
         self._live += np.bincount(block_ids % count, minlength=count)
         self._sums[block_ids] = sums
-        reached = forest(blocks)
+        reached = forest(blocks, residency.groups)
         residency.restore(
             Tier.DISK, blocks[reached.order], reached.parents, block_ids[reached.order]
         )

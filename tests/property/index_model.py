@@ -7,14 +7,17 @@ reservation must get as many places as the model finds possible, or none if it i
 
 from __future__ import annotations
 
-from itertools import product
+from math import lcm
 from typing import NamedTuple
 
 import numpy as np
 
-from flexkv import _ext
+from flexkv._ext import needed
+from flexkv.common.space import GroupRule
 from flexkv.common.terms import Positions, Tier
 from flexkv.index.eviction import Eviction
+from flexkv.index.forest import forest
+from flexkv.index.found import Placement
 from flexkv.index.residency import (
     ABSENT,
     ALL,
@@ -26,18 +29,20 @@ from flexkv.index.residency import (
     THERE,
     Residency,
 )
-
-Path = tuple[int, ...]
-"""A block, named by its whole prompt up to it; the first number is the namespace."""
-
-TIERS = (Tier.HOST, Tier.DISK)
-NAMESPACES, BRANCHES, DEPTH = 2, 2, 4
-PATHS = [
-    (space, *rest)
-    for space in range(NAMESPACES)
-    for depth in range(1, DEPTH + 1)
-    for rest in product(range(BRANCHES), repeat=depth)
-]
+from tests.property.index_names import (
+    BLOCK_TOKENS,
+    DEPTH,
+    NAMESPACES,
+    PATHS,
+    PROMPTS,
+    TIERS,
+    Path,
+    chain_of,
+    group_of,
+    key_of,
+    keys_of,
+    positions_of,
+)
 
 
 class Place:
@@ -54,21 +59,23 @@ class Lease(NamedTuple):
     places: list[Place]
 
 
-def key_of(path: Path) -> bytes:
-    """Return the key of a block, or of a namespace's root."""
-    return _ext.hash128(repr(path).encode())
-
-
-def keys_of(path: Path) -> bytes:
-    """Return the keys of a namespace's root and of a prompt's blocks."""
-    return b"".join(key_of(path[: length + 1]) for length in range(len(path)))
-
-
 class Driver:
     """Performs each operation on the index and on the model, and compares the results."""
 
-    def __init__(self, eviction: Eviction, host: int = 5, disk: int = 7) -> None:
-        self.index = Residency({Tier.HOST: host, Tier.DISK: disk}, eviction)
+    def __init__(
+        self,
+        eviction: Eviction,
+        host: int = 5,
+        disk: int = 7,
+        rules: tuple[GroupRule, ...] = (),
+    ) -> None:
+        self.index = Residency({Tier.HOST: host, Tier.DISK: disk}, eviction, rules=rules)
+        self.eviction, self.rules, self.groups = eviction, rules, range(1 + len(rules))
+        self.names = [
+            *PATHS,
+            *((*path, -group) for path in PATHS for group in self.groups[1:]
+              if len(path) - 2 in positions_of(rules, group, DEPTH)),
+        ]  # fmt: skip
         self.capacity = {Tier.HOST: host, Tier.DISK: disk}
         self.most = dict(self.capacity)
         self.blocks: dict[Path, dict[Tier, Place]] = {}
@@ -78,7 +85,7 @@ class Driver:
         self.pins: list[tuple[Tier, Place]] = []
         self.now_s = 0
         self.index.watch(1000)
-        self.told: set[tuple[Tier, bytes]] = set()
+        self.told: set[tuple[Tier, bytes, int]] = set()
         """The READY blocks, according to the reported changes alone."""
 
     # -- the model ------------------------------------------------------------------------------
@@ -154,27 +161,68 @@ class Driver:
 
     def _states(self, path: Path) -> tuple[int, ...]:
         """Return the state that the index has for a block in each tier."""
-        pattern = self.index._table.survey(
-            keys_of(path), len(path) - 2, len(path) - 1, False, False
-        )
-        return self.index._states[pattern[0][0]]
+        chain = chain_of(path)
+        at = len(chain) - 2
+        told = self.index.survey(keys_of(chain), at, at + 1, False, group_of(path))
+        return told[0].states if told else (ABSENT,) * len(TIERS)
+
+    def _nearest(self, path: Path) -> tuple[Tier, int, bool] | None:
+        """Return from where a block would be loaded, and whether it is ready there."""
+        for tier, place in sorted(self.blocks.get(path, {}).items(), key=lambda item: item[0]):
+            if tier == Tier.HOST or place.state == READY:
+                return tier, place.block_id, place.state == READY
+        return None
+
+    def _is_ready(self, path: Path) -> bool:
+        nearest = self._nearest(path)
+        return nearest is not None and nearest[2]
+
+    def _reached(
+        self, prompt: Path, first: int, chain: int, drop: int
+    ) -> tuple[int, dict[int, list[int]]]:
+        """Return the longest prefix of which every KV group is ready, and the positions of leaves.
+
+        `chain` is where the chain of ready blocks ends.
+        """
+        step = lcm(*(of.ratio for of in self.rules))
+        for last in range((chain - drop) // step * step, first, -step):
+            wanted = {}
+            for group, kind, window, ratio, tokens in self.rules:
+                own = range(*needed(kind, window, tokens, last * BLOCK_TOKENS))
+                at = [p for p in ((n + 1) * ratio - 1 for n in own) if p >= first]
+                wanted |= {group: at} if at else {}
+            if all(
+                self._is_ready((*prompt[: n + 2], -group))
+                for group in wanted
+                for n in wanted[group]
+            ):
+                return last, wanted
+        return first, {}
 
     # -- operations -----------------------------------------------------------------------------
 
-    def reserve(self, tier: Tier, path: Path, begin: int, atomic: bool) -> None:
+    def reserve(
+        self, tier: Tier, path: Path, begin: int, atomic: bool = False, group: int = 0
+    ) -> None:
         """Reserve what a prompt lacks in a tier from `begin` on, unless its parent is absent."""
         prompts = [path[: n + 1] for n in range(1, len(path))]
+        assert self.index.agreeing(keys_of(path)) == len(prompts)
+        names = [(*prompt, -group) if group else prompt for prompt in prompts]
         lacking = [
             n
-            for n in range(begin, len(prompts))
-            if prompts[n] not in self.blocks or tier not in self.blocks[prompts[n]]
-        ]
+            for n in positions_of(self.rules, group, len(names))
+            if n >= begin and tier not in self.blocks.get(names[n], ())
+            and (not group or prompts[n] in self.blocks)
+        ]  # fmt: skip
         first = lacking[0] if lacking else 0
-        if not lacking or (first and prompts[first - 1] not in self.blocks):
+        if not lacking or (not group and first and prompts[first - 1] not in self.blocks):
             return
         # Like the planner, pin the prompt's resident blocks while the rest is reserved.
         held = [
-            (of, self.blocks[p][of]) for p in prompts if p in self.blocks for of in self.blocks[p]
+            (of, self.blocks[p][of])
+            for p in {*prompts, *names}
+            if p in self.blocks
+            for of in self.blocks[p]
         ]
         for of, place in held:
             self._pin(of, place)
@@ -184,13 +232,14 @@ class Driver:
         positions = Positions(first, len(lacking), np.array(lacking, np.int64))
         if lacking == list(range(first, first + len(lacking))):
             positions = Positions(first, len(lacking))
-        ids = self.index.reserve(tier, keys_of(path), positions, ALL if atomic else PREFIX)
+        how = ALL if atomic else PREFIX
+        ids = self.index.reserve(tier, keys_of(path), positions, how, group)
         self._note_evictions(tier)
         possible = max(0, min(len(lacking), free + evictable, left + own))
         assert len(ids) == (possible if possible == len(lacking) or not atomic else 0)
         places = [Place(block_id) for block_id in ids.tolist()]
         for number, place in zip(lacking, places, strict=False):
-            self.blocks.setdefault(prompts[number], {})[tier] = place
+            self.blocks.setdefault(names[number], {})[tier] = place
         if places:
             self.leases.append(Lease(tier, places))
         for of, place in held:
@@ -200,7 +249,11 @@ class Driver:
         """Reserve places in the other tier for blocks of `source`; some of them may be gone."""
         (target,) = (tier for tier in TIERS if tier is not source)
         ready = self.ready_places(source)
-        ids = np.array([ready[p].block_id if p in ready else 0 for p in paths], np.int64)
+        # A block that is gone is taken for the one in place 0, unless that has the same key: then
+        # another block of that key would be copied, as what it is.
+        there = {key_of(path) for path, place in ready.items() if not place.block_id}
+        gone = {path: -1 if key_of(path) in there else 0 for path in paths}
+        ids = np.array([ready[p].block_id if p in ready else gone[p] for p in paths], np.int64)
         free = self.capacity[target] - self.used(target)
         evictable = self._evictable(target)
         outcomes, taken = self.index.reserve_copies(
@@ -271,16 +324,27 @@ class Driver:
         if self.pins:
             self._unpin(*self.pins.pop(number % len(self.pins)))
 
-    def use(self, path: Path) -> None:
-        """Find a prompt as a use, and compare the length of the match."""
-        found = self.index.find(keys_of(path), use=True)
-        length = 0
-        for n in range(1, len(path)):
-            places = self.blocks.get(path[: n + 1], {})
-            if not any(p.state == READY for p in places.values()) and Tier.HOST not in places:
-                break
-            length = n
-        assert found.last == length
+    def use(self, path: Path, first: int = 0, drop: int = 0) -> None:
+        """Find a prompt as a use, and compare what is found."""
+        found = self.index.find(keys_of(path), first, True, drop)
+        at = [self._nearest(path[: n + 2]) for n in range(len(path) - 1)]
+        chain = next((n for n in range(first, len(at)) if not (at[n] and at[n][2])), len(at))
+        last = next((n for n in range(first, len(at)) if not at[n]), len(at))
+        chain, last = max(first, chain), max(first, last)
+        leaves: dict[int, list[int]] = {}
+        if self.rules:
+            last, leaves = self._reached(path, first, chain, drop)
+        else:
+            last = max(first, last - drop)
+        assert (found.last, found.chain) == (last, chain)
+        pending = {Tier.HOST: found.pending} if found.pending else {}
+        assert _told(found.ready, True) | _told(pending, False) == {
+            n: at[n] for n in range(first, last)
+        }
+        assert {of.group: _told(of.ready, True) for of in found.leaves} == {
+            group: {n: self._nearest((*path[: n + 2], -group)) for n in positions}
+            for group, positions in leaves.items()
+        }
         self.now_s += 1
         self.index.tick(self.now_s)
 
@@ -326,16 +390,19 @@ class Driver:
     def check(self) -> None:
         """Compare everything that can be observed."""
         self.index._table.validate()
-        for path in PATHS:
+        told = self._all_states()
+        for path in self.names:
             places = self.blocks.get(path, {})
             assert not places or len(path) == 2 or path[:-1] in self.blocks, "a hole"
-            told = self._states(path)
-            assert told == tuple(places[t].state if t in places else ABSENT for t in TIERS), path
+            states = tuple(places[t].state if t in places else ABSENT for t in TIERS)
+            assert told.get(path, (ABSENT,) * len(TIERS)) == states, path
         self._check_changes()
         for tier in TIERS:
             counts = self.index.counts(tier)
             assert counts.free == self.capacity[tier] - self.used(tier)
-            assert counts.ready == len(self.ready_places(tier))
+            groups = [group_of(path) for path in self.ready_places(tier)]
+            assert counts.ready == len(groups)
+            assert self.index.group_blocks(tier) == [groups.count(group) for group in self.groups]
             (other,) = (each for each in TIERS if each is not tier)
             lacking = {
                 place.block_id
@@ -348,14 +415,29 @@ class Driver:
                 told = self.index.namespace_blocks(key_of((space,)))[tier]
                 assert told == self.used_by(tier, space)
 
+    def _all_states(self) -> dict[Path, tuple[int, ...]]:
+        """Return the states that the index has for each block that it reports."""
+        return {
+            ((*prompt[: n + 2], -group) if group else prompt[: n + 2]): states
+            for prompt in PROMPTS
+            for group in self.groups
+            for states, positions, _ in self.index.survey(
+                keys_of(prompt), 0, DEPTH, False, group
+            )
+            for n in positions
+        }  # fmt: skip
+
     def _check_changes(self) -> None:
         changes = self.index.changes()
         assert changes is not None
-        for key, tier, is_ready, _ in changes:
-            assert ((tier, key) in self.told) != is_ready, "told twice"
-            (self.told.add if is_ready else self.told.remove)((tier, key))
-        ready = {(tier, key_of(path)) for tier in TIERS for path in self.ready_places(tier)}
-        assert self.told == ready
+        for key, tier, is_ready, group in changes:
+            assert ((tier, key, group) in self.told) != is_ready, "told twice"
+            (self.told.add if is_ready else self.told.remove)((tier, key, group))
+        assert self.told == {
+            (tier, key_of(path), group_of(path))
+            for tier in TIERS
+            for path in self.ready_places(tier)
+        }
 
     def finish(self) -> None:
         """End every lease and pin; then nothing is reserved, pinned or draining."""
@@ -367,3 +449,27 @@ class Driver:
         for tier in TIERS:
             counts = self.index.counts(tier)
             assert (counts.reserved, counts.pinned, counts.draining) == (0, 0, 0)
+
+    def restart(self) -> None:
+        """End everything, and restore the lower tier in a new index."""
+        self.finish()
+        ready = self.ready_places(Tier.DISK)
+        ids = np.array([place.block_id for place in ready.values()], np.int64)
+        records = self.index.export(Tier.DISK, ids)
+        reached = forest(records, len(self.groups))
+        self.__init__(self.eviction, self.most[Tier.HOST], self.most[Tier.DISK], self.rules)
+        self.index.restore(Tier.DISK, records[reached.order], reached.parents, ids[reached.order])
+        for path in sorted(ready, key=len):
+            if len(path) == 2 or path[:-1] in self.blocks:
+                self.blocks[path] = {Tier.DISK: Place(ready[path].block_id)}
+                self.blocks[path][Tier.DISK].state = READY
+        self.check()
+
+
+def _told(ready: dict[Tier, Placement], is_ready: bool) -> dict[int, tuple[Tier, int, bool]]:
+    """Return where blocks were found, by position."""
+    return {
+        n: (tier, block_id, is_ready)
+        for tier, (positions, ids) in ((t, (p.positions, p.block_ids)) for t, p in ready.items())
+        for n, block_id in zip(positions, ids.tolist(), strict=True)
+    }

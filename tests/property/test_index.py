@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from random import Random
 
 import numpy as np
@@ -12,74 +13,98 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from flexkv.common.errors import InvariantError
+from flexkv.common.space import GroupRule
 from flexkv.common.terms import Positions, Tier
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.eviction import POLICIES, Eviction
 from flexkv.index.residency import Change, Residency
-from tests.property.index_model import DEPTH, NAMESPACES, PATHS, TIERS, Driver, key_of, keys_of
+from tests.property.index_model import Driver
+from tests.property.index_names import (
+    DEPTH,
+    NAMESPACES,
+    PATHS,
+    RULES,
+    TIERS,
+    key_of,
+    keys_of,
+)
 
 OPERATIONS = int(os.environ.get("INDEX_OPERATIONS", "4000"))
+OPERATIONS_A_SEED = 200
 EVICTIONS = [Eviction(name) for name in POLICIES] + [
     Eviction("lru", hit_reward_seconds=3.0),
     Eviction("lru", evict_ratio=0.4),
 ]
 
 
+NUMBERS = st.integers(0, 1 << 10)
+"""Numbers of blocks, modulo how many the driver has names for."""
+
+
 class IndexMachine(RuleBasedStateMachine):
     """A state machine in which hypothesis chooses the operations and shrinks failures."""
 
-    @initialize(eviction=st.sampled_from(EVICTIONS))
-    def open(self, eviction: Eviction) -> None:
+    @initialize(eviction=st.sampled_from(EVICTIONS), rules=st.sampled_from(RULES))
+    def open(self, eviction: Eviction, rules: tuple[GroupRule, ...]) -> None:
         """Start with an empty index."""
-        self.driver = Driver(eviction)
+        self.driver = Driver(eviction, 7, 9, rules)
+
+    def name(self, number: int) -> tuple[int, ...]:
+        """Return the name of a block of the chain or of a leaf."""
+        return self.driver.names[number % len(self.driver.names)]
 
     @rule(
         tier=st.sampled_from(TIERS),
         path=st.sampled_from(PATHS),
         begin=st.integers(0, DEPTH),
         atomic=st.booleans(),
+        group=st.integers(0, 3),
     )
-    def reserve(self, tier: Tier, path: tuple[int, ...], begin: int, atomic: bool) -> None:
-        """Reserve places for the blocks that a prompt lacks."""
-        self.driver.reserve(tier, path, begin, atomic)
+    def reserve(
+        self, tier: Tier, path: tuple[int, ...], begin: int, atomic: bool, group: int
+    ) -> None:
+        """Reserve places for the blocks, or the leaves, that a prompt lacks."""
+        self.driver.reserve(tier, path, begin, atomic, group % len(self.driver.groups))
 
-    @rule(
-        source=st.sampled_from(TIERS),
-        paths=st.lists(st.sampled_from(PATHS), min_size=1, max_size=6),
-    )
-    def reserve_copies(self, source: Tier, paths: list[tuple[int, ...]]) -> None:
+    @rule(source=st.sampled_from(TIERS), numbers=st.lists(NUMBERS, min_size=1, max_size=6))
+    def reserve_copies(self, source: Tier, numbers: list[int]) -> None:
         """Reserve places in one tier for blocks of the other."""
-        self.driver.reserve_copies(source, paths)
+        self.driver.reserve_copies(source, [self.name(number) for number in numbers])
 
     @rule(number=st.integers(0, 9), filled=st.booleans())
     def settle(self, number: int, filled: bool) -> None:
         """Commit or abort a lease."""
         self.driver.settle(number, filled)
 
-    @rule(tier=st.sampled_from(TIERS), path=st.sampled_from(PATHS))
-    def pin(self, tier: Tier, path: tuple[int, ...]) -> None:
+    @rule(tier=st.sampled_from(TIERS), number=NUMBERS)
+    def pin(self, tier: Tier, number: int) -> None:
         """Pin a block."""
-        self.driver.pin(tier, path)
+        self.driver.pin(tier, self.name(number))
 
     @rule(number=st.integers(0, 9))
     def unpin(self, number: int) -> None:
         """Unpin a block."""
         self.driver.unpin(number)
 
-    @rule(path=st.sampled_from(PATHS))
-    def use(self, path: tuple[int, ...]) -> None:
+    @rule(path=st.sampled_from(PATHS), first=st.integers(0, 2), drop=st.integers(0, 2))
+    def use(self, path: tuple[int, ...], first: int, drop: int) -> None:
         """Find a prompt as a use."""
-        self.driver.use(path)
+        self.driver.use(path, first, drop)
 
     @rule(tier=st.sampled_from(TIERS), blocks=st.integers(0, 8))
     def evict(self, tier: Tier, blocks: int) -> None:
         """Evict blocks ahead of need."""
         self.driver.evict(tier, blocks)
 
-    @rule(tier=st.sampled_from(TIERS), path=st.sampled_from(PATHS))
-    def forget(self, tier: Tier, path: tuple[int, ...]) -> None:
+    @rule(tier=st.sampled_from(TIERS), number=NUMBERS)
+    def forget(self, tier: Tier, number: int) -> None:
         """Forget one block, as if its bytes were bad."""
-        self.driver.forget(tier, path)
+        self.driver.forget(tier, self.name(number))
+
+    @rule()
+    def restart(self) -> None:
+        """Begin anew with what the lower tier holds."""
+        self.driver.restart()
 
     @rule(tier=st.sampled_from((*TIERS, None)))
     def clear(self, tier: Tier | None) -> None:
@@ -121,19 +146,19 @@ TestIndex = IndexMachine.TestCase
 TestIndex.settings = settings(max_examples=80, stateful_step_count=40)
 
 
+@pytest.mark.parametrize("rules", RULES, ids=range(len(RULES)))
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
-def test_random_operations_agree_with_the_model(eviction: Eviction) -> None:
+def test_random_operations_agree_with_the_model(
+    eviction: Eviction, rules: tuple[GroupRule, ...]
+) -> None:
     """The index agrees with the model over INDEX_OPERATIONS seeded operations of each policy."""
-    for seed in range(OPERATIONS // 200):
+    share = OPERATIONS // len(RULES)
+    for seed in range(share // OPERATIONS_A_SEED):
         random = Random(seed)
-        driver = Driver(eviction, random.randint(1, 8), random.randint(1, 12))
+        driver = Driver(eviction, random.randint(1, 12), random.randint(1, 16), rules)
         try:
-            for _ in range(200):
-                if random.random() < 0.05:
-                    paths = random.choices(PATHS, k=random.randint(1, 6))
-                    driver.reserve_copies(random.choice(TIERS), paths)
-                else:
-                    random_step(driver, random)
+            for _ in range(OPERATIONS_A_SEED):
+                random_step(driver, random)
                 driver.check()
             driver.finish()
         except BaseException as error:
@@ -143,29 +168,28 @@ def test_random_operations_agree_with_the_model(eviction: Eviction) -> None:
 
 def random_step(driver: Driver, random: Random) -> None:
     """Perform one random operation; those that fill and find are likelier than those that drop."""
-    tier, path = random.choice(TIERS), random.choice(PATHS)
-    choice = random.random()
-    if choice < 0.35:
-        driver.reserve(tier, path, random.choice([0, 0, 0, 1, 2]), random.random() < 0.5)
-    elif choice < 0.6:
-        driver.settle(random.randrange(9), random.random() < 0.8)
-    elif choice < 0.75:
-        driver.use(path)
-    elif choice < 0.82:
-        driver.pin(tier, path)
-    elif choice < 0.89:
-        driver.unpin(random.randrange(9))
-    elif choice < 0.93:
-        driver.evict(tier, random.randint(0, 6))
-    elif choice < 0.96:
-        driver.forget(tier, path)
-    elif choice < 0.97:
-        space = random.randrange(NAMESPACES)
-        driver.set_quota(tier, space, random.choice([None, random.randint(0, 6)]))
-    elif choice < 0.98:
-        driver.resize(tier, random.randint(1, 12))
-    else:
-        driver.clear(random.choice([tier, None]), None)
+    tier, path, name = random.choice(TIERS), random.choice(PATHS), random.choice(driver.names)
+    few, space = random.randint(0, 6), random.randrange(NAMESPACES)
+    begin, group = random.choice([0, 0, 0, 1, 2]), random.choice(driver.groups)
+    several = random.choices(driver.names, k=1 + few)
+    steps: list[tuple[int, Callable[[], None]]] = [
+        (350, lambda: driver.reserve(tier, path, begin, few < 3, group)),
+        (220, lambda: driver.settle(random.randrange(9), random.random() < 0.8)),
+        (150, lambda: driver.use(path, begin, random.choice([0, 0, 1, 2]))),
+        (50, lambda: driver.reserve_copies(tier, several)),
+        (60, lambda: driver.pin(tier, name)),
+        (60, lambda: driver.unpin(random.randrange(9))),
+        (40, lambda: driver.evict(tier, few)),
+        (25, lambda: driver.forget(tier, name)),
+        (10, lambda: driver.set_quota(tier, space, random.choice([None, few]))),
+        (15, lambda: driver.resize(tier, random.randint(1, 16))),
+        (5, lambda: driver.clear(random.choice([tier, None]), None)),
+        (5, lambda: driver.clear(None, space)),
+        (10, driver.restart),
+    ]
+    weights, operations = zip(*steps, strict=True)
+    (operation,) = random.choices(operations, weights)
+    operation()
 
 
 # -- the order of evictions ----------------------------------------------------------------------

@@ -1,0 +1,119 @@
+/* Leaves: the blocks of all KV groups but the chain's, and how far they reach.
+ *
+ * A leaf is known by its parent and its group. Its bucket is its parent's, moved by a distance that
+ * belongs to the group, so leaves at neighbouring positions share a cache line as the chain's
+ * blocks do. Leaves that came together have neighbouring nodes, as the chain's blocks do, too.
+ */
+#include "index_core.h"
+
+void rule_set(struct block_index *index, unsigned group, struct rule rule)
+{
+    rule.bucket = bucket_of_root(index, rule.salt);
+    index->rule[group] = rule;
+}
+
+static uint32_t leaf_bucket(const struct block_index *index, ref parent, unsigned group)
+{
+    return node_at(index, parent)->bucket ^ index->rule[group].bucket;
+}
+
+struct key leaf_key(const struct block_index *index, struct key parent, unsigned group)
+{
+    for (unsigned i = 0; i < sizeof(parent.word) / sizeof(*parent.word); i++)
+        parent.word[i] ^= index->rule[group].salt.word[i];
+    return parent;
+}
+
+static bool leaf_is(const struct block_index *index, ref number, ref parent, unsigned group)
+{
+    return node_at(index, number)->parent == parent &&
+           *node_word(index, number) == (group << 1 | LEAF);
+}
+
+ref leaf_find(const struct block_index *index, ref parent, unsigned group, ref guess)
+{
+    ref at;
+
+    if (!(*node_word(index, parent) >> group & 1))
+        return NONE;
+    if (guess < index->nodes_unused && leaf_is(index, guess, parent, group))
+        return guess;
+    at = index->buckets[leaf_bucket(index, parent, group)] - 1;
+    while (!leaf_is(index, at, parent, group))
+        at = node_at(index, at)->chain;
+    return at;
+}
+
+ref leaf_add(struct block_index *index, ref parent, unsigned group)
+{
+    return node_add(index, leaf_key(index, node_at(index, parent)->key, group),
+                    leaf_bucket(index, parent, group), parent, group);
+}
+
+/* -- how far a prefix reaches ------------------------------------------------------------------ */
+
+static size_t align(const struct block_index *index, size_t blocks)
+{
+    return blocks - blocks % index->alignment;
+}
+
+/* Look for the leaves of a group that a prefix of `end` blocks needs, the last first. Return `end`
+ * or, if one is not ready, the end of the longest prefix that may not need it.
+ *
+ * A shorter prefix never begins to need leaves later than a longer one (see needs.h). So each leaf
+ * is looked at once, whatever the number of prefixes that are tried. */
+static size_t group_reach(const struct block_index *index, struct reach *reach, unsigned group,
+                          size_t end)
+{
+    const struct rule *rule = &index->rule[group];
+    size_t count = end / rule->ratio, before_first = reach->first / rule->ratio;
+    ref *nodes = reach->leaves[group].nodes, last = NONE;
+    size_t low = reach->leaves[group].low < count ? reach->leaves[group].low : count;
+    size_t needed = (size_t)group_needed_from(rule->kind, rule->window, rule->block_tokens,
+                                              (int64_t)count * rule->block_tokens);
+    size_t from = needed > before_first ? needed : before_first;
+
+    while (low > from) {
+        size_t position = low * rule->ratio - 1;
+
+        last = leaf_find(index, reach->chain[position], group, last - 1);
+        if (last == NONE || !is_loadable(index, last)) {
+            reach->leaves[group].low = low - 1;
+            return (low - 1) * rule->ratio;
+        }
+        nodes[--low] = last;
+    }
+    reach->leaves[group].needed = needed;
+    reach->leaves[group].from = from;
+    reach->leaves[group].low = low;
+    return end;
+}
+
+void reach_find(const struct block_index *index, struct reach *reach, size_t drop)
+{
+    size_t end = reach->ready > drop ? align(index, reach->ready - drop) : 0, tried;
+
+    for (unsigned group = 1; group < index->groups; group++)
+        reach->leaves[group].low = SIZE_MAX;
+    do {
+        tried = end;
+        for (unsigned group = 1; group < index->groups && end > reach->first; group++)
+            end = align(index, group_reach(index, reach, group, end));
+    } while (end < tried && end > reach->first);
+    reach->end = end > reach->first ? end : reach->first;
+    for (unsigned group = 1; group < index->groups && end <= reach->first; group++)
+        reach->leaves[group].needed = reach->leaves[group].from = SIZE_MAX;
+}
+
+ref reach_leaf(const struct block_index *index, const struct reach *reach, unsigned group,
+               size_t position)
+{
+    size_t ratio = index->rule[group].ratio, number = position / ratio;
+
+    if (number < reach->leaves[group].needed || position >= reach->end ||
+        (position + 1) % ratio != 0)
+        return NONE;
+    return number < reach->leaves[group].from
+               ? leaf_find(index, reach->chain[position], group, NONE)
+               : reach->leaves[group].nodes[number];
+}

@@ -1,0 +1,336 @@
+/* The calls of BlockIndex that look for the blocks of a prompt. */
+#include "index.h"
+#include "index_density.h"
+
+/* Some blocks of one KV group, in the order of their positions, `step` apart. */
+struct strip {
+    const ref *nodes;              /* NONE: nowhere */
+    uint8_t *kinds;                /* the pattern of each */
+    size_t count, first, step;
+};
+
+/* Those blocks of a strip that have one pattern, by their numbers in the strip. */
+struct alike {
+    size_t count, first, last, run;
+    int64_t *positions, *ids[TIERS_MAX];
+};
+
+/* Return where a block is: a base-3 digit per tier, the lowest for the nearest: nowhere, pending,
+ * ready. */
+static unsigned pattern_of(const struct block_index *index, ref number)
+{
+    const struct node *node = node_at(index, number);
+    unsigned pattern = 0, digit = 1;
+
+    if (number == NONE)
+        return 0;
+    for (unsigned t = 0; t < index->tiers; t++, digit *= 3)
+        if (node->place[t] != NONE)
+            pattern += digit * index->tier[t].places[node->place[t]].state;
+    return pattern;
+}
+
+/* Reduce a pattern to the nearest usable tier: the first unless absent, else the first ready. */
+static unsigned nearest_of(unsigned pattern, unsigned tiers)
+{
+    unsigned digit = 1;
+
+    if (pattern % 3)
+        return pattern % 3;
+    for (unsigned t = 0; t < tiers; t++, digit *= 3)
+        if (pattern / digit % 3 == 2)
+            return 2 * digit;
+    return 0;
+}
+
+void nearest_tell(BlockIndex *self)
+{
+    for (unsigned pattern = 0; pattern < PATTERNS_MAX; pattern++)
+        self->nearest[pattern] = (uint8_t)nearest_of(pattern, self->index.tiers);
+}
+
+static void run_begin(struct alike *alike, size_t number)
+{
+    if (!alike->count)
+        alike->first = number;
+    alike->run = number;
+}
+
+static void run_end(struct alike *alike, size_t number)
+{
+    if (!alike)
+        return;
+    alike->count += number - alike->run;
+    alike->last = number - 1;
+}
+
+/* Write the pattern of each block and count them by pattern. Return how many there are; with
+ * `nearest`, those before the first that is in no usable tier. */
+static size_t patterns_tell(BlockIndex *self, const struct strip *strip, bool nearest,
+                            struct alike *alikes)
+{
+    unsigned last = PATTERNS_MAX;
+    struct alike *alike = NULL;
+    size_t number = 0;
+
+    for (; number < strip->count; number++) {
+        unsigned pattern = pattern_of(&self->index, strip->nodes[number]);
+
+        if (nearest) {
+            pattern = self->nearest[pattern];
+            if (!pattern)
+                break;
+        }
+        strip->kinds[number] = (uint8_t)pattern;
+        if (pattern != last) {
+            run_end(alike, number);
+            alike = &alikes[pattern];
+            run_begin(alike, number);
+            last = pattern;
+        }
+    }
+    run_end(alike, number);
+    return number;
+}
+
+/* Return (pattern, first position, count, positions or None if unbroken, ids by tier or None). */
+static PyObject *alike_new(struct alike *alike, unsigned pattern, unsigned tiers,
+                           const struct strip *strip)
+{
+    PyObject *ids = PyTuple_New((Py_ssize_t)tiers), *positions = NULL;
+    unsigned digit = 1;
+
+    if (!ids)
+        return NULL;
+    for (unsigned t = 0; t < tiers; t++, digit *= 3) {
+        PyObject *array = pattern / digit % 3 ? int64s_new(alike->count, &alike->ids[t])
+                                              : Py_NewRef(Py_None);
+
+        if (!array || PyTuple_SetItem(ids, (Py_ssize_t)t, array) < 0)
+            goto failed;
+    }
+    if ((alike->last - alike->first) * strip->step + 1 == alike->count)
+        positions = Py_NewRef(Py_None);
+    else
+        positions = int64s_new(alike->count, &alike->positions);
+    if (positions)
+        return Py_BuildValue("(InnNN)", pattern,
+                             (Py_ssize_t)(strip->first + alike->first * strip->step),
+                             (Py_ssize_t)alike->count, positions, ids);
+failed:
+    Py_DECREF(ids);
+    return NULL;
+}
+
+/* Write the positions and ids of a run of blocks with the same pattern. */
+static void run_fill(const struct block_index *index, const struct strip *strip, size_t begin,
+                     size_t end, struct alike *alike)
+{
+    if (alike->positions) {
+        int64_t *positions = alike->positions;
+
+        for (size_t number = begin; number < end; number++)
+            *positions++ = (int64_t)(strip->first + number * strip->step);
+        alike->positions = positions;
+    }
+    for (unsigned t = 0; t < index->tiers; t++) {
+        int64_t *ids = alike->ids[t];
+
+        if (!ids)
+            continue;
+        for (size_t number = begin; number < end; number++)
+            *ids++ = node_at(index, strip->nodes[number])->place[t];
+        alike->ids[t] = ids;
+    }
+}
+
+static void alikes_fill(const struct block_index *index, const struct strip *strip,
+                        struct alike *alikes)
+{
+    size_t begin = 0;
+
+    while (begin < strip->count) {
+        uint8_t kind = strip->kinds[begin];
+        size_t next = begin + 1;
+
+        while (next < strip->count && strip->kinds[next] == kind)
+            next++;
+        run_fill(index, strip, begin, next, &alikes[kind]);
+        begin = next;
+    }
+}
+
+/* Return the blocks of a strip by pattern; the last `absent` positions are nowhere. `count` becomes
+ * that of the blocks before the first that is in no usable tier, if only the nearest count. */
+static PyObject *strip_told(BlockIndex *self, struct strip *strip, bool nearest, size_t absent)
+{
+    struct alike alikes[PATTERNS_MAX] = {0};
+    PyObject *result = PyList_New(0);
+
+    strip->count = patterns_tell(self, strip, nearest, alikes);
+    if (absent)
+        alikes[0] = (struct alike){.count = absent, .first = strip->count,
+                                   .last = strip->count + absent - 1};
+    for (unsigned pattern = 0; result && pattern < PATTERNS_MAX; pattern++) {
+        PyObject *alike;
+
+        if (!alikes[pattern].count)
+            continue;
+        alike = alike_new(&alikes[pattern], pattern, self->index.tiers, strip);
+        if (!alike || PyList_Append(result, alike) < 0)
+            Py_CLEAR(result);
+        Py_XDECREF(alike);
+    }
+    if (result)
+        alikes_fill(&self->index, strip, alikes);
+    return result;
+}
+
+/* Count that the first blocks of a prompt are asked for, or stored. */
+static void prompt_use(BlockIndex *self, const struct batch *prompt, size_t known,
+                       const struct reach *reach, enum use use)
+{
+    if (use)
+        index_use(&self->index, self->nodes, known, reach);
+    if (use == USE_ASKED)
+        for (unsigned t = 0; t < self->index.tiers; t++)
+            if (self->index.tier[t].density)
+                lhd_asked(&self->index, t, prompt, self->nodes, known, reach);
+}
+
+/* Replace the nodes of a part of the chain by those of a group's leaves there. */
+static struct strip leaves_find(BlockIndex *self, unsigned group, size_t begin, size_t known)
+{
+    size_t ratio = self->index.rule[group].ratio;
+    struct strip strip = {self->nodes, self->kinds, 0, (begin + ratio) / ratio * ratio - 1, ratio};
+    ref leaf = NONE;
+
+    for (size_t position = strip.first; position < known; position += ratio) {
+        leaf = leaf_find(&self->index, self->nodes[position], group, leaf + 1);
+        self->nodes[strip.count++] = leaf;
+    }
+    return strip;
+}
+
+static PyObject *survey_leaves(BlockIndex *self, unsigned group, const size_t range[2],
+                               size_t known, bool use)
+{
+    struct strip strip = leaves_find(self, group, range[0], known);
+    PyObject *result = strip_told(self, &strip, false, 0);
+
+    if (result && use)
+        index_use(&self->index, strip.nodes, strip.count, NULL);
+    return result;
+}
+
+static PyObject *survey(BlockIndex *self, struct value *values)
+{
+    const unsigned char *keys = values[0].view.buffer.buf;
+    bool nearest = values[3].integer;
+    enum use use = (enum use)values[4].integer;
+    struct strip strip;
+    size_t range[2], from, known;
+    PyObject *result;
+    unsigned group;
+
+    if (group_read(self, &values[5], &group) < 0 || range_read(values, range) < 0 ||
+        scratch_take(self, range[1]) < 0)
+        return NULL;
+    from = use && !group ? 0 : range[0];
+    known = from + nodes_find(&self->index, keys, from, range[1], self->nodes + from);
+    if (group)
+        return survey_leaves(self, group, range, known, use);
+    strip = (struct strip){self->nodes + range[0], self->kinds + range[0],
+                           known > range[0] ? known - range[0] : 0, range[0], 1};
+    result = strip_told(self, &strip, nearest, nearest ? 0 : range[1] - range[0] - strip.count);
+    if (!result)
+        return NULL;
+    if (nearest && known > range[0] + strip.count)
+        known = range[0] + strip.count;
+    prompt_use(self, &(struct batch){.keys = keys, .blocks = range[1]}, known, NULL, use);
+    return result;
+}
+
+CALL(call_, survey, BlockIndex, 5, READ("keys", read_bytes), OBJECT("begin"), OBJECT("end"),
+     READ("nearest", read_flag), INTEGER("use", 0, USE_STORED), OBJECT("group"))
+
+/* -- reach ------------------------------------------------------------------------------------- */
+
+/* Divide scratch memory among the chain and the groups. Return 0, or -1 without memory. */
+static int reach_open(BlockIndex *self, struct reach *reach, size_t blocks)
+{
+    size_t at = blocks;
+
+    for (unsigned group = 1; group < self->index.groups; group++)
+        at += blocks / self->index.rule[group].ratio;
+    if (scratch_take(self, at) < 0)
+        return -1;
+    at = blocks;
+    for (unsigned group = 1; group < self->index.groups; group++) {
+        reach->leaves[group].nodes = self->nodes + at;
+        at += blocks / self->index.rule[group].ratio;
+    }
+    reach->chain = self->nodes;
+    return 0;
+}
+
+/* Return (group, its needed leaves by pattern). */
+static PyObject *reach_group(BlockIndex *self, const struct reach *reach, unsigned group)
+{
+    size_t ratio = self->index.rule[group].ratio, from = reach->leaves[group].from;
+    size_t count = reach->end / ratio - from;
+    struct strip strip = {reach->leaves[group].nodes + from, self->kinds, count,
+                          (from + 1) * ratio - 1, ratio};
+    PyObject *alikes = strip_told(self, &strip, true, 0);
+
+    return alikes ? Py_BuildValue("(IN)", group, alikes) : NULL;
+}
+
+static PyObject *reach_leaves(BlockIndex *self, const struct reach *reach)
+{
+    PyObject *result = PyList_New(0);
+
+    for (unsigned group = 1; result && group < self->index.groups; group++) {
+        PyObject *told;
+
+        if (reach->leaves[group].from >= reach->end / self->index.rule[group].ratio)
+            continue;
+        told = reach_group(self, reach, group);
+        if (!told || PyList_Append(result, told) < 0)
+            Py_CLEAR(result);
+        Py_XDECREF(told);
+    }
+    return result;
+}
+
+static PyObject *reach(BlockIndex *self, struct value *values)
+{
+    const unsigned char *keys = values[0].view.buffer.buf;
+    struct reach reach = {0};
+    size_t range[2], from, known;
+    struct strip strip;
+    PyObject *chain, *leaves;
+
+    if (range_read(values, range) < 0 || reach_open(self, &reach, range[1]) < 0)
+        return NULL;
+    reach.first = reach.ready = range[0];
+    from = values[4].integer ? 0 : range[0];
+    known = from + nodes_find(&self->index, keys, from, range[1], self->nodes + from);
+    while (reach.ready < known && is_loadable(&self->index, self->nodes[reach.ready]))
+        reach.ready++;
+    reach_find(&self->index, &reach, (size_t)values[3].integer);
+    strip = (struct strip){self->nodes + range[0], self->kinds, reach.end - range[0], range[0], 1};
+    chain = strip_told(self, &strip, true, 0);
+    leaves = chain ? reach_leaves(self, &reach) : NULL;
+    if (!leaves) {
+        Py_XDECREF(chain);
+        return NULL;
+    }
+    if (values[4].integer)
+        prompt_use(self, &(struct batch){.keys = keys, .blocks = range[1]},
+                   known < reach.end ? known : reach.end, &reach, USE_ASKED);
+    return Py_BuildValue("(nnNN)", (Py_ssize_t)reach.end, (Py_ssize_t)reach.ready, chain, leaves);
+}
+
+CALL(call_, reach, BlockIndex, 5, READ("keys", read_bytes), OBJECT("begin"), OBJECT("end"),
+     INTEGER("drop", 0, UINT32_MAX), READ("use", read_flag))
