@@ -56,7 +56,7 @@ ref leaf_take(struct block_index *index, ref parent, unsigned group, ref guess)
 
 /* -- leaves that nobody is likely to need ------------------------------------------------------ */
 
-/* How far up spent leaves are looked for, so that no commit takes long: 64k tokens of 16 a block. */
+/* How far up spent leaves are looked for, so that no commit takes long. */
 #define TURN_BLOCKS_MAX 4096
 
 /* Return how many of a group's own blocks a prefix needs at most; 0 if that grows with it. */

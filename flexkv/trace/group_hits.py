@@ -110,8 +110,11 @@ def _store(
     index: Residency, prompt: Prompt, found: Found, rules: Sequence[GroupRule], store_rule: str
 ) -> int:
     """Store a prompt's chain, and its leaves by a store rule; return how many blocks."""
-    blocks, stored, chain = len(prompt.ids), 0, list(found.holdings)
-    for states, positions, _ in index.survey(prompt.keys, 0, blocks, use=False):
+    blocks, stored = len(prompt.ids), 0
+    told = index.survey(prompt.keys, 0, blocks, use=False)
+    # The chain may be there further than the prefix that was found, and must not go meanwhile.
+    chain = [Holding(Tier.HOST, ids[0]) for _, _, ids in told if ids[0] is not None]
+    for states, positions, _ in told:
         if states[0] == ABSENT:
             with index.holding(chain):
                 chain.append(_stored(index, prompt, positions, 0))
