@@ -36,7 +36,7 @@ from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, is_natural
 from flexkv.common.space import GROUPS_MAX, BlockSpace
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey
+from flexkv.common.terms import BLOCK_KEY_BYTES, LEAF_SALT, BlockKey
 from flexkv.index.secret import derived
 
 KEY_VERSION = 3
@@ -44,7 +44,6 @@ KEY_VERSION = 3
 
 _ROOT, _EXTRAS = b"flexkv root", b"flexkv extras"
 """What N names: this keeps roots and extra keys apart."""
-_LEAF = b"flexkv leaf"
 
 
 class Scope(NamedTuple):
@@ -201,7 +200,7 @@ def leaf_keys(keys: bytes, group: int) -> bytes:
 
 @lru_cache(GROUPS_MAX)
 def _salt(group: int) -> NDArray[np.uint64]:
-    salt = _ext.hash128(_LEAF, group) if group else bytes(BLOCK_KEY_BYTES)
+    salt = _ext.hash128(LEAF_SALT, group) if group else bytes(BLOCK_KEY_BYTES)
     return np.frombuffer(salt, np.uint64)
 
 
