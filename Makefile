@@ -16,7 +16,7 @@ APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
 TEST_APT_PACKAGES := fuse3 g++ chromium
 MACHINE_APT_PACKAGES := xfsprogs btrfs-progs dosfstools e2fsprogs ntfs-3g
 
-.PHONY: help setup ext demo test test-system test-latest test-vllm lock check lint types gpu mutants coverage \
+.PHONY: help setup ext demo test test-system test-latest test-vllm soak-vllm lock check lint types gpu mutants coverage \
 	sanitize bench soak wheel clean
 
 help:  ## List the targets
@@ -90,6 +90,9 @@ $(VLLM_VENV)/.setup: pyproject.toml scripts/vllm-venv scripts/vllm-tests \
 test-vllm: $(VLLM_VENV)/.setup  ## Real vLLM engines on the CPU, with and without FlexKV (0.7 GB to install)
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm tests/test_locks.py $(ARGS)
 
+soak-vllm: $(VLLM_VENV)/.setup  ## The tests under vLLM that test-vllm leaves out; about an hour
+	$(VLLM_VENV)/bin/python -m pytest -m soak tests/vllm $(ARGS)
+
 mutants: $(VENV)/.setup-dev $(VLLM_VENV)/.setup  ## Small changes that a test should notice; ARGS="--sample 50 --seed 7"
 	$(BIN)/python -m tests.mutation $(ARGS)
 
@@ -102,9 +105,9 @@ sanitize: $(VENV)/.setup-dev  ## The extension's tests under ASan and UBSan
 bench: $(VENV)/.setup-dev  ## Benchmarks, side by side with their limits; ARGS="disk --repeats 5"
 	$(BIN)/python -m benchmarks $(ARGS)
 
-soak: $(VENV)/.setup-dev  ## Fresh simulations, long property tests, many crashes; about 15 minutes
+soak: $(VENV)/.setup-dev  ## Fresh simulations, long property tests, many crashes; about 30 minutes
 	SIMULATION_SEEDS=10000 SIMULATION_FIRST=$${SIMULATION_FIRST:-$$(date +%s)00} \
-	KILLS=200 DAMAGES=10000 POWER_LOSSES=1000 HYPOTHESIS_PROFILE=soak FUZZ_FRAMES=100000 FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
+	INDEX_OPERATIONS=120000 KILLS=200 DAMAGES=10000 POWER_LOSSES=1000 HYPOTHESIS_PROFILE=soak FUZZ_FRAMES=100000 FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
 	$(BIN)/python -m pytest -q tests/simulation tests/property tests/system/test_warm.py \
 	tests/system/test_crash.py tests/system/test_power_loss.py tests/system/test_fuzz.py
 

@@ -71,7 +71,7 @@ class Worker:
     def by_layer(self, compute: Callable[[], None]) -> float:
         """Return the seconds of a load by layer, with each layer computed once it is there."""
         begin_s = time.perf_counter()
-        number = self._client.get(self._keys, 0, self._ids, 0, False, by_layer=True)
+        number = self._client.get_by_layer(self._keys, 0, self._ids, 0, False)
         self._client.flush()
         for layer in range(LARGE.num_layers):
             assert self._agent.wait_for_layer([number], layer)

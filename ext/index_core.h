@@ -91,7 +91,6 @@ struct tier {
     ref free_places;             /* a stack, linked by `older` */
     uint32_t free, reserved, ready, draining, pinned;
     uint32_t evict_blocks;       /* least number of blocks of an eviction */
-    uint32_t ready_of[GROUPS_MAX]; /* `ready` by KV group */
     uint64_t evicted;
     uint64_t touched;            /* insertions and uses; not under LHD */
     unsigned epoch_shift;        /* an epoch is 1 << epoch_shift of them */
@@ -99,6 +98,7 @@ struct tier {
     struct policy policies[QUOTAS_MAX + 1]; /* by quota */
     unsigned policy_count;
     uint32_t quota_blocks[QUOTAS_MAX + 1];
+    uint32_t ready_of[GROUPS_MAX]; /* `ready` by KV group, if there are leaves */
 };
 
 /* A block that became READY in a tier, or is no longer READY there. */
@@ -125,8 +125,6 @@ struct rule {
 struct block_index {
     unsigned tiers;
     unsigned groups;             /* the chain's included; 1 if there are no leaves */
-    struct rule rule[GROUPS_MAX]; /* by group; the first is not used */
-    size_t alignment;            /* prefixes end on multiples of it: no group's block is cut */
     size_t node_bytes;
     char *nodes;
     size_t nodes_bytes;
@@ -142,6 +140,8 @@ struct block_index {
     struct tier tier[TIERS_MAX];
     struct changes changes;
     const char *broken;          /* the law that a failed call broke */
+    size_t alignment;            /* prefixes end on multiples of it: no group's block is cut */
+    struct rule rule[GROUPS_MAX]; /* by group; the first is not used */
 };
 
 static inline struct node *node_at(const struct block_index *index, ref node)
@@ -149,14 +149,16 @@ static inline struct node *node_at(const struct block_index *index, ref node)
     return (struct node *)(index->nodes + (size_t)node * index->node_bytes);
 }
 
-/* Return a node's last word: for a leaf its group and LEAF; for any other node a bit for each group
- * of which it has a leaf, in whatever state. Only where the model has leaves. */
+/* Return a node's last word: for a leaf its group, LEAF, and SPENT once it was passed over; for any
+ * other node a bit for each group of which it has a leaf, in whatever state. Only where the model
+ * has leaves. */
 static inline uint32_t *node_word(const struct block_index *index, ref node)
 {
     return &node_at(index, node)->place[index->tiers];
 }
 
 #define LEAF UINT32_C(1) /* group 0 has no leaves, so its bit is free */
+#define SPENT (UINT32_C(2) * GROUPS_MAX)
 
 static inline bool is_leaf(const struct block_index *index, ref node)
 {
@@ -165,7 +167,7 @@ static inline bool is_leaf(const struct block_index *index, ref node)
 
 static inline unsigned group_of(const struct block_index *index, ref node)
 {
-    return is_leaf(index, node) ? *node_word(index, node) >> 1 : 0;
+    return is_leaf(index, node) ? *node_word(index, node) / 2 % GROUPS_MAX : 0;
 }
 
 /* -- index_table.c: memory, keys, families ----------------------------------------------------- */
@@ -197,10 +199,6 @@ void bucket_expect(const struct block_index *index, const unsigned char *keys, i
 
 bool node_has(const struct block_index *index, ref number, struct key key);
 
-/* Guess the node of a key; return NONE if the guesses are wrong. Blocks that came together have
- * neighbouring nodes, so the number after `before`, the node of the block before, is the first
- * guess; the first child of `before` is the second. */
-ref node_guess(const struct block_index *index, struct key key, ref before);
 ref node_find(const struct block_index *index, struct key key, uint32_t bucket);
 
 /* Return the node of the chain's block at a position, or NONE; `guess` may be any number. */
@@ -220,12 +218,27 @@ size_t nodes_find(const struct block_index *index, const unsigned char *keys, si
  * process must be checked by this before index_reserve gets them. -1 without memory. */
 int64_t chain_agrees(const struct block_index *index, const unsigned char *keys, size_t blocks);
 
-/* Add a node; for a leaf `group` is not 0. */
-ref node_add(struct block_index *index, struct key key, uint32_t bucket, ref parent,
-             unsigned group);
+/* Add a root (without a parent) or a block of the chain. */
+ref node_add(struct block_index *index, struct key key, uint32_t bucket, ref parent);
+ref node_add_leaf(struct block_index *index, struct key key, uint32_t bucket, ref parent,
+                  unsigned group);
 
-/* Unlink a node from its family, and link it again: an eviction does and undoes this. */
-void node_leave(struct block_index *index, ref node);
+/* Unlink a node that has a parent from its family, and link it again: an eviction does and undoes
+ * this. */
+static inline void node_leave(struct block_index *index, ref number)
+{
+    struct node *node = node_at(index, number), *parent = node_at(index, node->parent);
+
+    if (node->before == NONE)
+        parent->child = node->after;
+    else
+        node_at(index, node->before)->after = node->after;
+    if (node->after != NONE)
+        node_at(index, node->after)->before = node->before;
+    if (is_leaf(index, number))
+        *node_word(index, node->parent) &= ~(UINT32_C(1) << group_of(index, number));
+}
+
 void node_join(struct block_index *index, ref node);
 
 /* Free a node that has left its family. */
@@ -236,10 +249,22 @@ void node_free(struct block_index *index, ref node);
 /* Set a group's rule; the index must be open. */
 void rule_set(struct block_index *index, unsigned group, struct rule rule);
 
+struct key leaf_key(const struct block_index *index, struct key parent, unsigned group);
+
 /* Return the leaf of a chain's block in a group, or NONE; `guess` may be any number. */
 ref leaf_find(const struct block_index *index, ref parent, unsigned group, ref guess);
-struct key leaf_key(const struct block_index *index, struct key parent, unsigned group);
-ref leaf_add(struct block_index *index, ref parent, unsigned group);
+
+/* Do the same, but add the leaf if there is none. */
+ref leaf_take(struct block_index *index, ref parent, unsigned group, ref guess);
+
+static inline bool is_spent(const struct block_index *index, ref node)
+{
+    return is_leaf(index, node) && *node_word(index, node) & SPENT;
+}
+
+/* Handle that a leaf became READY: those of its group which the prefix up to it does not need are
+ * spent, as far up as nobody branches. They are the next to go. */
+void leaves_spend(struct block_index *index, ref leaf);
 
 /* How far the blocks of one request can be loaded, and what of each group that needs. */
 struct reach {
@@ -262,6 +287,11 @@ void reach_find(const struct block_index *index, struct reach *reach, size_t dro
 /* Return the leaf at a position that the prefix needs, or NONE. It may be before `first`. */
 ref reach_leaf(const struct block_index *index, const struct reach *reach, unsigned group,
                size_t position);
+
+/* Write the first `n` nodes of the chain, each followed by those of its leaves that the prefix
+ * needs. Return how many there are, at most as many as in the chain and in all groups. */
+size_t reach_nodes(const struct block_index *index, const struct reach *reach, size_t n,
+                   ref *nodes);
 
 /* -- index_changes.c --------------------------------------------------------------------------- */
 
@@ -298,6 +328,9 @@ void policy_remove(struct tier *tier, ref place);
 /* Put a place back at the end of the list from which the next victim is taken. */
 void policy_return(struct tier *tier, ref place);
 
+/* Make a place one that was never used, and the next victim; under LFU the next of its list. */
+void policy_spend(struct tier *tier, ref place);
+
 /* Append all of one list to another. */
 void policy_splice(struct tier *tier, struct policy *policy, unsigned from, unsigned to);
 
@@ -332,7 +365,13 @@ bool has_place(const struct block_index *index, const struct node *node);
 bool is_loadable(const struct block_index *index, ref number);
 
 /* Count a place that became READY (1) or is no longer (-1). */
-void ready_count(struct block_index *index, unsigned tier, ref node, int by);
+static inline void ready_count(const struct block_index *index, struct tier *tier, ref node,
+                               int by)
+{
+    tier->ready += (uint32_t)by;
+    if (index->groups > 1)
+        tier->ready_of[group_of(index, node)] += (uint32_t)by;
+}
 
 /* Make the block's parked places candidates for eviction again. */
 void unpark(struct block_index *index, const struct node *node);
@@ -404,7 +443,7 @@ struct restored {
 void index_restore(struct block_index *index, unsigned tier, const struct restored *restored,
                    ref *nodes, uint32_t *positions, size_t *page_first);
 
-/* -- index_tiers.c: states of places ----------------------------------------------------------- */
+/* -- index_reserve.c --------------------------------------------------------------------------- */
 
 /* How much of a batch to reserve if there is too little room, or if its blocks are worth little. */
 enum reserve_how {
@@ -424,6 +463,8 @@ size_t room_make(struct block_index *index, unsigned tier, unsigned quota,
 int64_t index_reserve(struct block_index *index, unsigned tier, const struct batch *batch,
                       enum reserve_how how, int64_t *ids);
 
+/* -- index_tiers.c: states of places ----------------------------------------------------------- */
+
 /* Each returns false, with `broken` set, if a place is in a wrong state; the places before that one
  * have been processed then. */
 bool index_commit(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
@@ -435,9 +476,9 @@ bool index_unpin(struct block_index *index, unsigned tier, const int64_t *ids, s
 bool index_forget(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
 int64_t place_filler(const struct place *place);
 
-/* Count a use of every READY place of these nodes, which are given from the root on, and of the
- * leaves that a prefix needs (NULL: none). Does nothing under LHD. */
-void index_use(struct block_index *index, const ref *nodes, size_t n, const struct reach *reach);
+/* Count a use of every READY place of these nodes, which are given from the root on, a block's
+ * leaves behind it. Does nothing under LHD. */
+void index_use(struct block_index *index, const ref *nodes, size_t n);
 void index_clear(struct block_index *index, unsigned tier);
 void index_clear_root(struct block_index *index, ref root);
 const char *index_check(struct block_index *index);

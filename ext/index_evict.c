@@ -69,7 +69,7 @@ static void victim_free(struct block_index *index, unsigned t, ref id)
     changes_note(index, number, t, false);
     node->place[t] = NONE;
     node_at(index, node->root)->place[t]--;
-    ready_count(index, t, number, -1);
+    ready_count(index, tier, number, -1);
     tier->evicted++;
     place_free(tier, id);
     if (has_place(index, node))

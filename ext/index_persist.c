@@ -28,10 +28,8 @@ static ref record_add(struct block_index *index, const struct restored *restored
     uint32_t bucket;
     ref parent, known;
 
-    if (group) {
-        known = leaf_find(index, nodes[above], group, NONE);
-        return known == NONE ? leaf_add(index, nodes[above], group) : known;
-    }
+    if (group)
+        return leaf_take(index, nodes[above], group, NONE);
     if (above < 0) {
         struct key root = restored->records[i].parent;
 
@@ -39,7 +37,7 @@ static ref record_add(struct block_index *index, const struct restored *restored
         page_first[i] = i;
         parent = root_find(index, root);
         if (parent == NONE)
-            parent = node_add(index, root, bucket_of_root(index, root), NONE, 0);
+            parent = node_add(index, root, bucket_of_root(index, root), NONE);
     } else {
         positions[i] = positions[above] + 1;
         page_first[i] = positions[i] % PAGE ? page_first[above] : i;
@@ -47,7 +45,7 @@ static ref record_add(struct block_index *index, const struct restored *restored
     }
     bucket = bucket_in_page(index, restored->records[page_first[i]].key, positions[i]);
     known = node_find(index, key, bucket);
-    return known == NONE ? node_add(index, key, bucket, parent, 0) : known;
+    return known == NONE ? node_add(index, key, bucket, parent) : known;
 }
 
 static void place_set(struct block_index *index, unsigned t, ref id, ref node)
@@ -61,7 +59,7 @@ static void place_set(struct block_index *index, unsigned t, ref id, ref node)
     at->place[t] = id;
     node_at(index, at->root)->place[t]++;
     tier->free--;
-    ready_count(index, t, node, 1);
+    ready_count(index, tier, node, 1);
     changes_note(index, node, t, true);
 }
 

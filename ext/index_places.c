@@ -64,12 +64,6 @@ bool is_loadable(const struct block_index *index, ref number)
     return ready_elsewhere(index, node, 0);
 }
 
-void ready_count(struct block_index *index, unsigned t, ref node, int by)
-{
-    index->tier[t].ready += (uint32_t)by;
-    index->tier[t].ready_of[group_of(index, node)] += (uint32_t)by;
-}
-
 /* Make the block's parked places candidates for eviction again. */
 void unpark(struct block_index *index, const struct node *node)
 {

@@ -112,7 +112,8 @@ static PyObject *group_blocks(BlockIndex *self, struct value *values)
     PyObject *result = PyTuple_New((Py_ssize_t)self->index.groups);
 
     for (unsigned group = 0; result && group < self->index.groups; group++) {
-        PyObject *number = PyLong_FromUnsignedLong(tier->ready_of[group]);
+        uint32_t ready = self->index.groups > 1 ? tier->ready_of[group] : tier->ready;
+        PyObject *number = PyLong_FromUnsignedLong(ready);
 
         if (!number || PyTuple_SetItem(result, (Py_ssize_t)group, number) < 0)
             Py_CLEAR(result);

@@ -22,8 +22,6 @@ static unsigned pattern_of(const struct block_index *index, ref number)
     const struct node *node = node_at(index, number);
     unsigned pattern = 0, digit = 1;
 
-    if (number == NONE)
-        return 0;
     for (unsigned t = 0; t < index->tiers; t++, digit *= 3)
         if (node->place[t] != NONE)
             pattern += digit * index->tier[t].places[node->place[t]].state;
@@ -64,21 +62,30 @@ static void run_end(struct alike *alike, size_t number)
     alike->last = number - 1;
 }
 
-/* Write the pattern of each block and count them by pattern. Return how many there are; with
- * `nearest`, those before the first that is in no usable tier. */
-static size_t patterns_tell(BlockIndex *self, const struct strip *strip, bool nearest,
-                            struct alike *alikes)
+/* How a block's pattern is reported, and which block ends the report. */
+enum told {
+    TOLD_WHOLE,   /* the pattern itself; none */
+    TOLD_SPARSE,  /* the same; blocks may be nowhere */
+    TOLD_NEAREST, /* its nearest usable tier; one that has none */
+    TOLD_READY,   /* the same; one that has none, or is being filled there */
+};
+
+/* Write the pattern of each block and count them by pattern. Return how many are reported. */
+static inline __attribute__((always_inline)) size_t
+patterns_tell_as(BlockIndex *self, const struct strip *strip, enum told told,
+                 struct alike *alikes)
 {
     unsigned last = PATTERNS_MAX;
     struct alike *alike = NULL;
     size_t number = 0;
 
     for (; number < strip->count; number++) {
-        unsigned pattern = pattern_of(&self->index, strip->nodes[number]);
+        ref node = strip->nodes[number];
+        unsigned pattern = told == TOLD_SPARSE && node == NONE ? 0 : pattern_of(&self->index, node);
 
-        if (nearest) {
+        if (told >= TOLD_NEAREST) {
             pattern = self->nearest[pattern];
-            if (!pattern)
+            if (told == TOLD_READY ? pattern < 2 : !pattern)
                 break;
         }
         strip->kinds[number] = (uint8_t)pattern;
@@ -91,6 +98,34 @@ static size_t patterns_tell(BlockIndex *self, const struct strip *strip, bool ne
     }
     run_end(alike, number);
     return number;
+}
+
+static size_t patterns_tell(BlockIndex *self, const struct strip *strip, enum told told,
+                            struct alike *alikes)
+{
+    switch (told) {
+    case TOLD_WHOLE:
+        return patterns_tell_as(self, strip, TOLD_WHOLE, alikes);
+    case TOLD_SPARSE:
+        return patterns_tell_as(self, strip, TOLD_SPARSE, alikes);
+    case TOLD_NEAREST:
+        return patterns_tell_as(self, strip, TOLD_NEAREST, alikes);
+    default:
+        return patterns_tell_as(self, strip, TOLD_READY, alikes);
+    }
+}
+
+/* Count the blocks of a strip again after it has become shorter; their patterns are written. */
+static void alikes_count(const struct strip *strip, struct alike *alikes)
+{
+    memset(alikes, 0, PATTERNS_MAX * sizeof(*alikes));
+    for (size_t number = 0; number < strip->count; number++) {
+        struct alike *alike = &alikes[strip->kinds[number]];
+
+        if (!alike->count++)
+            alike->first = number;
+        alike->last = number;
+    }
 }
 
 /* Return (pattern, first position, count, positions or None if unbroken, ids by tier or None). */
@@ -160,17 +195,11 @@ static void alikes_fill(const struct block_index *index, const struct strip *str
     }
 }
 
-/* Return the blocks of a strip by pattern; the last `absent` positions are nowhere. `count` becomes
- * that of the blocks before the first that is in no usable tier, if only the nearest count. */
-static PyObject *strip_told(BlockIndex *self, struct strip *strip, bool nearest, size_t absent)
+/* Return the blocks of a strip, which have been counted by pattern. */
+static PyObject *alikes_list(BlockIndex *self, const struct strip *strip, struct alike *alikes)
 {
-    struct alike alikes[PATTERNS_MAX] = {0};
     PyObject *result = PyList_New(0);
 
-    strip->count = patterns_tell(self, strip, nearest, alikes);
-    if (absent)
-        alikes[0] = (struct alike){.count = absent, .first = strip->count,
-                                   .last = strip->count + absent - 1};
     for (unsigned pattern = 0; result && pattern < PATTERNS_MAX; pattern++) {
         PyObject *alike;
 
@@ -186,16 +215,13 @@ static PyObject *strip_told(BlockIndex *self, struct strip *strip, bool nearest,
     return result;
 }
 
-/* Count that the first blocks of a prompt are asked for, or stored. */
-static void prompt_use(BlockIndex *self, const struct batch *prompt, size_t known,
-                       const struct reach *reach, enum use use)
+/* Let the tiers with LHD learn from a prompt that is asked for. */
+static void prompt_asked(BlockIndex *self, const struct batch *prompt, size_t known,
+                         const struct reach *reach)
 {
-    if (use)
-        index_use(&self->index, self->nodes, known, reach);
-    if (use == USE_ASKED)
-        for (unsigned t = 0; t < self->index.tiers; t++)
-            if (self->index.tier[t].density)
-                lhd_asked(&self->index, t, prompt, self->nodes, known, reach);
+    for (unsigned t = 0; t < self->index.tiers; t++)
+        if (self->index.tier[t].density)
+            lhd_asked(&self->index, t, prompt, self->nodes, known, reach);
 }
 
 /* Replace the nodes of a part of the chain by those of a group's leaves there. */
@@ -212,14 +238,26 @@ static struct strip leaves_find(BlockIndex *self, unsigned group, size_t begin, 
     return strip;
 }
 
+/* Return the blocks of a strip by pattern; the last `absent` positions are nowhere. */
+static PyObject *strip_list(BlockIndex *self, struct strip *strip, enum told told, size_t absent)
+{
+    struct alike alikes[PATTERNS_MAX] = {0};
+
+    strip->count = patterns_tell(self, strip, told, alikes);
+    if (absent)
+        alikes[0] = (struct alike){.count = absent, .first = strip->count,
+                                   .last = strip->count + absent - 1};
+    return alikes_list(self, strip, alikes);
+}
+
 static PyObject *survey_leaves(BlockIndex *self, unsigned group, const size_t range[2],
                                size_t known, bool use)
 {
     struct strip strip = leaves_find(self, group, range[0], known);
-    PyObject *result = strip_told(self, &strip, false, 0);
+    PyObject *result = strip_list(self, &strip, TOLD_SPARSE, 0);
 
     if (result && use)
-        index_use(&self->index, strip.nodes, strip.count, NULL);
+        index_use(&self->index, strip.nodes, strip.count);
     return result;
 }
 
@@ -242,12 +280,16 @@ static PyObject *survey(BlockIndex *self, struct value *values)
         return survey_leaves(self, group, range, known, use);
     strip = (struct strip){self->nodes + range[0], self->kinds + range[0],
                            known > range[0] ? known - range[0] : 0, range[0], 1};
-    result = strip_told(self, &strip, nearest, nearest ? 0 : range[1] - range[0] - strip.count);
+    result = strip_list(self, &strip, nearest ? TOLD_NEAREST : TOLD_WHOLE,
+                        nearest ? 0 : range[1] - range[0] - strip.count);
     if (!result)
         return NULL;
     if (nearest && known > range[0] + strip.count)
         known = range[0] + strip.count;
-    prompt_use(self, &(struct batch){.keys = keys, .blocks = range[1]}, known, NULL, use);
+    if (use)
+        index_use(&self->index, self->nodes, known);
+    if (use == USE_ASKED)
+        prompt_asked(self, &(struct batch){.keys = keys, .blocks = range[1]}, known, NULL);
     return result;
 }
 
@@ -256,15 +298,17 @@ CALL(call_, survey, BlockIndex, 5, READ("keys", read_bytes), OBJECT("begin"), OB
 
 /* -- reach ------------------------------------------------------------------------------------- */
 
-/* Divide scratch memory among the chain and the groups. Return 0, or -1 without memory. */
-static int reach_open(BlockIndex *self, struct reach *reach, size_t blocks)
+/* Divide scratch memory among the chain and the groups, and as much again for what is used. Return
+ * 0, or -1 without memory. */
+static int reach_open(BlockIndex *self, struct reach *reach, size_t blocks, ref **used)
 {
     size_t at = blocks;
 
     for (unsigned group = 1; group < self->index.groups; group++)
         at += blocks / self->index.rule[group].ratio;
-    if (scratch_take(self, at) < 0)
+    if (scratch_take(self, 2 * at) < 0)
         return -1;
+    *used = self->nodes + at;
     at = blocks;
     for (unsigned group = 1; group < self->index.groups; group++) {
         reach->leaves[group].nodes = self->nodes + at;
@@ -281,7 +325,7 @@ static PyObject *reach_group(BlockIndex *self, const struct reach *reach, unsign
     size_t count = reach->end / ratio - from;
     struct strip strip = {reach->leaves[group].nodes + from, self->kinds, count,
                           (from + 1) * ratio - 1, ratio};
-    PyObject *alikes = strip_told(self, &strip, true, 0);
+    PyObject *alikes = strip_list(self, &strip, TOLD_NEAREST, 0);
 
     return alikes ? Py_BuildValue("(IN)", group, alikes) : NULL;
 }
@@ -306,29 +350,39 @@ static PyObject *reach_leaves(BlockIndex *self, const struct reach *reach)
 static PyObject *reach(BlockIndex *self, struct value *values)
 {
     const unsigned char *keys = values[0].view.buffer.buf;
-    struct reach reach = {0};
+    struct alike alikes[PATTERNS_MAX] = {0};
+    struct reach reach;
     size_t range[2], from, known;
     struct strip strip;
     PyObject *chain, *leaves;
+    ref *used;
 
-    if (range_read(values, range) < 0 || reach_open(self, &reach, range[1]) < 0)
+    if (range_read(values, range) < 0 || reach_open(self, &reach, range[1], &used) < 0)
         return NULL;
-    reach.first = reach.ready = range[0];
     from = values[4].integer ? 0 : range[0];
     known = from + nodes_find(&self->index, keys, from, range[1], self->nodes + from);
-    while (reach.ready < known && is_loadable(&self->index, self->nodes[reach.ready]))
-        reach.ready++;
+    strip = (struct strip){self->nodes + range[0], self->kinds,
+                           known > range[0] ? known - range[0] : 0, range[0], 1};
+    strip.count = patterns_tell(self, &strip, TOLD_READY, alikes);
+    reach.first = range[0];
+    reach.ready = range[0] + strip.count;
     reach_find(&self->index, &reach, (size_t)values[3].integer);
-    strip = (struct strip){self->nodes + range[0], self->kinds, reach.end - range[0], range[0], 1};
-    chain = strip_told(self, &strip, true, 0);
+    if (reach.end < reach.ready) {
+        strip.count = reach.end - range[0];
+        alikes_count(&strip, alikes);
+    }
+    chain = alikes_list(self, &strip, alikes);
     leaves = chain ? reach_leaves(self, &reach) : NULL;
     if (!leaves) {
         Py_XDECREF(chain);
         return NULL;
     }
-    if (values[4].integer)
-        prompt_use(self, &(struct batch){.keys = keys, .blocks = range[1]},
-                   known < reach.end ? known : reach.end, &reach, USE_ASKED);
+    if (known > reach.end)
+        known = reach.end;
+    if (values[4].integer) {
+        index_use(&self->index, used, reach_nodes(&self->index, &reach, known, used));
+        prompt_asked(self, &(struct batch){.keys = keys, .blocks = range[1]}, known, &reach);
+    }
     return Py_BuildValue("(nnNN)", (Py_ssize_t)reach.end, (Py_ssize_t)reach.ready, chain, leaves);
 }
 

@@ -114,17 +114,23 @@ bool node_has(const struct block_index *index, ref number, struct key key)
     return key_is(node, key) && node->parent != NODE_FREE;
 }
 
-ref node_guess(const struct block_index *index, struct key key, ref before)
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+/* Guess the node of a key; return NONE if the guesses are wrong. Blocks that came together have
+ * neighbouring nodes, so the number after `before`, the node of the block before, is the first
+ * guess; the first child of `before` is the second. `leaves` says whether there may be any. */
+static ALWAYS_INLINE ref node_guess(const struct block_index *index, struct key key, ref before,
+                                    bool leaves)
 {
     ref child;
 
     if (before == NONE)
         return NONE;
     if (node_has(index, before + 1, key) && node_at(index, before + 1)->parent == before &&
-        !is_leaf(index, before + 1))
+        !(leaves && is_leaf(index, before + 1)))
         return before + 1;
     child = node_at(index, before)->child;
-    return node_has(index, child, key) && !is_leaf(index, child) ? child : NONE;
+    return node_has(index, child, key) && !(leaves && is_leaf(index, child)) ? child : NONE;
 }
 
 /* A bucket holds a node's number plus one, so that untouched memory is empty buckets. Leaves are
@@ -174,12 +180,11 @@ static void nodes_expect(const struct block_index *index, const unsigned char *k
 }
 
 /* Return the node of the i-th block, by a guess from the one before if there is one; or NONE. */
-static inline __attribute__((always_inline)) ref node_next(const struct block_index *index,
-                                                           const unsigned char *keys, size_t i,
-                                                           size_t end, ref before)
+static ALWAYS_INLINE ref node_next(const struct block_index *index, const unsigned char *keys,
+                                   size_t i, size_t end, ref before, bool leaves)
 {
     struct key key = key_at(keys, (int64_t)i);
-    ref found = node_guess(index, key, before);
+    ref found = node_guess(index, key, before, leaves);
 
     if (found != NONE)
         return found;
@@ -187,18 +192,28 @@ static inline __attribute__((always_inline)) ref node_next(const struct block_in
     return node_find(index, key, bucket_at(index, keys, (int64_t)i));
 }
 
-size_t nodes_find(const struct block_index *index, const unsigned char *keys, size_t begin,
-                  size_t end, ref *nodes)
+static ALWAYS_INLINE size_t chain_find(const struct block_index *index, const unsigned char *keys,
+                                       const size_t range[2], ref *nodes, bool leaves)
 {
     ref last = NONE;
 
-    for (size_t i = begin; i < end; i++) {
-        last = node_next(index, keys, i, end, last);
+    for (size_t i = range[0]; i < range[1]; i++) {
+        last = node_next(index, keys, i, range[1], last, leaves);
         if (last == NONE)
-            return i - begin;
-        nodes[i - begin] = last;
+            return i - range[0];
+        nodes[i - range[0]] = last;
     }
-    return end - begin;
+    return range[1] - range[0];
+}
+
+/* There is one loop for models without leaves, which has nothing to ask about them. */
+size_t nodes_find(const struct block_index *index, const unsigned char *keys, size_t begin,
+                  size_t end, ref *nodes)
+{
+    const size_t range[] = {begin, end};
+
+    return index->groups > 1 ? chain_find(index, keys, range, nodes, true)
+                             : chain_find(index, keys, range, nodes, false);
 }
 
 /* A set of keys, by position: the table holds positions plus two, so that zero is empty and one is
@@ -249,7 +264,7 @@ static int64_t unknown_agree(const struct block_index *index, const unsigned cha
         return -1;
     seen_before(&seen, -1);
     for (i = begin; i < end; i++) {
-        if (seen_before(&seen, (int64_t)i) || node_next(index, keys, i, end, NONE) != NONE)
+        if (seen_before(&seen, (int64_t)i) || node_next(index, keys, i, end, NONE, true) != NONE)
             break;
     }
     for (size_t known = 0; known < begin; known++) {
@@ -274,7 +289,7 @@ int64_t chain_agrees(const struct block_index *index, const unsigned char *keys,
         return 0;
     for (; parent != NONE && i < blocks; i++) {
         struct key key = key_at(keys, (int64_t)i);
-        ref found = node_next(index, keys, i, blocks, parent);
+        ref found = node_next(index, keys, i, blocks, parent, true);
 
         if (found == NONE)
             break;
@@ -285,48 +300,41 @@ int64_t chain_agrees(const struct block_index *index, const unsigned char *keys,
     return i < blocks ? unknown_agree(index, keys, i, blocks) : (int64_t)i;
 }
 
-/* A leaf is never the first child where there is another: walks along the chain look there. */
-void node_join(struct block_index *index, ref number)
+/* Link a node between a sibling, or NONE, and the one after it. */
+static void node_join_behind(struct block_index *index, ref number, ref before)
 {
     struct node *node = node_at(index, number);
-    ref *link;
+    ref *link = before == NONE ? &node_at(index, node->parent)->child
+                               : &node_at(index, before)->after;
 
-    node->before = NONE;
-    node->after = NONE;
-    if (node->parent == NONE)
-        return;
-    link = &node_at(index, node->parent)->child;
-    if (is_leaf(index, number)) {
-        *node_word(index, node->parent) |= UINT32_C(1) << group_of(index, number);
-        if (*link != NONE) {
-            node->before = *link;
-            link = &node_at(index, *link)->after;
-        }
-    }
+    node->before = before;
     node->after = *link;
     if (node->after != NONE)
         node_at(index, node->after)->before = number;
     *link = number;
 }
 
-void node_leave(struct block_index *index, ref number)
+/* A leaf is never the first child where there is another: walks along the chain look there. */
+static void leaf_join(struct block_index *index, ref number)
 {
-    struct node *node = node_at(index, number);
+    ref parent = node_at(index, number)->parent;
 
-    if (node->parent == NONE)
-        return;
-    if (node->before == NONE)
-        node_at(index, node->parent)->child = node->after;
-    else
-        node_at(index, node->before)->after = node->after;
-    if (node->after != NONE)
-        node_at(index, node->after)->before = node->before;
-    if (is_leaf(index, number))
-        *node_word(index, node->parent) &= ~(UINT32_C(1) << group_of(index, number));
+    *node_word(index, parent) |= UINT32_C(1) << group_of(index, number);
+    node_join_behind(index, number, node_at(index, parent)->child);
 }
 
-ref node_add(struct block_index *index, struct key key, uint32_t bucket, ref parent,
-             unsigned group)
+void node_join(struct block_index *index, ref number)
+{
+    if (is_leaf(index, number))
+        leaf_join(index, number);
+    else
+        node_join_behind(index, number, NONE);
+}
+
+/* Take a number for a node that has no place, and put it into its bucket, but not yet among its
+ * parent's children. */
+static ALWAYS_INLINE ref node_new(struct block_index *index, struct key key, uint32_t bucket,
+                                  ref parent)
 {
     ref number = index->free_nodes;
     struct node *node;
@@ -345,9 +353,29 @@ ref node_add(struct block_index *index, struct key key, uint32_t bucket, ref par
     node->root = parent == NONE ? number : node_at(index, parent)->root;
     for (unsigned t = 0; t < index->tiers; t++)
         node->place[t] = parent == NONE ? 0 : NONE;
+    return number;
+}
+
+ref node_add(struct block_index *index, struct key key, uint32_t bucket, ref parent)
+{
+    ref number = node_new(index, key, bucket, parent);
+
     if (index->groups > 1)
-        *node_word(index, number) = group ? group << 1 | LEAF : 0;
-    node_join(index, number);
+        *node_word(index, number) = 0;
+    if (parent == NONE)
+        node_at(index, number)->before = node_at(index, number)->after = NONE;
+    else
+        node_join_behind(index, number, NONE);
+    return number;
+}
+
+ref node_add_leaf(struct block_index *index, struct key key, uint32_t bucket, ref parent,
+                  unsigned group)
+{
+    ref number = node_new(index, key, bucket, parent);
+
+    *node_word(index, number) = group << 1 | LEAF;
+    leaf_join(index, number);
     return number;
 }
 

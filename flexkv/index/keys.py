@@ -36,7 +36,7 @@ from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, is_natural
 from flexkv.common.space import GROUPS_MAX, BlockSpace
-from flexkv.common.terms import BLOCK_KEY_BYTES, LEAF_SALT, BlockKey
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey
 from flexkv.index.secret import derived
 
 KEY_VERSION = 3
@@ -44,6 +44,7 @@ KEY_VERSION = 3
 
 _ROOT, _EXTRAS = b"flexkv root", b"flexkv extras"
 """What N names: this keeps roots and extra keys apart."""
+_LEAF = b"flexkv leaf"
 
 
 class Scope(NamedTuple):
@@ -194,13 +195,14 @@ def leaf_keys(keys: bytes, group: int) -> bytes:
         keys: the root and the keys of the blocks: 16 bytes each.
         group: the number of the KV group; the leaves of group 0 are the blocks themselves.
     """
-    words = np.frombuffer(keys, np.uint64).reshape(-1, 2) ^ _salt(group)
+    words = np.frombuffer(keys, np.uint64).reshape(-1, 2) ^ leaf_salt(group)
     return keys[:BLOCK_KEY_BYTES] + words[1:].tobytes()
 
 
 @lru_cache(GROUPS_MAX)
-def _salt(group: int) -> NDArray[np.uint64]:
-    salt = _ext.hash128(LEAF_SALT, group) if group else bytes(BLOCK_KEY_BYTES)
+def leaf_salt(group: int) -> NDArray[np.uint64]:
+    """Return what turns the key of a block into that of a group's leaf, by XOR: uint64[2]."""
+    salt = _ext.hash128(_LEAF, group) if group else bytes(BLOCK_KEY_BYTES)
     return np.frombuffer(salt, np.uint64)
 
 

@@ -32,12 +32,11 @@ from flexkv.front.layerwise import TIMEOUT_S
 from flexkv.front.loop_thread import LoopThread
 from flexkv.index.keys import block_identity
 from flexkv.io.device.tensors import KVCaches, kv_cache_list, layouts_of
-from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import DevicePort
 from flexkv.observe.logs import get_logger
 from flexkv.process.cpus import widen_affinity
 from flexkv.server.fleet import ids_from
-from flexkv.server.handshake import Connected, connect
+from flexkv.server.handshake import Connected, attached_arena, connect
 from flexkv.server.layered_gets import LayeredGets
 from flexkv.server.link import Link
 from flexkv.server.wire import (
@@ -98,6 +97,7 @@ class Agent:
         """
         self._address, self._model, self._cache = address, model, cache
         self._instance, self._tp_rank = instance, tp_rank
+        self._groups = len(model.spaces(cache.tokens_per_block))
         self._thread = LoopThread()
         self._supervisor: Supervisor | None = None
         self._link: Link[FromServer] | None = None
@@ -178,10 +178,10 @@ class Agent:
             layer: from 0.
 
         Raises:
-            ConfigError: no such layer.
+            ConfigError: no such layer, or the model has several KV groups.
             ClosedError: the agent is closed.
         """
-        self._report(numbers, False, index("layer", layer, self._model.num_layers) + 1)
+        self._report(numbers, False, self._layer(layer) + 1)
 
     def wait_for_layer(
         self,
@@ -206,12 +206,12 @@ class Agent:
             has ended without the layer, or the server is gone; the others were waited for.
 
         Raises:
-            ConfigError: no such layer.
+            ConfigError: no such layer, or the model has several KV groups.
             TimeoutError: a layer was not there, or queued, in time. Its get goes on.
             DeviceError: the driver refused.
         """
         number = None if stream is None else integer("stream", stream)
-        wanted, wait_s = index("layer", layer, self._model.num_layers), seconds("timeout", timeout)
+        wanted, wait_s = self._layer(layer), seconds("timeout", timeout)
         return self._gets.wait(numbers, wanted, wait_s, number)
 
     def wait_for_end(self, number: int, timeout: float = TIMEOUT_S) -> int:
@@ -221,6 +221,17 @@ class Agent:
             TimeoutError: it was not over in time, or the agent does not know the get.
         """
         return self._gets.wait_end(number, seconds("timeout", timeout))
+
+    def _layer(self, layer: int) -> int:
+        """Return the number of a layer, as an integer.
+
+        Raises:
+            ConfigError: no such layer, or the model has several KV groups.
+        """
+        if self._groups > 1:
+            why = f"a model with several KV groups ({self._groups}) is not copied layer by layer"
+            raise ConfigError("layer", layer, why)
+        return index("layer", layer, self._model.num_layers)
 
     def _report(self, numbers: Sequence[int], to_device: bool, layers: int | None) -> None:
         if not numbers:
@@ -331,7 +342,7 @@ class Agent:
         with ExitStack() as undo:
             undo.callback(connected.socket.close)  # does nothing if a link has closed it
             try:
-                arena = _attached(connected)
+                arena = attached_arena(connected)
                 undo.callback(arena.close)
                 backend.attach(arena)
                 device = backend.device(tensors, layout, self._tp_rank)
@@ -424,8 +435,10 @@ class Agent:
         """Return the layers of a piece.
 
         Raises:
-            ProtocolError: the model has no such layers.
+            ProtocolError: the model has no such layers, or several KV groups.
         """
+        if self._groups > 1:
+            raise ProtocolError("a copy by layer, for a model with several KV groups")
         if not first < last <= self._model.num_layers:
             raise ProtocolError(f"layers {first} to {last}: the model has {self._model.num_layers}")
         return Layers(first, last, whole)
@@ -468,21 +481,6 @@ class Agent:
             await settled.wait()
         finally:
             del self._settling[number]
-
-
-def _attached(connected: Connected) -> Arena:
-    """Map the host memory of a server.
-
-    Raises:
-        OSError: it cannot be mapped, or does not match what the server says about it.
-        ProtocolError: the server sent no descriptor of it.
-    """
-    welcome, fd = connected.welcome, connected.arena_fd
-    if fd is None:
-        raise ProtocolError("the server sent no descriptor of its host memory")
-    return Arena.attach(
-        fd, welcome.num_host_blocks, welcome.block_stride_bytes, welcome.fd_offset_bytes
-    )
 
 
 _TO_DEVICE = Route(Tier.HOST, Tier.DEVICE)

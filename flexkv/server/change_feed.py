@@ -6,7 +6,7 @@ import asyncio
 
 from flexkv.common.request import Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES
-from flexkv.index.keys import key_list
+from flexkv.index.keys import key_list, leaf_keys
 from flexkv.index.residency import READY, Residency
 from flexkv.server.link import Link
 from flexkv.server.wire import Changed, Done, Start, ToServer
@@ -53,7 +53,10 @@ class ChangeFeed:
         if not self._is_behind:
             return
         changes = self._residency.changes()
-        told = tuple((key, tier.label, there) for key, tier, there, _ in changes or ())
+        told = tuple(
+            (_chain_key(key, group), tier.label, there, group)
+            for key, tier, there, group in changes or ()
+        )
         for link, is_behind in self._is_behind.items():
             lost = is_behind or changes is None
             if link.unsent_bytes > UNREAD_BYTES_MAX:
@@ -74,9 +77,10 @@ class ChangeFeed:
             return
         residency = self._residency
         there = [
-            (key, tier.label, True)
-            for group in residency.survey(keys, 0, count - 1, use=False)
-            for tier, state, ids in zip(residency.tiers, group.states, group.block_ids, strict=True)
+            (_chain_key(key, group), tier.label, True, group)
+            for group in range(residency.groups)
+            for each in residency.survey(keys, 0, count - 1, use=False, group=group)
+            for tier, state, ids in zip(residency.tiers, each.states, each.block_ids, strict=True)
             if state == READY and ids is not None
             for key in key_list(residency.keys_of(tier, ids))
         ]
@@ -89,3 +93,13 @@ class ChangeFeed:
         if not done.moved and start.operation == Operation.PUT.label:  # another put stored them
             self.tell_of(link, keys)
         link.send(done)
+
+
+def _chain_key(key: bytes, group: int) -> bytes:
+    """Return the key of the chain's block on which a block hangs, if it is a leaf; else its own."""
+    if not group:
+        return key
+    return leaf_keys(_NO_ROOT + key, group)[BLOCK_KEY_BYTES:]  # a leaf's key is made by XOR
+
+
+_NO_ROOT = bytes(BLOCK_KEY_BYTES)

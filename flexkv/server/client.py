@@ -16,16 +16,18 @@ from typing import Any
 
 from flexkv.common.arguments import member
 from flexkv.common.config import ModelConfig, Settings
-from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
-from flexkv.common.request import KVResponseStatus, Operation, as_int64
+from flexkv.common.errors import ClosedError, ConfigError
+from flexkv.common.request import LeafBlocks, Operation, as_int64
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 from flexkv.index.keys import KeyChain, Namespace, block_identity
 from flexkv.observe.logs import get_logger
 from flexkv.process import forks
 from flexkv.process.forks import HomeProcess
+from flexkv.server.awaited import Awaited
 from flexkv.server.changes import Changes
 from flexkv.server.frames import FrameSocket
 from flexkv.server.handshake import Connected
+from flexkv.server.leaves import leaf_ids
 from flexkv.server.prompts import (
     Keys,
     Prompt,
@@ -52,7 +54,6 @@ from flexkv.server.wire import (
     Release,
     Start,
     State,
-    failed,
     parts_of,
     why_unsent,
 )
@@ -103,14 +104,8 @@ class Client:
         self._home: HomeProcess | None = None
         forks.on_fork(self._let_go_in_child)
         self._prompts, self._next_prompt = SentPrompts(), 0
-        self._asked: dict[int, float] = {}
-        """For each match without an answer, the time from which its timeout counts."""
-        self._blocks: dict[int, int] = {}
-        """How many blocks each match and request under way names; an answer may not have more."""
+        self._awaited = Awaited()
         self._is_behind = False
-        self._matched: dict[int, Matched] = {}
-        self._ended: list[Done] = []
-        self._under_way: set[int] = set()
         facts = block_identity(spaces, self._secret)
         self._reconnects = Reconnects(
             self._address, self._answer_s,
@@ -150,14 +145,17 @@ class Client:
 
     # -- requests -------------------------------------------------------------------------------
 
-    def match(self, keys: Keys, first: int = 0, hold: bool = False, tell: bool = False) -> Matched:
+    def match(
+        self, keys: Keys, first: int = 0, hold: bool = False, tell: bool = False, drop: int = 0
+    ) -> Matched:
         """Return how many blocks of a prompt are resident; none if the server does not answer.
 
         The result's `by_tier` counts the blocks from `first` on. With `hold`, the blocks are kept
         from eviction until `start` or `release` gets the match's number. With `tell`, `changes`
-        also returns where each block is.
+        also returns where each block is. `drop` is how many blocks behind those in the result must
+        be resident as well: see `KVGroups.drop`.
         """
-        return self.result(self.ask(keys, first, hold, tell))
+        return self.result(self.ask(keys, first, hold, tell, drop))
 
     def result(self, number: int) -> Matched:
         """Wait for the result of a match, and return it."""
@@ -166,19 +164,22 @@ class Client:
             self._receive(self._answer_s)
         return matched
 
-    def ask(self, keys: Keys, first: int = 0, hold: bool = False, tell: bool = False) -> int:
+    def ask(
+        self, keys: Keys, first: int = 0, hold: bool = False, tell: bool = False, drop: int = 0
+    ) -> int:
         """Send a match (see `match`), and return its number for `answer` or `release`.
 
         For a part of a prompt, only the keys that the server lacks are sent.
         """
         part = self._part_of(keys)
-        message = Match(self.number(), part.keys, first, hold, tell, part.prompt, part.known)
+        message = Match(
+            self.number(), part.keys, first, hold, tell, part.prompt, part.known, drop=drop
+        )
         return self._ask(message, blocks_of(keys))
 
     def _ask(self, message: Match, blocks: int) -> int:
         if self._send(message):
-            self._asked[message.number] = time.monotonic()
-            self._blocks[message.number] = blocks
+            self._awaited.ask(message.number, blocks)
             self.flush()
         return message.number
 
@@ -196,22 +197,21 @@ class Client:
         """
         self._check_process()
         until_s = time.monotonic() + wait_s
-        while number in self._asked:
+        while self._awaited.asked_s(number) is not None:
             self.flush()
             heard, now_s = self._receive(0.0), time.monotonic()
-            if now_s > self._asked.get(number, now_s) + self._answer_s:
+            asked_s = self._awaited.asked_s(number)
+            if asked_s is not None and now_s > asked_s + self._answer_s:
                 self._lost(f"no answer within {self._answer_s} s")
             elif now_s >= until_s and not heard:
                 return None
-        return self._matched.pop(number, None) or Matched(number, 0, {})
+        return self._awaited.answer(number) or Matched(number, 0, {})
 
     def release(self, numbers: Sequence[int]) -> None:
         """End the holds of matches, and give up those that are not answered yet."""
         self._check_process()
         for number in numbers:
-            self._asked.pop(number, None)
-            self._matched.pop(number, None)
-            self._blocks.pop(number, None)
+            self._awaited.release(number)
         for part in parts_of(numbers):
             if self._socket is not None:
                 self._send(Release(part))
@@ -235,15 +235,28 @@ class Client:
 
     def get(
         self, keys: Keys, first: int, device_ids: BlockIds, held: int, when_ready: bool,
-        by_layer: bool = False,
+        leaves: Sequence[LeafBlocks] = (),
     ) -> int:  # fmt: skip
-        """Begin a get; arguments as for `start`, `ask` and, for layers, `Agent.wait_for_layer`."""
-        more = {"when_ready": when_ready, "held": held, "by_layer": by_layer}
+        """Begin a get; arguments as for `start` and `ask`.
+
+        If the model has several KV groups, `leaves` are the device blocks of all leaves that the
+        prefix needs from `first` on, by ascending group. Unless all blocks of all groups can be
+        loaded, none is.
+        """
+        more = {"when_ready": when_ready, "held": held, "leaves": leaf_ids(leaves)}
+        return self._start(Operation.GET, keys, first, device_ids, **more)
+
+    def get_by_layer(
+        self, keys: Keys, first: int, device_ids: BlockIds, held: int, when_ready: bool
+    ) -> int:
+        """Begin a get that is copied layer by layer: see `Agent.wait_for_layer`."""
+        more = {"when_ready": when_ready, "held": held, "by_layer": True}
         return self._start(Operation.GET, keys, first, device_ids, **more)
 
     def put(
-        self, keys: Keys, first: int, device_ids: BlockIds, generation: int, by_layer: bool = False
-    ) -> int:
+        self, keys: Keys, first: int, device_ids: BlockIds, generation: int,
+        by_layer: bool = False, leaves: Sequence[LeafBlocks] = (),
+    ) -> int:  # fmt: skip
         """Begin a put that waits until the agent of every rank has reported it as `ready`.
 
         Args:
@@ -253,8 +266,11 @@ class Client:
             generation: the client's `generation` when computing the blocks began. If the cache
                 was cleared since then, nothing is stored, and the `Done` has `is_stale`.
             by_layer: whether each layer is copied once written: see `Agent.layer_written`.
+            leaves: the device blocks of leaves to store, by ascending group. They may hang on any
+                block of `keys`; those whose block of the chain is not stored are left out.
         """
-        more = {"when_ready": True, "generation": generation, "by_layer": by_layer}
+        more: dict[str, Any] = {"when_ready": True, "generation": generation, "by_layer": by_layer}
+        more["leaves"] = leaf_ids(leaves)
         return self._start(Operation.PUT, keys, first, device_ids, **more)
 
     def _start(
@@ -269,18 +285,19 @@ class Client:
 
     def begin(self, start: Start) -> int:
         """Begin a request, and return its number."""
-        if not self._under_way:
+        awaited, number = self._awaited, start.number
+        if not awaited.requests:
             self._heard_s = time.monotonic()
-        self._under_way.add(start.number)
-        self._blocks[start.number] = max(start.known - 1, 0) + len(start.keys) // BLOCK_KEY_BYTES
-        if not self._send(start) and start.number in self._under_way:
-            self._fail(start.number, why_unsent(self._blocks[start.number] if self._socket else 0))
-        return start.number
+        blocks = max(start.known - 1, 0) + len(start.keys) // BLOCK_KEY_BYTES
+        awaited.begin(number, blocks)
+        if not self._send(start) and number in awaited.requests:
+            awaited.fail([number], why_unsent(blocks if self._socket else 0))
+        return number
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Cancel requests; `poll` returns their ends all the same."""
         self._check_process()
-        for part in parts_of([number for number in numbers if number in self._under_way]):
+        for part in parts_of([each for each in numbers if each in self._awaited.requests]):
             self._send(Cancel(part))
 
     def poll(self) -> list[Done]:
@@ -291,10 +308,9 @@ class Client:
             while self._receive(0.0) and time.monotonic() < until_s:
                 if self._socket is None or self._socket.is_drained:
                     break
-            if self._under_way and time.monotonic() > self._heard_s + HANG_S:
+            if self._awaited.requests and time.monotonic() > self._heard_s + HANG_S:
                 self._lost(f"it sent nothing for {HANG_S} s")
-        ended, self._ended = self._ended, []
-        return ended
+        return self._awaited.ended()
 
     def changes(self) -> list[Changed]:
         """Return the reported changes of which blocks are resident, each once."""
@@ -419,7 +435,8 @@ class Client:
     def _reads_on(self) -> None:
         """Restart the timeouts of matches if the server was behind: it may have got them late."""
         if self._is_behind:
-            self._is_behind, self._asked = False, dict.fromkeys(self._asked, time.monotonic())
+            self._is_behind = False
+            self._awaited.restart()
 
     def _receive(self, wait_s: float) -> bool:
         """Process what arrives within `wait_s`; return whether something valid arrived."""
@@ -441,20 +458,13 @@ class Client:
     def _take(self, message: FromServer) -> None:
         match message:
             case Matched():
-                if self._asked.pop(message.number, None) is not None:
-                    self._check_blocks(message.number, message.blocks, *message.by_tier.values())
-                    self._matched[message.number] = message
+                self._awaited.take_matched(message)
             case Changed():
                 if not self._watches:
                     raise ProtocolError("the server sent changes that nobody asked for")
                 self._changes.add(message)
             case Done():
-                if message.number in self._under_way:
-                    if message.status not in _STATUSES:
-                        raise ProtocolError(f"a request cannot end with status {message.status!r}")
-                    self._check_blocks(message.number, message.moved)
-                    self._under_way.discard(message.number)
-                    self._ended.append(message)
+                self._awaited.take_done(message)
             case State():
                 self.is_ready, self.num_blocks = message.ready, message.num_blocks
                 self.epoch, self.generation = message.epoch, message.generation
@@ -464,18 +474,9 @@ class Client:
             case _:
                 raise ProtocolError(f"a server may not send {type(message).__name__} to a client")
 
-    def _check_blocks(self, number: int, *blocks: int) -> None:
-        """Check that an answer has no more blocks than were asked for.
-
-        Raises:
-            ProtocolError: the answer has more.
-        """
-        asked = self._blocks.pop(number, 0)
-        if any(count > asked for count in blocks):
-            raise ProtocolError(f"it answered {max(blocks)} blocks, {asked} were asked for")
-
     def _lost(self, reason: str) -> None:
-        log.warning("server_lost", path=self._address, reason=reason, failed=len(self._under_way))
+        failing = len(self._awaited.requests)
+        log.warning("server_lost", path=self._address, reason=reason, failed=failing)
         self._reconnects.back_off()
         self._drop()
 
@@ -486,15 +487,4 @@ class Client:
                 self._changes.lose()
         self._socket, self.is_ready, self._is_behind = None, False, False
         self._prompts.clear()
-        self._asked.clear()
-        self._matched.clear()
-        self._blocks.clear()
-        for number in list(self._under_way):
-            self._fail(number, ClosedError("disconnected from the server"))
-
-    def _fail(self, number: int, error: FlexKVError) -> None:
-        self._under_way.discard(number)
-        self._ended.append(failed(number, error))
-
-
-_STATUSES = frozenset(status.value for status in KVResponseStatus)
+        self._awaited.disconnected(ClosedError("disconnected from the server"))

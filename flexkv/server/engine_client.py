@@ -82,7 +82,8 @@ class EngineClient:
         settings.require_built()
         self.model, self._settings = model, settings
         self._client = Client(settings, model, settings.instance_id)
-        self._intake = Intake(self._client.key_chain)
+        spaces = model.spaces(settings.cache_config.tokens_per_block)
+        self._intake = Intake(self._client.key_chain, spaces=spaces)
         self._agents: dict[int, Agent] = {}
         self._under_way: dict[int, RemoteTicket] = {}
         self._is_open = self._is_used = self._is_closed = False

@@ -164,17 +164,19 @@ class FleetPort(RemoteDevice):
             ranks.connect(self._wake)
         return ranks
 
-    def ids_of(self, instance: Instance, local_ids: BlockIds) -> BlockIds:
+    def ids_of(
+        self, instance: Instance, local_ids: BlockIds, field: str = "device_ids"
+    ) -> BlockIds:
         """Return the ids of an instance's device blocks among those of all instances.
 
         Raises:
-            ConfigError: one of them is no block of its devices.
+            ConfigError: one of them is no block of its devices; the error names `field`.
         """
         assert instance.epoch is not None
         if len(local_ids) and not 0 <= local_ids.min() <= local_ids.max() < instance.num_blocks:
             wrong = next(int(i) for i in local_ids if not 0 <= i < instance.num_blocks)
             why = f"is not a device block of the instance, which has {instance.num_blocks}"
-            raise ConfigError("device_ids", wrong, why)
+            raise ConfigError(field, wrong, why)
         return local_ids | (instance.epoch << EPOCH_SHIFT)
 
     def tell(self, number: int, message: Message) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flexkv.common.errors import ClosedError, ConfigError
+from flexkv.io.memory.arena import Arena
 from flexkv.server.address import socket_paths
 from flexkv.server.listen import is_same_user, peer_of
 from flexkv.server.wire import (
@@ -148,3 +149,18 @@ def message(peer: socket.socket) -> FromServer:
         ProtocolError: the server sent something that is not a message.
     """
     return understood(FROM_SERVER, read(peer, length_of(read(peer, LENGTH_BYTES))))
+
+
+def attached_arena(connected: Connected) -> Arena:
+    """Map the host memory of a server.
+
+    Raises:
+        OSError: it cannot be mapped, or does not match what the server says about it.
+        ProtocolError: the server sent no descriptor of it.
+    """
+    welcome, fd = connected.welcome, connected.arena_fd
+    if fd is None:
+        raise ProtocolError("the server sent no descriptor of its host memory")
+    return Arena.attach(
+        fd, welcome.num_host_blocks, welcome.block_stride_bytes, welcome.fd_offset_bytes
+    )

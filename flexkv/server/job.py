@@ -141,4 +141,5 @@ def tell_end(start: Start, done: Done, tell: Tell) -> None:
 
 def bytes_of(start: Start, keys: bytes) -> int:
     """Return what a request counts against the bytes that a client may have under way."""
-    return len(keys) + len(start.device_ids)
+    leaves = sum(len(run.ids) for run in start.leaves)
+    return len(keys) + len(start.device_ids) + leaves

@@ -24,15 +24,17 @@ from flexkv.common.errors import (
     InternalError,
     cause_of,
 )
-from flexkv.common.request import KVResponse, Operation, Request, Span
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
+from flexkv.common.request import KVResponse, LeafBlocks, Operation, Request, Span
+from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine.engine import Engine
 from flexkv.engine.runner import RequestOwner
 from flexkv.engine.tickets import Ticket
+from flexkv.index.found import Found
 from flexkv.observe.logs import get_logger
 from flexkv.server.agent_port import AgentPort
 from flexkv.server.fleet import FleetPort, Instance, ids_from
 from flexkv.server.job import Answered, Job, Reports, bytes_of, tell_end
+from flexkv.server.leaves import has_twice, leaf_blocks
 from flexkv.server.planning_turns import PlanningTurns
 from flexkv.server.put_share import PutShare
 from flexkv.server.wire import (
@@ -54,7 +56,6 @@ PUTS_SHARE = 2
 """The puts of one instance may be filling at most host memory divided by this."""
 JOBS_BYTES_MAX = 64 << 20
 """Maximum bytes of keys and ids that the requests of one client may have under way."""
-FEW = 64
 ENDS_KEPT = 256
 """How many ends of gets are told to an agent that reconnects: it may have missed them."""
 
@@ -113,23 +114,40 @@ class Jobs:
             why = "must be 16 bytes for each key, including the root"
             raise ConfigError("keys", f"{len(keys)} bytes", why)
         keys = keys_within(engine, keys)
-        begin = min(message.first, len(keys) // BLOCK_KEY_BYTES - 1) if message.from_first else 0
-        found = engine.find(keys, begin)
+        blocks, has_leaves = len(keys) // BLOCK_KEY_BYTES - 1, len(engine.sizes.spaces) > 1
+        # Leaves that hang on blocks which the client has are not needed.
+        begin = min(message.first, blocks) if message.from_first or has_leaves else 0
+        drop = min(message.drop, blocks)
+        found = engine.find(keys, begin, drop)
         if message.hold:  # holds are counted, so no block may occur twice
             agreeing = engine.residency.agreeing(keys[: (found.last + 1) * BLOCK_KEY_BYTES])
             if agreeing < found.last:  # these keys were not derived from tokens
                 begin = min(begin, agreeing)
-                found = engine.find(keys[: (agreeing + 1) * BLOCK_KEY_BYTES], begin)
+                found = engine.find(keys[: (agreeing + 1) * BLOCK_KEY_BYTES], begin, drop)
         by_tier = {
             tier.label: place.block_count - place.positions.number_before(message.first)
             for tier, place in found.ready.items()
         }
         pending = found.pending.block_count if found.pending else 0
-        host = found.ready.get(Tier.HOST)
-        run = 0 if host is None else host.positions.leading(message.first)
-        answer(Matched(message.number, found.last, by_tier, pending, run))
+        run = self._host_run(keys, found, message)
+        chain = max(found.last, found.chain)
+        answer(Matched(message.number, found.last, by_tier, pending, run, chain))
         if message.hold:
             engine.requests.holds.hold(self._instance, message.number, found.holdings)
+
+    def _host_run(self, keys: bytes, found: Found, message: Match) -> int:
+        """Return how many blocks from the match's first one on a put would not have to store."""
+        engine, first = self._engine, message.first
+        blocks = len(keys) // BLOCK_KEY_BYTES - 1
+        if len(engine.sizes.spaces) == 1 or first >= blocks:
+            host = found.ready.get(Tier.HOST)
+            return 0 if host is None else host.positions.leading(first)
+        if not message.from_first:
+            return 0
+        per_block = engine.tokens_per_block
+        span = Span(first, blocks, first * per_block, blocks * per_block)
+        put = Request(Operation.PUT, 0, blocks * per_block, per_block, span, keys)
+        return engine.requests.lacking_from(put) - first
 
     def release(self, numbers: tuple[int, ...] | None = None) -> None:
         """End holds, by default all; ignore those that have ended already."""
@@ -179,9 +197,25 @@ class Jobs:
             if start.operation != Operation.PREFETCH.label:
                 self._instance_of(start)
             _check(start, keys)
+            self._leaves(start, keys)
         except (ClosedError, ConfigError) as error:
             return str(error)
         return ""
+
+    def _leaves(self, start: Start, keys: bytes) -> tuple[LeafBlocks, ...]:
+        """Return the device blocks of other KV groups that a request names.
+
+        Raises:
+            ConfigError: they break a rule, or a request by layer names some.
+        """
+        spaces = self._engine.sizes.spaces
+        if start.by_layer and len(spaces) > 1:
+            why = f"must be false for a model with several KV groups: this one has {len(spaces)}"
+            raise ConfigError("by_layer", True, why)
+        if start.leaves and start.operation == Operation.PREFETCH.label:
+            why = "must be empty for a prefetch: no device takes part"
+            raise ConfigError("leaves", f"{len(start.leaves)} runs", why)
+        return leaf_blocks(start.leaves, len(keys) // BLOCK_KEY_BYTES - 1 - start.drop, spaces)
 
     def ready(self, numbers: tuple[int, ...], tp_rank: int, layers: int | None = None) -> None:
         """Record that a rank is ready for these requests, or for their first `layers` layers.
@@ -272,6 +306,7 @@ class Jobs:
         if request.operation is not Operation.PUT:
             return await ticket.run(turn)
         blocks = request.span.last_block - request.span.first_block
+        blocks += sum(len(leaves.device_ids) for leaves in request.leaves)
         await self._puts.enter(blocks)
         job.starve_after(self._engine.cache.io_deadline_s)
         try:
@@ -330,12 +365,16 @@ class Jobs:
         engine, fleet, start = self._engine, self._fleet, job.start
         operation = _OPERATIONS[start.operation]
         keys = keys_within(engine, job.keys)
-        last = len(keys) // BLOCK_KEY_BYTES - 1
+        last = max(0, len(keys) // BLOCK_KEY_BYTES - 1 - start.drop)
         first = min(start.first, last)
-        ids = None
+        ids, leaves = None, list[LeafBlocks]()
         if operation is not Operation.PREFETCH:
-            ids = fleet.ids_of(self._instance_of(start), ids_from(start.device_ids))
-            ids = ids[: last - first]
+            instance = self._instance_of(start)
+            ids = fleet.ids_of(instance, ids_from(start.device_ids))[: last - first]
+            for group, positions, leaf_ids in self._leaves(start, job.keys):
+                count = positions.number_before(last)
+                theirs = fleet.ids_of(instance, leaf_ids, f"leaves of KV group {group}")
+                leaves.append(LeafBlocks(group, positions.part(0, count), theirs[:count]))
         per_block = engine.tokens_per_block
         return Request(
             operation,
@@ -348,6 +387,8 @@ class Jobs:
             start.namespace_hash,
             job if start.by_layer else None,
             job.generation,
+            tuple(leaves),
+            start.drop,
         )
 
 
@@ -366,7 +407,9 @@ def _check(start: Start, keys: bytes) -> None:
     if start.operation not in _OPERATIONS:
         raise ConfigError("operation", start.operation, f"must be one of {', '.join(_OPERATIONS)}")
     blocks, rest = divmod(len(keys), BLOCK_KEY_BYTES)
-    last = blocks - 1
+    if start.drop and start.operation == Operation.PUT.label:
+        raise ConfigError("drop", start.drop, "must be 0 for a put")
+    last = blocks - 1 - start.drop
     if rest or not 0 <= start.first <= last:
         raise ConfigError("first", start.first, f"must be from 0 to the number of blocks, {last}")
     if start.operation == Operation.PREFETCH.label:
@@ -379,16 +422,8 @@ def _check(start: Start, keys: bytes) -> None:
     if len(ids) != wanted * 8:
         why = f"must be one id of 8 bytes for each of the {wanted} blocks"
         raise ConfigError("device_ids", f"{len(ids)} bytes", why)
-    if _has_twice(np.frombuffer(ids, np.int64)):
+    if has_twice(np.frombuffer(ids, np.int64)):
         raise ConfigError("device_ids", f"{wanted} ids", "must not name a block twice")
-
-
-def _has_twice(ids: BlockIds) -> bool:
-    """Return whether an id occurs twice."""
-    if len(ids) <= FEW:  # for few ids a set is faster than sorting
-        return len(set(ids.tolist())) < len(ids)
-    ordered = np.sort(ids)
-    return bool((ordered[1:] == ordered[:-1]).any())
 
 
 _OPERATIONS = {operation.label: operation for operation in Operation}

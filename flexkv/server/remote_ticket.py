@@ -13,6 +13,7 @@ from flexkv.actors.supervisor import Supervisor
 from flexkv.common.errors import ClosedError, FlexKVError, TransferError, error_from
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.engine.runner import ALONE, RequestOwner
+from flexkv.server.leaves import leaf_ids
 from flexkv.server.wire import Done, Start
 
 
@@ -121,13 +122,15 @@ class RemoteTicket:
             request.request_id,
             request.operation.label,
             request.keys,
-            request.span.first_block,
+            min(request.span.first_block, request.block_count),  # no whole block is selected
             b"" if ids is None else ids.tobytes(),
             self._epoch or 0,
             when_ready=ids is not None and self._door.orders_all,
             held=request.request_id if self._holds else 0,
             namespace_hash=request.namespace_hash,
             generation=self._generation,
+            leaves=leaf_ids(request.leaves),
+            drop=request.drop,
         )
         self._holds = False  # the server ends the hold
         self._door.send(self, start)

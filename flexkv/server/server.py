@@ -393,7 +393,7 @@ class Server:
 
     def _port_of(self, link: Link[ToServer], hello: Hello) -> AgentPort:
         engine, sizes = self._engine, self._engine.sizes
-        host_bytes = sizes.num_host_blocks * sizes.block_bytes[0]
+        host_bytes = sizes.num_host_blocks * max(sizes.block_bytes)
         window_bytes = int(engine.cache.device_window_mb * MB) * WINDOWS_PER_AGENT
         window_bytes = min(window_bytes, host_bytes // HOST_SHARE)
         part_bytes, parts = [space.part_bytes for space in sizes.spaces], sizes.spaces[0].parts

@@ -43,16 +43,19 @@ from flexkv.common.errors import (
     MalformedError,
     cause_of,
 )
+from flexkv.common.space import GROUPS_MAX
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 FRAME_BYTES_MAX = 8 << 20
 """Maximum size of a message; the server accepts at most `FRAME_BYTES_OF` the peer's role."""
 LENGTH_BYTES = 4
 HELLO_BYTES_MAX = 64 << 10
 NUMBERS_MAX = 4096
 """How many numbers one message may have; more are split among several messages."""
+LEAVES_MAX = 1024
+"""How many runs of leaves a message may have."""
 PROMPTS_MAX, PROMPTS_BYTES_MAX, PROMPT_BYTES_MAX = 8192, 32 << 20, 1 << 20
 """Limits of what the server keeps per client: prompts, bytes of keys, bytes of a prompt's keys."""
 
@@ -139,6 +142,8 @@ class Match(Message, tag="match", frozen=True):
     """How many keys of the prompt the server has already, including the root."""
     from_first: bool = False
     """Whether the blocks before `first` need not be resident."""
+    drop: Number = 0
+    """How many blocks behind those found must be resident, too: see `KVGroups.drop`."""
 
 
 class Forget(Message, tag="forget", frozen=True):
@@ -163,7 +168,22 @@ class Matched(Message, tag="matched", frozen=True):
     pending: Number = 0
     """How many of the blocks are being filled."""
     host_run: Number = 0
-    """How many blocks, from `first` on and without a gap, host memory has."""
+    """How many blocks, from `first` on and without a gap, host memory has. With several KV groups,
+    it has the leaves of the longest prefix there, too; that is told only with `from_first`."""
+    chain: Number = 0
+    """How many blocks are ready, whether or not the leaves are that a prefix of them needs."""
+
+
+class LeafIds(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The device blocks of a run of leaves of one KV group."""
+
+    group: Annotated[int, msgspec.Meta(ge=1, le=GROUPS_MAX - 1)]
+    first: Number
+    """The position of the first one in the chain."""
+    step: Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)]
+    """From one position to the next."""
+    ids: bytes
+    """int64, one for each position; -1 where there is no block."""
 
 
 class Start(Message, tag="start", frozen=True):
@@ -188,6 +208,11 @@ class Start(Message, tag="start", frozen=True):
     """Both as in `Match`."""
     by_layer: bool = False
     """Whether to copy layer by layer; with `when_ready`, a put begins with the first layer."""
+    leaves: Annotated[tuple[LeafIds, ...], msgspec.Meta(max_length=LEAVES_MAX)] = ()
+    """The device blocks of other KV groups, by ascending group and then position. A get needs one
+    for each leaf that its prefix needs; a put stores those that are given."""
+    drop: Number = 0
+    """As in `Match`, for a get or prefetch: how many of the last keys only have to be resident."""
 
 
 class Done(Message, tag="done", frozen=True):
@@ -224,8 +249,9 @@ def why_unsent(blocks: int) -> FlexKVError:
 class Changed(Message, tag="changed", frozen=True):
     """What became resident or no longer is, in that order; a `Done` follows its changes."""
 
-    changes: tuple[tuple[bytes, str, bool], ...]
-    """Block key, tier, whether it is there now."""
+    changes: tuple[tuple[bytes, str, bool, int], ...]
+    """Block key, tier, whether it is there now, KV group. The key of a leaf is that of the chain's
+    block on which it hangs."""
     lost: bool = False
     """Whether some changes before these are unknown, so that earlier reports are void."""
 

@@ -19,7 +19,7 @@ import msgspec
 
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import FlexKVError
-from flexkv.index.keys import block_identity
+from flexkv.index.keys import block_identity, key_list, leaf_keys
 from flexkv.server.address import socket_path
 from flexkv.server.handshake import Connected, connect
 from flexkv.server.wire import (
@@ -33,6 +33,7 @@ from flexkv.server.wire import (
     DeviceReady,
     Forget,
     Hello,
+    LeafIds,
     Match,
     Message,
     Ready,
@@ -59,9 +60,14 @@ class Hostile:
         frames: how many have been sent.
     """
 
-    def __init__(self, settings: Settings, model: ModelConfig, seed: int) -> None:
-        """Take the server's settings, its model, and the seed of the run."""
-        self._settings, self._model, self._seed = settings, model, seed
+    def __init__(
+        self, settings: Settings, model: ModelConfig, seed: int, order: str = ORDER
+    ) -> None:
+        """Take the server's settings, its model, and the seed of the run.
+
+        Hostile agents claim that the elements of their blocks are in this order.
+        """
+        self._settings, self._seed, self._order = settings, seed, order
         cache = settings.cache_config
         secret = cache.key_secret.get_secret_value()
         self._facts = block_identity(model.spaces(cache.tokens_per_block), secret)
@@ -113,7 +119,7 @@ class Hostile:
             chance.choice((self._number(chance), *ODD_INTEGERS)),
             chance.choice((0, 0, *ODD_INTEGERS)),
             chance.choice((64, *ODD_INTEGERS)),
-            chance.choice((ORDER, ORDER, "", "heads", "\ud7ff" * 9, "x" * 5000)),
+            chance.choice((self._order, self._order, "", "heads", "\ud7ff" * 9, "x" * 5000)),
             chance.random() < 0.3,
         )
         with self._dialled() as peer:
@@ -182,7 +188,7 @@ class Hostile:
     def _welcomed(self, role: Any, instance: int, chance: random.Random) -> Connected:
         watches = role == "client" and chance.random() < 0.3
         hello = Hello(
-            PROTOCOL_VERSION, role, os.getpid(), self._facts, instance, 0, 64, ORDER, watches
+            PROTOCOL_VERSION, role, os.getpid(), self._facts, instance, 0, 64, self._order, watches
         )
         connected = connect(self._settings.server_recv_port, hello)
         self.frames += 1
@@ -262,12 +268,15 @@ def _numbers(chance: random.Random) -> tuple[int, ...]:
     return tuple(_integer(chance) for _ in range(count))
 
 
+_KINDS = [bytes([kind]) * 16 for kind in range(20)]
+_KINDS += key_list(leaf_keys(b"".join(_KINDS[:7]), 1))[1:]  # the keys of some blocks' leaves
+
+
 def _keys(chance: random.Random) -> bytes:
     """Return keys from a small set in an order that no prompt has, or random bytes."""
     count = chance.choices((0, 1, 4, 9, 300), (0.05, 0.1, 0.4, 0.4, 0.05))[0]
     if chance.random() < 0.7:
-        kinds = [bytes([kind]) * 16 for kind in range(24)]
-        keys = b"".join(chance.sample(kinds, min(count, 24)))
+        keys = b"".join(chance.sample(_KINDS, min(count, len(_KINDS))))
     else:
         keys = chance.randbytes(16 * count)
     return keys + b"x" * (chance.random() < 0.02)
@@ -296,7 +305,33 @@ def _start(chance: random.Random, epoch: int) -> Start:
         prompt=prompt,
         known=known,
         by_layer=chance.random() < 0.3,
+        leaves=_leaves(chance, len(keys) // 16),
+        drop=_drop(chance),
     )
+
+
+def _leaves(chance: random.Random, blocks: int) -> tuple[LeafIds, ...]:
+    """Return leaves of a few groups, most of them where leaves can be."""
+    if chance.random() < 0.5:
+        return ()
+    runs = []
+    for group in range(1, chance.choice((2, 3, 4, 40))):
+        first, count = chance.randrange(max(1, blocks)), chance.choice((0, 1, 1, 2, 5))
+        ids = chance.sample(range(64), count)
+        blob = struct.pack(f"<{count}q", *ids)
+        if chance.random() < 0.05:
+            blob = chance.choice((b"", b"1234567", struct.pack("<q", -2), chance.randbytes(64)))
+        step = 1 if chance.random() < 0.9 else _integer(chance)
+        runs.append(
+            LeafIds(group, first if chance.random() < 0.95 else _integer(chance), step, blob)
+        )
+    if chance.random() < 0.02:
+        runs *= 2
+    return tuple(runs)
+
+
+def _drop(chance: random.Random) -> int:
+    return chance.choices((0, 1, _integer(chance)), (0.9, 0.08, 0.02))[0]
 
 
 def _prompt(chance: random.Random) -> tuple[int, int]:
@@ -316,7 +351,10 @@ def _client_says(chance: random.Random, epoch: int, _: list[int]) -> Message | b
         case number if number < 15:
             asked, hold = _integer(chance), chance.random() < 0.7
             first, tell = _integer(chance, 4), chance.random() < 0.3
-            return Match(asked, _keys(chance), first, hold, tell, *_prompt(chance))
+            prompt, from_first = _prompt(chance), chance.random() < 0.2
+            return Match(
+                asked, _keys(chance), first, hold, tell, *prompt, from_first, _drop(chance)
+            )
         case number if number < 17:
             return Release(_numbers(chance))
         case 17:

@@ -99,7 +99,7 @@ async def test_a_connection_that_ends_is_watched_no_more(tmp_path: Path, call: s
         if call == "release":
             door.release(7)
         else:
-            door._client._under_way.add(7)
+            door._client._awaited.requests.add(7)
             door.cancel((7,))
         assert door._client.connection is None
         assert door._watched is None

@@ -289,7 +289,7 @@ def test_changes_that_nobody_fetches_are_bounded(
     eventually(lambda: (client.poll(), client.is_ready)[1])
     peer = server.next_peer()
     for number in range(8):
-        server.say(peer, Changed(((bytes([number]) * 16, "host", True),) * 3))
+        server.say(peer, Changed(((bytes([number]) * 16, "host", True, 0),) * 3))
     server.say(peer, State(False, 0, ""))
     eventually(lambda: (client.poll(), not client.is_ready)[1])
     changes = client.changes()

@@ -201,7 +201,7 @@ def test_a_client_that_watches_hears_what_is_there(settings: Settings) -> None:
         """Apply the changes that have arrived; return whether any were lost."""
         heard = made.client.changes()
         for changed in heard:
-            for key, tier, there in changed.changes:
+            for key, tier, there, _ in changed.changes:
                 assert ((key, tier) in known) != there
                 (known.add if there else known.remove)((key, tier))
         return any(changed.lost for changed in heard)

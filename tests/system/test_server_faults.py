@@ -457,7 +457,7 @@ def test_a_client_that_watches_and_does_not_read_loses_track(
         pass
     busy.request(Operation.PUT, 5000, range(BLOCKS))
     keys = set(block_keys(busy.keys(5000)))
-    while not keys & {key for key, _, there in idle.hear(Changed).changes if there}:
+    while not keys & {key for key, _, there, _ in idle.hear(Changed).changes if there}:
         pass
     idle.close()
     busy.close()

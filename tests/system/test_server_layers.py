@@ -52,7 +52,7 @@ class LayeredInstance(Instance):
     def get(self, prompt: int, when_ready: bool = False, device: range = TARGETS) -> int:
         """Begin a get by layer."""
         keys, ids = self.keys(prompt, len(device)), np.array(device)
-        number = self.client.get(keys, 0, ids, 0, when_ready, by_layer=True)
+        number = self.client.get_by_layer(keys, 0, ids, 0, when_ready)
         self.client.flush()
         return number
 

@@ -8,101 +8,9 @@ from typing import Any
 import pytest
 
 from flexkv.integration.common import request_transfers
-from flexkv.integration.common.costs import Costs
-from flexkv.integration.common.request_transfers import RequestTransfers
-from flexkv.integration.common.transfers import StepTransfers, TransferRules, Transfers
-from flexkv.server.prompts import Prompt, PromptPart
+from flexkv.server.prompts import PromptPart
 from flexkv.server.wire import Done, Matched
-
-HELD = 90
-"""The number of the match whose blocks are offered."""
-
-
-class FakeClient:
-    """A client that records what it is asked for; requests end as the test says."""
-
-    num_blocks = 100
-    is_ready = True
-
-    def __init__(self) -> None:
-        self.begun: list[tuple[Any, ...]] = []
-        self.cancelled: list[int] = []
-        self.released: list[int] = []
-        self.ends: list[Done] = []
-        self.given_up = 0
-
-    def get(
-        self, keys: PromptPart, first: int, ids: Any, held: int, gated: bool, by_layer: bool = False
-    ) -> int:
-        """Begin a get."""
-        self.begun.append(("get", first, list(ids), held, gated, by_layer))
-        return len(self.begun)
-
-    def put(self, keys: PromptPart, first: int, ids: Any, generation: int) -> int:
-        """Begin a put."""
-        self.begun.append(("put", first, list(ids), keys.blocks, generation))
-        return len(self.begun)
-
-    def cancel(self, numbers: list[int]) -> None:
-        """Record the numbers."""
-        self.cancelled += numbers
-
-    def release(self, numbers: list[int]) -> None:
-        """Record the numbers."""
-        self.released += numbers
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-    def give_up(self, reason: str) -> None:
-        """End every put that was cancelled."""
-        self.given_up += 1
-        self.ends += [Done(number, "failed", 0, reason) for number in self.cancelled]
-
-    def poll(self) -> list[Done]:
-        """Return the ends that the test has set."""
-        ended, self.ends = self.ends, []
-        return ended
-
-
-class Rig:
-    """The transfers of an engine, and what they have reported."""
-
-    def __init__(self, gates_loads: bool = False, by_layer: bool = False) -> None:
-        self.client, self.counts = FakeClient(), Counter[str]()
-        self.over: list[str] = []
-        self.transfers = Transfers[StepTransfers](
-            self.client,  # type: ignore[arg-type]
-            TransferRules(gates_loads, by_layer, wait_s=0.0),
-            StepTransfers, self._count, self.over.append, Costs(),
-        )  # fmt: skip
-
-    def _count(self, name: str, by: int) -> None:
-        self.counts[name] += by
-
-    def step(self, *ends: Done) -> StepTransfers:
-        """Handle these ends, and make a step."""
-        self.client.ends += ends
-        self.transfers.poll()
-        return self.transfers.make_step()
-
-    def put(self, request: RequestTransfers, blocks: int) -> int:
-        """Begin a put of a request's first blocks, in a step, and return its number."""
-        assert self.transfers.may_put(request, blocks)
-        self.transfers.put(request, PromptPart(request.prompt, blocks))
-        (number,) = self.step().puts
-        return number
-
-    def load(self, request: RequestTransfers, ids: list[int], by_layer: bool = False) -> None:
-        """Begin the load of all blocks but those that the device has."""
-        request.found = Matched(HELD, len(ids), {"host": len(ids) - request.local_blocks})
-        request.by_layer = by_layer
-        self.transfers.load(request, ids, len(ids))
-
-
-def request_with(*ids: int, name: str = "a") -> RequestTransfers:
-    """Return a request that has these device blocks."""
-    return RequestTransfers(name, Prompt(1), generation=5, block_ids=list(ids))
+from tests.unit.transfer_rig import HELD, Rig, request_with
 
 
 @pytest.mark.parametrize(
@@ -159,7 +67,7 @@ def test_what_a_load_lacks_is_reported(first: int, moved: int) -> None:
     rig, request = Rig(), request_with()
     request.local_blocks, ids = first, [5, 6, 7][1 - first :]
     rig.load(request, ids)
-    assert rig.client.begun == [("get", first, [6, 7], HELD, False, False)]
+    assert rig.client.begun == [("get", first, [6, 7], HELD, False)]
     step = rig.step(Done(1, "success", moved))
     assert step.received == {"a"}
     assert step.failed_blocks == set([6, 7][moved:])
@@ -179,7 +87,7 @@ def test_a_load_without_room_is_retried_for_a_while(monkeypatch: pytest.MonkeyPa
     assert rig.step(Done(1, "unready", 0)).received == set()
     rig.step()
     assert len(rig.client.begun) == 1
-    now_s += request_transfers.ROOM_AGAIN_S
+    now_s += request_transfers.AGAIN_S
     rig.step()
     assert len(rig.client.begun) == 2
     now_s += request_transfers.ROOM_S
@@ -285,7 +193,7 @@ def test_a_request_runs_while_its_layers_are_loaded(moved: int, stored: int) -> 
     """A load by layer counts as stored at once; the workers report what it lacks, which is put."""
     rig, request = Rig(by_layer=True), request_with()
     rig.load(request, [5, 6], by_layer=True)
-    assert rig.client.begun == [("get", 0, [5, 6], HELD, False, True)]
+    assert rig.client.begun == [("get by layer", 0, [5, 6], HELD, False)]
     assert (request.load, request.stored_blocks) == (None, 2)
     assert rig.step().layer_loads == {1: [5, 6]}
     request.block_ids = [5, 6, 7]

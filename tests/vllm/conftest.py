@@ -217,6 +217,15 @@ class External:
 
 
 @pytest.fixture(scope="session")
+def hybrids(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Yield what runs the small models with several KV groups."""
+    from .hybrids import Hybrids
+
+    with ExitStack() as stack:
+        yield Hybrids(tmp_path_factory.mktemp("hybrids"), stack)
+
+
+@pytest.fixture(scope="session")
 def model_file(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the file that describes the model to a server, made as a user makes it."""
     file = tmp_path_factory.mktemp("server") / "model.json"

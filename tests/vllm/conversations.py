@@ -31,11 +31,17 @@ class Conversations:
     def _said(self, count: int) -> list[int]:
         return [self._words.randrange(3, 1000) for _ in range(count)]
 
-    def answered(self, answers: list[list[int]], cached: list[int]) -> None:
-        """Record a turn's answers and hit tokens; extend each prompt by its answer and more."""
+    def answered(
+        self, answers: list[list[int]], cached: list[int], script: list[list[int]] | None = None
+    ) -> None:
+        """Record a turn's answers and hit tokens; extend each prompt by its answer and more.
+
+        With a script each prompt goes on as if the answer had been the script's, so that a wrong
+        answer does not change what is asked later.
+        """
         self.answers.append(answers)
         self.cached.append(cached)
-        for prompt, answer in zip(self.prompts, answers, strict=True):
+        for prompt, answer in zip(self.prompts, script or answers, strict=True):
             prompt += answer + self._said(self._sizes.turn_tokens)
 
 

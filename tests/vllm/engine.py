@@ -20,12 +20,18 @@ from flexkv.testing.vllm_serve import OWN, SHIM
 from tests.system.mounted import Disk
 from tests.vllm.conversations import Conversations, Sizes
 from tests.vllm.fork import fork_workers
+from tests.vllm.sabotage import LAYER_LOADS, flip, sabotage
+from tests.vllm.watchdog import Watchdog
 
-CONNECTORS = {"none": None, "shim": SHIM, "own": OWN}
+STAND_IN = {"kv_connector_module_path": "tests.vllm.stand_ins"}
+CONNECTORS: dict[str, dict[str, Any] | None] = {
+    "none": None, "shim": SHIM, "own": OWN,
+    "nothing": {**STAND_IN, "kv_connector": "Nothing"},
+    "crude": {**STAND_IN, "kv_connector": "Crude", "kv_load_failure_policy": "recompute"},
+}  # fmt: skip
 READY_S, DONE_S, HANG_S = 100.0, 180.0, 180.0
 """Long, because engines that busy-wait may take all CPU time for a minute on Linux 6.18."""
-LAYER_LOADS: set[int] = set()
-"""Loads whose layers a step has waited for."""
+EXTERNAL_HITS = "vllm:external_prefix_cache_hits"
 KEPT: list[Any] = []
 """Keeps engines alive: a collected engine would end, and its server with it."""
 
@@ -48,6 +54,8 @@ class Plan(Sizes):
     """The probability, for each copy, that the agent's connection is cut."""
     flip_files: str = ""
     """A folder in whose files bits are flipped after each turn."""
+    group: int | None = None
+    """The only KV group, by FlexKV's number, whose loads and files have the faults above."""
     disk: str = ""
     """The control file of the SSD tier's disk, whose reads fail with EIO in every other turn."""
     aborts: float = 0.0
@@ -60,72 +68,21 @@ class Plan(Sizes):
     """The address at which KV events are published."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables that override the process's own."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """The connector's `kv_connector_extra_config`."""
+    script: list[list[list[int]]] = field(default_factory=list)
+    """Answers by turn, by which conversations go on whatever the engine answers."""
+
+    @property
+    def has_server(self) -> bool:
+        """Return whether the connector is FlexKV's."""
+        return self.connector in ("shim", "own")
 
 
 def folder_of(settings: dict[str, Any]) -> Path:
     """Return the folder of FlexKV's socket."""
     address: str = settings["server_recv_port"]
     return Path(address.removeprefix("ipc://")).parent
-
-
-def sabotage(plan: Plan) -> None:
-    """Make the agent fail as the plan says."""
-    from flexkv.common.terms import Tier
-    from flexkv.server.agent import Agent
-
-    chance = random.Random(plan.seed)
-    started, ended, copied = Agent.start, Agent._end, Agent._copy
-
-    def start(self: Any, kv_caches: Any, layout: str | None = None) -> None:
-        self.lent = list(kv_caches.values())
-        started(self, kv_caches, layout)
-
-    def end(self: Any, op_id: int, error: str) -> None:
-        transfer = self._under_way[op_id]
-        if plan.corrupt_loads and transfer.route.target is Tier.DEVICE:
-            for tensor in self.lent:
-                tensor[transfer.target_ids] += 0.25
-        ended(self, op_id, error)
-
-    def copy(self: Any, message: Any) -> None:
-        if message.to_device and chance.random() < plan.failed_loads:
-            self._under_way[message.op_id] = type(
-                "Failed", (), {"route": _nowhere(), "layers": None}
-            )()
-            self._end(message.op_id, "the copy was made to fail")
-            return
-        copied(self, message)
-        if chance.random() < plan.cut_links and self._link is not None:
-            self._link.end()
-
-    waited = Agent.wait_for_layer
-
-    def wait(self: Any, numbers: list[int], *args: Any) -> bool:
-        LAYER_LOADS.update(numbers)
-        return waited(self, numbers, *args)
-
-    Agent.start, Agent._end, Agent._copy = start, end, copy  # type: ignore[method-assign]
-    Agent.wait_for_layer = wait  # type: ignore[method-assign]
-
-
-def _nowhere() -> Any:
-    from flexkv.common.terms import Route, Tier
-
-    return Route(Tier.DEVICE, Tier.HOST)
-
-
-def flip(folder: str, chance: random.Random) -> None:
-    """Flip one bit at each of 64 random places in each of the SSD tier's block files."""
-    for path in sorted(Path(folder).glob("*.flexkv")):
-        size = path.stat().st_size
-        if path.name.startswith("blocks") and size:
-            with path.open("r+b") as file:
-                for _ in range(64):
-                    at = chance.randrange(size)
-                    file.seek(at)
-                    byte = file.read(1)
-                    file.seek(at)
-                    file.write(bytes([byte[0] ^ 0x10]))
 
 
 class Asking:
@@ -141,11 +98,14 @@ class Asking:
         )
         self.conversations = Conversations(plan)
         self.aborted = 0
+        self.external: list[int] = []
+        """Tokens by turn that the connector found."""
 
     def turn(self) -> None:
         """Run one turn: ask in every conversation, and record the answers."""
         engine, conversations = self._engine, self.conversations
         number = len(conversations.answers)
+        before = counted(engine, EXTERNAL_HITS)
         wanted = {f"{number}-{i}": prompt for i, prompt in enumerate(conversations.prompts)}
         for name, prompt in wanted.items():
             self._ask(name, prompt)
@@ -169,7 +129,9 @@ class Asking:
         conversations.answered(
             [list(output.outputs[0].token_ids) for output in outputs],
             [output.num_cached_tokens or 0 for output in outputs],
+            self._plan.script[number] if self._plan.script else None,
         )
+        self.external.append(counted(engine, EXTERNAL_HITS) - before)
 
     def _ask(self, name: str, prompt: list[int]) -> None:
         # A copy, since the prompt grows.
@@ -179,7 +141,7 @@ class Asking:
 def started(plan: Plan) -> Any:
     """Start an engine, and return it once its device is lent."""
     os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **plan.environment})
-    if plan.connector != "none":
+    if plan.has_server:
         config = folder_of(plan.settings) / "flexkv.json"
         config.write_text(json.dumps(plan.settings))
         os.environ["FLEXKV_CONFIG_PATH"] = str(config)
@@ -196,6 +158,8 @@ def started(plan: Plan) -> Any:
     chosen = CONNECTORS[plan.connector]
     if chosen is not None:
         engine["kv_transfer_config"] = {**chosen, "kv_role": "kv_both"}
+        if plan.extra:
+            engine["kv_transfer_config"]["kv_connector_extra_config"] = plan.extra
     if plan.events:
         engine["kv_events_config"] = {
             "enable_kv_cache_events": True, "publisher": "zmq", "endpoint": plan.events,
@@ -203,7 +167,8 @@ def started(plan: Plan) -> Any:
     llm = LLM(**{**engine, **plan.engine})
     KEPT.append(llm)
     pace(core_of(llm))
-    if chosen is not None:
+    Watchdog(core_of(llm))
+    if plan.has_server:
         wait_ready(scheduler_of(llm))
     return llm
 
@@ -246,7 +211,7 @@ def run(plan: Plan) -> dict[str, Any]:
     """Run the plan, and return its results."""
     llm = started(plan)
     scheduler, asking = scheduler_of(llm), Asking(plan, llm)
-    flips = random.Random(plan.seed + 2)
+    flips, flipped = random.Random(plan.seed + 2), 0
     begin = time.monotonic()
     for number in range(plan.turns):
         if plan.flush:
@@ -257,19 +222,21 @@ def run(plan: Plan) -> dict[str, Any]:
         if plan.naps:
             nap(llm)
         if plan.flip_files:
-            flip(plan.flip_files, flips)
+            flipped += flip(plan.flip_files, flips, plan.group)
     finish(llm)
     pool = scheduler.kv_cache_manager.block_pool
     told = {
         "answers": asking.conversations.answers,
         "cached": asking.conversations.cached,
+        "external": asking.external,
         "aborted": asking.aborted,
+        "flipped": flipped,
         "seconds": time.monotonic() - begin,
         "leaked_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
-        "preemptions": preemptions(llm),
+        "preemptions": counted(llm, "vllm:num_preemptions"),
         "layer_loads": len(LAYER_LOADS),
     }
-    if plan.connector != "none":
+    if plan.has_server:
         flush(plan)
         if plan.events:  # vLLM reports changes at the end of a step
             time.sleep(0.1)
@@ -313,8 +280,6 @@ def wait_ready(scheduler: Any, ready: bool = True) -> None:
         time.sleep(0.02)
 
 
-def preemptions(llm: Any) -> int:
-    """Return how many times requests were preempted."""
-    return sum(
-        int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
-    )
+def counted(engine: Any, name: str) -> int:
+    """Return the value of one of vLLM's counters."""
+    return sum(int(metric.value) for metric in engine.get_metrics() if metric.name == name)

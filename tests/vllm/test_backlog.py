@@ -31,7 +31,9 @@ class Server(Client):
         super().__init__(*arguments)
         self.is_ready, self.asked, self.told = True, list[int](), set[int]()
 
-    def ask(self, keys: Any, first: int = 0, hold: bool = False, tell: bool = False) -> int:
+    def ask(
+        self, keys: Any, first: int = 0, hold: bool = False, tell: bool = False, drop: int = 0
+    ) -> int:
         """Record the question, and return its number."""
         number = self.number()
         self.asked.append(number)

@@ -16,9 +16,13 @@ from flexkv.settings import load_settings
 
 pytest.importorskip("vllm")
 
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
 from flexkv.integration.vllm.extra_config import with_extra
 from flexkv.integration.vllm.setup import setup_of
 from flexkv.server.launch import told_of
+
+from .caches import full, group, state, window
 
 
 def settled(tmp_path: Path, extra: Any, file: Any = None, **environment: str) -> Settings:
@@ -53,9 +57,9 @@ def test_it_wins_over_the_file_and_the_environment(tmp_path: Path, extra: dict[s
     assert [str(each) for each in cache.ssd_cache_dir] in (["/c"], list("/c"))
 
 
-@pytest.mark.parametrize("extra", [None, {}, {"weights_id": "llama"}])
+@pytest.mark.parametrize("extra", [None, {}, {"weights_id": "llama"}, {"mixed_local_hits": False}])
 def test_without_keys_the_other_sources_hold(tmp_path: Path, extra: Any) -> None:
-    """Without keys of FlexKV's own the other sources hold; `weights_id` is none of them."""
+    """Without keys of FlexKV's own the other sources hold; `weights_id` and the like are none."""
     file = {"log_level": "error", "cache_config": {"num_cpu_blocks": 5, "ssd_cache_dir": "/b"}}
     with_it = settled(tmp_path, extra, file)
     assert with_it == load_settings({"FLEXKV_CONFIG_PATH": str(tmp_path / "flexkv.json")})
@@ -67,6 +71,7 @@ def test_without_keys_the_other_sources_hold(tmp_path: Path, extra: Any) -> None
         ({"cpu_cache_bg": 3}, "cpu_cache_bg", "cpu_cache_gb"),
         ({"weight_id": "llama"}, "weight_id", "weights_id"),
         ({"weights-id": "llama"}, "weights-id", "weights_id"),
+        ({"mixed_local_hit": True}, "mixed_local_hit", "mixed_local_hits"),
         ({"cache_config": {"num_cpu_blokcs": 3}}, "num_cpu_blokcs", "num_cpu_blocks"),
         ({"server_answer_ms": "soon"}, "server_answer_ms", "integer"),
         ({"cpu_cache_gb": -1}, "cpu_cache_gb", "greater"),
@@ -82,6 +87,25 @@ def test_what_breaks_a_rule_is_refused_by_name(
         settled(tmp_path, extra)
     assert caught.value.field.startswith("kv_connector_extra_config")
     assert caught.value.field.endswith(field)
+
+
+@pytest.mark.parametrize("told", [True, False, None])
+def test_users_may_say_whether_loads_continue_local_hits(
+    configured: Any, told: bool | None
+) -> None:
+    """The key overrides what is known of the model's KV groups; only true and false are values."""
+    config = copy.deepcopy(configured)
+    extra = {} if told is None else {"mixed_local_hits": told}
+    config.kv_transfer_config.kv_connector_extra_config = extra
+    gdn = state(mamba_type=MambaAttentionBackendEnum.GDN_ATTN)
+    for spec, usual in ((gdn, False), (window(), True)):
+        caches = SimpleNamespace(kv_cache_groups=[group(full(), "a"), group(spec, "b")])
+        groups = setup_of(config, kv_cache_config=caches).groups
+        assert groups is not None
+        assert groups.mixes == (usual if told is None else told)
+    config.kv_transfer_config.kv_connector_extra_config = {"mixed_local_hits": "maybe"}
+    with pytest.raises(ConfigError, match="mixed_local_hits='maybe': must be true or false"):
+        setup_of(config)
 
 
 def test_a_secret_in_it_is_never_quoted(tmp_path: Path) -> None:

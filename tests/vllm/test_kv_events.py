@@ -100,7 +100,7 @@ class Story:
 
     def tell(self, *changes: tuple[Path, str, bool]) -> None:
         """Report changes as the server does."""
-        self.events.hear(Changed(tuple((key_of(path), *rest) for path, *rest in changes)))
+        self.events.hear(Changed(tuple((key_of(path), *rest, 0) for path, *rest in changes)))
 
     def check(self) -> None:
         """Process the events as a router does."""
@@ -145,7 +145,7 @@ def test_what_was_lost_is_taken_back_step_by_step(monkeypatch: pytest.MonkeyPatc
     events, request = KVEvents(PER_BLOCK), prompt((0, 1, 0))
     keys = [key_of((0, 1, 0)[: i + 1]) for i in range(3)]
     assert events.note(request, bytes(16) + b"".join(keys), 0) == 3
-    everything = Changed(tuple((key, "host", True) for key in keys))
+    everything = Changed(tuple((key, "host", True, 0) for key in keys))
     events.hear(everything)
     (stored,) = events.take()
     assert len(stored.block_hashes) == 3
@@ -178,7 +178,7 @@ def test_a_request_that_is_over_is_not_kept_for_blocks_that_others_have() -> Non
     del first, request
     gc.collect()
     assert seen() is None
-    events.hear(Changed(tuple((key_of(path[: i + 1]), "host", True) for i in range(3))))
+    events.hear(Changed(tuple((key_of(path[: i + 1]), "host", True, 0) for i in range(3))))
     (stored,) = events.take()
     assert stored.block_hashes == [kv_cache_utils.maybe_convert_block_hash(each) for each in hashes]
     events.forget(second, keys, 3)
@@ -190,14 +190,14 @@ def test_blocks_that_wait_for_their_parent_are_announced_behind_it() -> None:
     keys = [key_of(path[: i + 1]) for i in range(3)]
     request = prompt(path)
     events.note(request, bytes(16) + b"".join(keys), 0)
-    events.hear(Changed(((keys[2], "disk", True), (keys[1], "host", True))))
+    events.hear(Changed(((keys[2], "disk", True, 0), (keys[1], "host", True, 0))))
     assert events.take() == []
-    events.hear(Changed(((keys[0], "host", True),)))
+    events.hear(Changed(((keys[0], "host", True, 0),)))
     first, second = events.take()
     convert = kv_cache_utils.maybe_convert_block_hash
     hashes = [convert(each) for each in request.block_hashes]
     assert (first.medium, first.block_hashes) == ("CPU", hashes[:2])
     assert (second.medium, second.block_hashes) == ("STORAGE", hashes[2:])
-    events.hear(Changed(((keys[0], "disk", True),)))
+    events.hear(Changed(((keys[0], "disk", True, 0),)))
     (third,) = events.take()
     assert (third.medium, third.block_hashes) == ("STORAGE", hashes[:1])

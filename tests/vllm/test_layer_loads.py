@@ -117,7 +117,7 @@ def test_puts_begin_two_steps_later_so_that_those_of_failed_loads_can_be_dropped
     monkeypatch.setattr(worker, "Agent", LayeredAgent)
     settings = SimpleNamespace(server_recv_port="ipc:///nowhere")
     setup: Any = SimpleNamespace(
-        settings=settings, model=None, cache=None, instance=0, loads_by_layer=True
+        groups=None, settings=settings, model=None, cache=None, instance=0, loads_by_layer=True
     )
     side: Any = WorkerSide(setup, 0)
     ran(side, StepMetadata(puts=[1, 2]), drafts=False)

@@ -15,20 +15,13 @@ import pytest
 pytest.importorskip("vllm")
 
 import huggingface_hub
-import torch
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    SlidingWindowSpec,
-)
 
 from flexkv.common.errors import ConfigError
 from flexkv.integration.vllm.connector import FlexKVConnector
-from flexkv.integration.vllm.refusals import check_caches, check_engine
+from flexkv.integration.vllm.refusals import check_engine
 from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl
 
 Change = Callable[[Any], None]
@@ -174,30 +167,32 @@ def test_a_plain_model_is_not_refused(configured: Any) -> None:
     check_engine(config)
 
 
-def caches(*specs: Any) -> KVCacheConfig:
-    """Return KV caches with a group for each of these kinds of layers."""
-    groups = [KVCacheGroupSpec([f"layer {n}"], spec) for n, spec in enumerate(specs)]
-    return SimpleNamespace(kv_cache_groups=groups)  # type: ignore[return-value]
+OF_CACHES = [case for case in REFUSED if case.values[1] in (
+    "layer_types", "sliding_window", "attention_chunk_size", "index_topk", "num_kv_shared_layers",
+    "kv_cache_dtype_skip_layers", "speculative_config.method",
+) or case.values[2] in ("hybrid", "state layers", "without attention", "beside")]  # fmt: skip
 
 
-def test_kv_caches_that_do_not_keep_every_token_are_refused() -> None:
-    """KV caches of any kind of layer that may drop tokens are refused, whatever the model says."""
-    shape = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float16}
-    full, window = FullAttentionSpec(**shape), SlidingWindowSpec(**shape, sliding_window=4)
-    check_caches(None)
-    check_caches(caches(full))
-    check_caches(caches(SimpleNamespace(kv_cache_specs={"a": full, "b": full})))
-    for wrong, field in (
-        (caches(), "kv_cache_groups"),
-        (caches(full, window), "kv_cache_groups"),
-        (caches(window), "kv_cache_spec"),
-        (caches(FullAttentionSpec(**shape, sliding_window=4)), "sliding_window"),
-        (caches(FullAttentionSpec(**shape, attention_chunk_size=4)), "attention_chunk_size"),
-        (caches(SimpleNamespace(kv_cache_specs={"a": full, "b": window})), "kv_cache_spec"),
-    ):
+@pytest.mark.parametrize(("change", "field", "words"), OF_CACHES)
+def test_known_kv_caches_are_judged_instead_of_the_model(
+    configured: Any, change: Change, field: str, words: str
+) -> None:
+    """The shim, which does not know them, refuses the model and names the connector that does."""
+    config = copy.deepcopy(configured)
+    change(config)
+    with pytest.raises(ConfigError, match=r"FlexKV's own may serve it.*module_path"):
+        check_engine(config)
+    check_engine(config, knows_caches=True)
+
+
+def test_what_is_refused_of_any_kv_caches_has_no_other_door(configured: Any) -> None:
+    """An error does not send users to a connector that refuses them, too."""
+    config = copy.deepcopy(configured)
+    sets("parallel_config.pipeline_parallel_size", 2)(config)
+    for knows_caches in (False, True):
         with pytest.raises(ConfigError) as caught:
-            check_caches(wrong)
-        assert caught.value.field == field
+            check_engine(config, knows_caches)
+        assert "kv_connector_module_path" not in str(caught.value)
 
 
 def test_a_real_configuration_without_attention_is_refused(

@@ -280,7 +280,7 @@ def side(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(worker, "Agent", Agent)
     settings = SimpleNamespace(server_recv_port="ipc:///nowhere")
     setup: Any = SimpleNamespace(
-        settings=settings, model=None, cache=None, instance=0, loads_by_layer=False
+        groups=None, settings=settings, model=None, cache=None, instance=0, loads_by_layer=False
     )
     return WorkerSide(setup, 0)
 

@@ -35,12 +35,13 @@ class _Asked(NamedTuple):
 class PendingMatches:
     """The matches under way, at most one for each request."""
 
-    def __init__(self, client: Client, wait_ms: float, tells: bool) -> None:
+    def __init__(self, client: Client, wait_ms: float, tells: bool, drop: int = 0) -> None:
         """Send matches by `client`; one step waits at most `wait_ms` in all for answers.
 
         If `tells`, the server reports the tiers of the blocks that a request asks for first.
+        `drop` is how many blocks behind a hit must be there as well: see `KVGroups`.
         """
-        self._client, self._tells = client, tells
+        self._client, self._tells, self._drop = client, tells, drop
         self._wait_s = self._wait_left_s = wait_ms / 1e3
         self._asked: dict[str, _Asked] = {}
 
@@ -78,7 +79,7 @@ class PendingMatches:
         assert request.request_id not in self._asked
         assert len(self._asked) < ASKED_MAX
         tell, request.is_told = self._tells and not request.is_told, True
-        number = self._client.ask(part, first, hold=True, tell=tell)
+        number = self._client.ask(part, first, hold=True, tell=tell, drop=self._drop)
         asked = _Asked(number, part.blocks, first, time.monotonic(), is_early)
         self._asked[request.request_id] = asked
 
@@ -91,14 +92,23 @@ class PendingMatches:
         matches are under way, a request is put off once in its life; then nothing is found.
 
         Args:
-            request: a request that is tried, whose `local_blocks` the device has.
+            request: a request that is tried, whose `local_blocks` the device has. Its
+                `junction_blocks` are set.
             blocks: how many blocks the match must be about.
             part_of: returns so many first blocks of its prompt.
         """
+        found = self._found(request, blocks, part_of)
+        if found is not None:
+            request.junction_blocks = found.chain if found.chain > found.blocks else 0
+        return found
+
+    def _found(
+        self, request: RequestTransfers, blocks: int, part_of: Callable[[int], PromptPart]
+    ) -> Matched | None:
         asked, first = self._asked.get(request.request_id), request.local_blocks
         if asked is not None and asked.blocks == blocks:
             found = self._answer(request.request_id, asked)
-            if found is None or found.blocks <= first or asked.first == first:
+            if found is None or asked.first == first or max(found.blocks, found.chain) <= first:
                 return found
             # The match was sent before the device's own blocks were known.
             request.found = found

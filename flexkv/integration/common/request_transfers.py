@@ -8,25 +8,32 @@ under way. A block is found only behind its parents, so an end that leaves a gap
     a put was stale                            unchanged: no block of this generation is stored
     a load came whole, from the first block    to the load's end
     a load by layer came short                 to the load's first block: the rest is computed anew
+
+Leaves of other KV groups do not count: without one, a later hit is only shorter.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from flexkv import _ext
+from flexkv.common.request import LeafBlocks
 from flexkv.common.terms import BlockIds
 from flexkv.server.prompts import Prompt, PromptPart
 from flexkv.server.wire import Done, Matched
 
 ROOM_S = 2.0
 """How long a load for which host memory has no room is retried."""
-ROOM_AGAIN_S = 0.002
-"""Pause before such a load is retried."""
+FILLING_S = 0.5
+"""How long a load of several KV groups is retried that finds nothing: what was offered to it is not
+offered while another request loads some of it."""
+AGAIN_S = 0.002
+"""Pause before a load is retried."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,9 +44,19 @@ class Load:
     first: int
     block_ids: list[int]
     found: Matched
+    leaves: tuple[LeafBlocks, ...] = ()
+    """The blocks of other KV groups that it writes."""
+    is_whole: bool = False
+    """Whether it counts only if all of it was loaded: the engine has several KV groups."""
     number: int | None = None
     again_s: float = 0.0
-    until_s: float = field(default_factory=lambda: time.monotonic() + ROOM_S)
+    wanted_s: float = field(default_factory=lambda: time.monotonic())
+    """Since when it is wanted."""
+
+    @property
+    def device_ids(self) -> BlockIds:
+        """Return the device blocks of all groups that it writes."""
+        return with_leaves(ids_of(self.block_ids), self.leaves)
 
 
 class Put(NamedTuple):
@@ -47,11 +64,13 @@ class Put(NamedTuple):
 
     Attributes:
         first: the first block of the prompt that it stores.
-        block_ids: the device blocks that it reads.
+        last: where it ends, exclusive; `first` if it stores only leaves.
+        block_ids: the device blocks that it reads, of all groups.
         generation: the generation of the cache when computing the blocks began.
     """
 
     first: int
+    last: int
     block_ids: BlockIds
     generation: int
 
@@ -66,6 +85,12 @@ class RequestTransfers:
     generation: int
     """The generation of the cache when its blocks began to be computed or looked up."""
     block_ids: list[int] = field(default_factory=list)
+    """Its device blocks of the prefix chain."""
+    group_ids: list[list[int]] = field(default_factory=list)
+    """Its device blocks by KV group, if there are several: see `kv_groups.GroupIds`."""
+    junction_blocks: int = 0
+    """How many first blocks of its prompt others have stored without the leaves that a hit there
+    needs; 0 if its hit was not shortened by that. The request stores these leaves."""
     stored_blocks: int = 0
     found: Matched | None = None
     """The match that is offered to it, with a hold on its blocks."""
@@ -114,15 +139,16 @@ class RequestTransfers:
         return self.load
 
     def retries(self, done: Done) -> bool:
-        """Return whether its load is to begin again: host memory had no room for blocks from SSD.
+        """Return whether its load is to begin again, as other requests will end soon.
 
-        Other requests will end soon.
+        Host memory had no room for blocks from SSD, or another request is loading some of them.
         """
         load, now_s = self.load, time.monotonic()
         assert load is not None
-        if done.status != "unready" or self.finished or now_s >= load.until_s:
+        retried_s = {"unready": ROOM_S, "notfound": FILLING_S if load.is_whole else 0.0}
+        if self.finished or now_s >= load.wanted_s + retried_s.get(done.status, 0.0):
             return False
-        load.number, load.again_s = None, now_s + ROOM_AGAIN_S
+        load.number, load.again_s = None, now_s + AGAIN_S
         return True
 
     def end_load(self, done: Done) -> list[int]:
@@ -130,6 +156,8 @@ class RequestTransfers:
         load, self.load = self.load, None
         assert load is not None
         missing = load.block_ids[done.moved :]
+        if load.is_whole and (missing or done.status != "success"):
+            missing, self.has_loaded = load.block_ids, False
         if missing:
             self.may_load = False
         elif not load.first:
@@ -153,9 +181,13 @@ class RequestTransfers:
     # -- puts -----------------------------------------------------------------------------------
 
     def begin_put(self, number: int, blocks: int, block_ids: BlockIds) -> None:
-        """Record that a put of its blocks up to `blocks` has begun."""
-        self.puts[number] = Put(self.stored_blocks, block_ids, self.generation)
-        self.stored_blocks = blocks
+        """Record that a put has begun of its blocks up to `blocks`, and perhaps of leaves there.
+
+        `block_ids` are the device blocks of all groups that the put reads.
+        """
+        first = min(self.stored_blocks, blocks)
+        self.puts[number] = Put(first, blocks, block_ids, self.generation)
+        self.stored_blocks = max(self.stored_blocks, blocks)
 
     def drop_puts(self) -> None:
         """Record that what its puts under way would store is wrong: the next put stores it."""
@@ -166,12 +198,19 @@ class RequestTransfers:
         put = self.puts.pop(done.number)
         if done.is_stale:  # the cache was cleared since its blocks were computed
             self.is_stale |= put.generation == self.generation
+        elif put.first == put.last:
+            pass
         # Later blocks would lack these as parents, so the next put stores these, too.
         elif done.error or done.status != "success":
             self.stored_blocks = min(self.stored_blocks, put.first)
         elif not done.moved and put.first:
             self.stored_blocks = 0
         return put
+
+
+def with_leaves(ids: BlockIds, leaves: Sequence[LeafBlocks]) -> BlockIds:
+    """Return the device blocks of the chain and of leaves."""
+    return np.concatenate([ids, *(each.device_ids for each in leaves)]) if leaves else ids
 
 
 def ids_of(ids: list[int]) -> BlockIds:

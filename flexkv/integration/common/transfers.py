@@ -1,28 +1,40 @@
 """The loads and puts of all requests of one engine: which wait, and what their ends report.
 
     load   waits for its request's puts, for puts that read its blocks, and for room ─▶ get ─Done─▶
-           `received`; what it lacks ─▶ `failed_blocks`
+           `received`; what it lacks ─▶ `failed_blocks`, or its request ─▶ `failed`
     put    reads the blocks that a step completes, after its forward ─Done─▶ they may be reused
     write  a step waits for the puts of earlier steps that read the blocks which it is the first to
            write
     end    a request that is over keeps its blocks until its puts are done: `sent`
 
 So no request ever loads and stores at once, and the engine is told only one end of each.
+
+With several KV groups, a load is whole or it has failed: without the leaves that its end needs, the
+blocks of the chain are worth nothing. Blocks are known by their device ids, which are unique over
+all groups. An engine frees the blocks behind a sliding window while a request goes on, and gives
+them away in the next step; so a step waits a little for puts that read its blocks.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from flexkv.common.request import LeafBlocks
 from flexkv.common.terms import BlockIds, Tier
 from flexkv.integration.common.costs import Costs
 from flexkv.integration.common.device_blocks import DeviceBlocks
-from flexkv.integration.common.request_transfers import Load, RequestTransfers, ids_of
+from flexkv.integration.common.kv_groups import GroupIds, KVGroups, joined
+from flexkv.integration.common.request_transfers import (
+    Load,
+    RequestTransfers,
+    ids_of,
+    with_leaves,
+)
 from flexkv.observe.logs import get_logger
 from flexkv.server.client import Client
 from flexkv.server.prompts import PromptPart
@@ -42,7 +54,10 @@ class StepTransfers:
         sent: ids of requests that have ended, and whose blocks no put reads any more.
         layer_loads: numbers of gets by layer that this step's forward waits for, and the device
             blocks of each.
-        failed_blocks: device blocks that should have been loaded and were not.
+        failed_blocks: device blocks that should have been loaded and were not, if the engine has
+            one KV group.
+        failed: ids of requests of whose loads nothing counts, if it has several. They are in
+            `received`, too.
         dropped: numbers of puts of requests some of whose blocks could not be loaded.
         settle: numbers of failed puts and gets: the worker waits until none of their copies is
             left before it reports anything.
@@ -54,6 +69,7 @@ class StepTransfers:
     received: set[str] = field(default_factory=set)
     sent: set[str] = field(default_factory=set)
     failed_blocks: set[int] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
     dropped: set[int] = field(default_factory=set)
     settle: list[int] = field(default_factory=list)
 
@@ -68,11 +84,16 @@ class TransferRules(NamedTuple):
         gates_loads: whether loads wait until the workers have finished the step under way.
         loads_by_layer: whether a step loads blocks of host memory itself, layer by layer.
         wait_s: how long a step waits for cancelled puts before it disconnects.
+        groups: the engine's KV groups, if it has several.
+        grace_s: how long a step of an engine with several KV groups waits for the puts that read
+            its blocks before it cancels them.
     """
 
     gates_loads: bool
     loads_by_layer: bool
     wait_s: float
+    groups: KVGroups | None = None
+    grace_s: float = 0.05
 
 
 class Transfers(Generic[Step]):
@@ -98,6 +119,8 @@ class Transfers(Generic[Step]):
         """
         self._client, self._rules, self._new_step = client, rules, new_step
         self._count, self._forget, self._costs = count, forget, costs
+        groups = rules.groups
+        self._groups = groups if groups is not None and groups.several else None
         self.blocks = DeviceBlocks()
         self._of_number: dict[int, RequestTransfers] = {}
         self._layer_loads: dict[int, tuple[RequestTransfers, Load]] = {}
@@ -118,64 +141,117 @@ class Transfers(Generic[Step]):
         the request are under way, it loads nothing.
         """
         found = request.found
-        if not self._rules.loads_by_layer or found is None or request.puts:
+        if not self._rules.loads_by_layer or self._groups or found is None or request.puts:
             return False
         return found.by_tier.get(Tier.HOST.label, 0) >= found.blocks - request.local_blocks
 
-    def load(self, request: RequestTransfers, block_ids: list[int], blocks: int) -> None:
-        """Begin to load what is offered to a request; arguments as for its `accept`.
+    def load(self, request: RequestTransfers, group_ids: GroupIds, blocks: int) -> None:
+        """Begin to load what is offered to a request.
 
         If the request loads by layer, this waits until no put reads the blocks, and the request
         runs in the step as if they were there.
+
+        Args:
+            request: has an offer, and a number of blocks that the device has.
+            group_ids: all its device blocks, by KV group; those of the chain come first.
+            blocks: where the load ends, in blocks of the chain. A load of an engine with several
+                groups fails if the request lacks a device block that a prefix of this length needs.
         """
+        block_ids = [block or 0 for block in group_ids[0]]
         load = request.accept(block_ids, blocks)
         if self.blocks.was_reset:
             self.blocks.written(block_ids[:blocks], load.first)
+        if self._groups is not None:
+            leaves = self._groups.to_load(group_ids, blocks, load.first)
+            if leaves is None or min(load.block_ids, default=1) <= 0:
+                self._refuse(request, load)
+                return
+            load.leaves, load.is_whole = leaves, True
         if not request.by_layer:
             self._start(request, load)
             return
         ids, gated = ids_of(load.block_ids), self._rules.gates_loads
         self._wait_for_readers(ids)
-        number = self._client.get(
-            load.keys, load.first, ids, load.found.number, gated, by_layer=True
-        )
+        number = self._client.get_by_layer(load.keys, load.first, ids, load.found.number, gated)
         self._layer_loads[number] = request, request.begin_layers()
         self._step.layer_loads[number] = load.block_ids
 
+    def _refuse(self, request: RequestTransfers, load: Load) -> None:
+        """Fail a load that was not begun, because the request lacks a device block for it."""
+        log.error("load_refused", request=request.request_id, blocks=load.keys.blocks,
+                  reason="the engine has a null block where the prefix needs one")  # fmt: skip
+        self._client.release([load.found.number])
+        request.load, request.may_load, request.has_loaded = None, False, False
+        self._count("loads", 1)
+        self._count("failed_blocks", len(load.block_ids))
+        self._step.failed.add(request.request_id)
+        self._over(request, self._step.received)
+
     def _start(self, request: RequestTransfers, load: Load) -> None:
-        ids = ids_of(load.block_ids)
-        if request.puts or self.blocks.are_read(ids) or load.again_s > time.monotonic():
+        if request.puts or self.blocks.are_read(load.device_ids) or load.again_s > time.monotonic():
             self._waiting.append(request)
             return
-        gated = self._rules.gates_loads
-        load.number = self._client.get(load.keys, load.first, ids, load.found.number, gated)
+        ids, gated = ids_of(load.block_ids), self._rules.gates_loads
+        load.number = self._client.get(
+            load.keys, load.first, ids, load.found.number, gated, load.leaves
+        )
         self._of_number[load.number] = request
         if gated:
             self._step.loads.append(load.number)
 
     # -- puts, and each step --------------------------------------------------------------------
 
-    def written(self, request: RequestTransfers, first: int) -> None:
-        """Record that the next step is the first to write a request's blocks from `first` on."""
+    def written(
+        self, request: RequestTransfers, first: int, leaves: Iterable[int | None] = ()
+    ) -> None:
+        """Record which of a request's blocks the next step is the first to write.
+
+        Args:
+            request: has its new blocks already.
+            first: the first of them in the chain.
+            leaves: the new device blocks of its other KV groups; null blocks are ignored.
+        """
         self.blocks.written(request.block_ids, first)
         self._written += request.block_ids[first:]
+        self._written += [block for block in leaves if block is not None and block > 0]
 
-    def may_put(self, request: RequestTransfers, blocks: int) -> bool:
-        """Return whether a request's first `blocks` blocks, whole after the step, may be put."""
+    def may_put(
+        self, request: RequestTransfers, blocks: int, leaves: Sequence[LeafBlocks] = ()
+    ) -> bool:
+        """Return whether a put of a request's first `blocks` blocks would store anything, and may.
+
+        Args:
+            request: the request.
+            blocks: how many of its first blocks are whole after the step.
+            leaves: what else would be stored.
+        """
         if request.is_stale or not self._client.is_ready:
             return False
-        if not request.stored_blocks < blocks <= len(request.block_ids):
+        if not 0 < blocks <= len(request.block_ids):
+            return False
+        if blocks <= request.stored_blocks and not leaves:
             return False
         return not (self.blocks.was_reset and self.blocks.are_old(request.block_ids[:blocks]))
 
-    def put(self, request: RequestTransfers, part: PromptPart) -> None:
-        """Begin a put of the blocks up to a part's end, which is ready after the next step."""
-        first, blocks = request.stored_blocks, part.blocks
-        ids = ids_of(request.block_ids[first:blocks])
-        number = self._client.put(part, first, ids, request.generation)
-        request.begin_put(number, blocks, ids)
+    def put(
+        self, request: RequestTransfers, part: PromptPart, leaves: Sequence[LeafBlocks] = ()
+    ) -> None:
+        """Begin a put of the blocks up to a part's end, which is ready after the next step.
+
+        Args:
+            request: the request.
+            part: the first blocks of its prompt; those that are stored already are left out.
+            leaves: blocks of other KV groups on positions of the part, which the request has now
+                and until after the next step. Those without a device block are left out; if a
+                position of a group is named twice, the last entry counts.
+        """
+        first, blocks = min(request.stored_blocks, part.blocks), part.blocks
+        ids, leaves = ids_of(request.block_ids[first:blocks]), joined(leaves)
+        number = self._client.put(part, first, ids, request.generation, leaves=leaves)
+        read = with_leaves(ids, leaves)
+        request.begin_put(number, blocks, read)
         self._of_number[number] = request
-        self._fresh_puts[number] = ids
+        self._fresh_puts[number] = read
         self._step.puts.append(number)
 
     def drop_puts_of(self, invalid: Collection[int]) -> None:
@@ -199,11 +275,13 @@ class Transfers(Generic[Step]):
     def _wait_for_readers(self, ids: BlockIds) -> None:
         """Return once no put of an earlier step reads these blocks, which the next step writes.
 
-        Such puts are cancelled. If they do not end soon, the client disconnects: the server stores
-        nothing that they have read without checking that the client is still connected.
+        Such puts are cancelled, with several KV groups after a little time in which they may end.
+        If they do not end soon, the client disconnects: the server stores nothing that they have
+        read without checking that the client is still connected.
         """
         wait_s = self._rules.wait_s  # it takes some milliseconds
-        cancelled, until_s = set[int](), time.monotonic() + wait_s
+        cancel_s = time.monotonic() + (self._rules.grace_s if self._groups else 0.0)
+        cancelled, until_s = set[int](), cancel_s + wait_s
         while self.blocks.are_read(ids):
             readers = {
                 number
@@ -212,9 +290,10 @@ class Transfers(Generic[Step]):
                 and (put := request.puts.get(number)) is not None
                 and np.isin(put.block_ids, ids).any()
             }
-            self._client.cancel(list(readers - cancelled))
+            if time.monotonic() >= cancel_s:
+                self._client.cancel(list(readers - cancelled))
+                cancelled |= readers
             self._client.flush()
-            cancelled |= readers
             if time.monotonic() > until_s:
                 self._client.give_up(f"{len(readers)} puts did not end within {wait_s} s")
             time.sleep(0.0001)
@@ -252,8 +331,11 @@ class Transfers(Generic[Step]):
             self._waiting.append(request)
             return
         if missing := request.end_load(done):
-            self._step.failed_blocks.update(missing)
             self._step.settle.append(done.number)
+            if not load.is_whole:
+                self._step.failed_blocks.update(missing)
+            elif not request.finished:
+                self._step.failed.add(request.request_id)
         self._record(request, load, done)
         self._over(request, self._step.received)
 

@@ -6,20 +6,24 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    SupportsHMA,
+)
 
 from flexkv.integration.vllm.metadata import StepMetadata
-from flexkv.integration.vllm.refusals import check_caches, check_engine
 from flexkv.integration.vllm.stats import FlexKVPromMetrics, FlexKVStats
 from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl
 from flexkv.settings import load_settings
 
 
-class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
-    """Keeps vLLM's KV blocks in host memory and on SSD."""
+class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1, SupportsHMA):
+    """Keeps vLLM's KV blocks in host memory and on SSD, of all KV groups of a model."""
 
     has_layer_hooks = True
 
@@ -31,12 +35,10 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
         Raises:
             ConfigError: FlexKV cannot serve such an engine, or its server cannot be launched.
         """
-        check_engine(vllm_config)
-        check_caches(kv_cache_config)
         KVConnectorBase_V1.__init__(
             self, vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config
         )
-        FlexKVConnectorV1Impl.__init__(self, vllm_config, role)
+        FlexKVConnectorV1Impl.__init__(self, vllm_config, role, kv_cache_config)
 
     def bound_step(self) -> StepMetadata:
         """Return the step's metadata."""
@@ -72,6 +74,61 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
         """Lend the KV tensors again: the engine is awake."""
         if self.worker is not None:
             self.worker.resume()
+
+    # -- several KV groups ----------------------------------------------------------------------
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """Return the requests that are done with sending and receiving, and whose load failed.
+
+        Of an engine with several KV groups, a load fails as a whole: vLLM cannot be told blocks.
+        """
+        sent, received = self.get_finished(finished_req_ids)
+        module = sys.modules[KVConnectorBase_V1.__module__]
+        return module.KVConnectorTransferResults(
+            finished_sending=sent or set(),
+            finished_recving=received or set(),
+            failed_recving=set() if self.worker is None else set(self.bound_step().failed),
+        )
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Return whether vLLM must keep the request's blocks for now, and no parameters."""
+        return self.scheduler is not None and self.scheduler.request_finished(
+            request, block_ids
+        ), None
+
+    def register_finished_partial_tail(
+        self, request: Any, block_ids: tuple[list[int], ...], partial_tail_offloads: Any
+    ) -> bool:
+        """Take the states at the end of a request that is over.
+
+        The result is False: `request_finished_all_groups` says whether the blocks must be kept.
+        """
+        if self.scheduler is not None:
+            self.scheduler.ends_with(request, partial_tail_offloads)
+        return False
+
+    def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
+        """Return which of vLLM's KV groups a load writes: all that are transferred."""
+        groups = None if self.scheduler is None else self.scheduler.engine_groups
+        return (0,) if groups is None else tuple(sorted(groups.engine_ids))
+
+    def get_external_cache_hit_sources(
+        self, request: Any, num_external_tokens: int
+    ) -> dict[Any, int]:
+        """Return how many of a load's tokens come from host memory and from SSD."""
+        unknown = self._cache_hit_source
+        names = {source.value: source for source in type(unknown)}
+        found: dict[str, int] = {}
+        if self.scheduler is not None:
+            found = self.scheduler.hit_sources(request, num_external_tokens)
+        told = {names.get(tier, unknown): tokens for tier, tokens in found.items()}
+        if rest := num_external_tokens - sum(told.values()):
+            told[unknown] = told.get(unknown, 0) + rest
+        return told
+
+    # -- statistics, and the cache --------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> FlexKVStats | None:
         """Return the counts since the last call; only the scheduler's side has any."""

@@ -126,9 +126,9 @@ class KVEvents:
         """Apply the changes that the server has reported."""
         if changed.lost:
             self._lose_all()
-        for key, tier, is_there in changed.changes:
+        for key, tier, is_there, group in changed.changes:
             block = self._blocks.get(key)
-            if block is None:
+            if block is None or group:  # the prefix is told of by its chain
                 continue
             medium = MEDIA.get(tier, tier.upper())  # a tier that is new has a medium of its own
             if is_there:

@@ -4,7 +4,8 @@
         "kv_connector_extra_config": {"cpu_cache_gb": 64, "ssd_cache_dir": "/data/flexkv"}}'
 
 It accepts every key of the configuration file, flat or under `cache_config`, and overrides the file
-and the environment. `weights_id` is accepted only here: see `identity.py`.
+and the environment. Two keys are accepted only here: `weights_id` (see `identity.py`), and
+`mixed_local_hits`, whether a load may continue a prefix that the device has (see `groups.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from flexkv.common.errors import ConfigError
 from flexkv.integration.vllm.identity import WEIGHTS_ID
 
 FIELD = "kv_connector_extra_config"
+MIXED = "mixed_local_hits"
+ONLY_HERE = (WEIGHTS_ID, MIXED)
 ALIKE = 0.75
-"""How similar an unknown key must be to `weights_id` to be taken for it."""
+"""How similar an unknown key must be to one of these to be taken for it."""
 
 
 def with_extra(settings: Settings, transfer: Any) -> Settings:
@@ -36,10 +39,7 @@ def with_extra(settings: Settings, transfer: Any) -> Settings:
         ConfigError: a key is unknown, or its value breaks a rule; the error names the nearest
             known key.
     """
-    extra = getattr(transfer, FIELD, None) or {}
-    if not isinstance(extra, Mapping):
-        raise ConfigError(FIELD, kind_of(extra), "must be a JSON object")
-    told = {name: value for name, value in extra.items() if name != WEIGHTS_ID}
+    told = {name: value for name, value in _told(transfer).items() if name not in ONLY_HERE}
     if not told:
         return settings
     _check_spelling(told)
@@ -53,14 +53,34 @@ def with_extra(settings: Settings, transfer: Any) -> Settings:
     raise fault  # raised here, so that no context holds the values
 
 
+def mixed_local_hits(transfer: Any) -> bool | None:
+    """Return what the user says about loads that continue what the device has; None if nothing.
+
+    Raises:
+        ConfigError: it is neither true nor false.
+    """
+    told = _told(transfer).get(MIXED)
+    if told is not None and not isinstance(told, bool):
+        raise ConfigError(f"{FIELD}.{MIXED}", told, "must be true or false")
+    return told
+
+
+def _told(transfer: Any) -> Mapping[Any, Any]:
+    extra = getattr(transfer, FIELD, None) or {}
+    if not isinstance(extra, Mapping):
+        raise ConfigError(FIELD, kind_of(extra), "must be a JSON object")
+    return extra
+
+
 def _check_spelling(told: Mapping[Any, Any]) -> None:
-    """Raise ConfigError for a probable misspelling of `weights_id`; others are found elsewhere."""
+    """Raise ConfigError for a probable misspelling of a key that is accepted only here."""
     models = (Settings, CacheConfig)
     known = {*old_names(models), *(name for model in models for name in model.model_fields)}
     for name in told:
         is_unknown = isinstance(name, str) and name not in known
-        if is_unknown and get_close_matches(name, [WEIGHTS_ID], cutoff=ALIKE):
-            why = f"unknown key; the nearest known one is {WEIGHTS_ID}"
+        nearest = get_close_matches(name, ONLY_HERE, n=1, cutoff=ALIKE) if is_unknown else []
+        if nearest:
+            why = f"unknown key; the nearest known one is {nearest[0]}"
             raise ConfigError(f"{FIELD}.{name}", kind_of(told[name]), why)
 
 

@@ -16,12 +16,13 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from flexkv.integration.vllm.files import facts_of, hub_name_of, snapshot_of
+from flexkv.integration.vllm.refusals import DRAFTS_WITHOUT_KV
 from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
@@ -63,6 +64,17 @@ ATTENTION_BESIDE = frozenset({
     "sparse_mla_prefill_workspace_factor", "flex_attn_block_m", "flex_attn_block_n",
     "flex_attn_q_block_size", "flex_attn_kv_block_size",
 })  # fmt: skip
+DRAFTS_BESIDE = frozenset({
+    "model", "revision", "enforce_eager", "max_model_len", "tensor_parallel_size",
+    "target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config",
+    "draft_load_config", "disable_padded_drafter_batch", "disable_eagle_block_drop",
+    "use_local_argmax_reduction", "prompt_lookup_max", "prompt_lookup_min",
+    "suffix_decoding_max_tree_depth", "suffix_decoding_max_cached_requests",
+    "suffix_decoding_max_spec_factor", "suffix_decoding_min_token_prob",
+    "rejection_sample_method", "synthetic_acceptance_rates", "synthetic_acceptance_length",
+    "enable_adaptive_verification", "draft_sample_method", "dspark_draft_topk",
+})  # fmt: skip
+"""Fields of `SpeculativeConfig` that change no KV of drafts, or are covered elsewhere here."""
 ROPE_OF_ANY_LENGTH = frozenset({
     "default", "linear", "llama3", "yarn", "mrope", "deepseek_yarn", "proportional",
 })  # fmt: skip
@@ -83,7 +95,7 @@ WEIGHT_SUFFIXES = frozenset({
 _OF_RANK = re.compile(r"_dp\d+$")
 
 
-def model_id(vllm_config: Any, computation: str = "") -> str:
+def model_id(vllm_config: Any, computation: str = "", layers: Sequence[str] = ()) -> str:
     """Return the name of an engine's model and computation: a readable part, then a digest.
 
     Each call looks at the files of the weights, which have to be on this machine by then.
@@ -91,9 +103,12 @@ def model_id(vllm_config: Any, computation: str = "") -> str:
     Args:
         vllm_config: vLLM's `VllmConfig`.
         computation: what `computation_of` returned before the model was loaded, if it was called.
+        layers: the names of the layers in the order of their KV in a block, if it is not the usual.
     """
     name = _name_of(vllm_config.model_config)
     facts = [name, computation or computation_of(vllm_config), _weights(vllm_config)]
+    if layers:
+        facts.append(list(layers))
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     return f"vllm {name} {digest}"
 
@@ -136,10 +151,7 @@ def _computation(vllm_config: Any) -> dict[str, Any]:
     import vllm
 
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    config = _plain(model.hf_config)
-    if isinstance(config, dict):
-        for name in ("transformers_version", "_name_or_path", "_commit_hash"):
-            config.pop(name, None)
+    config = _config_of(model)
     return {
         "vllm": getattr(vllm, "__version__", "").split("+")[0],
         "config": config,
@@ -152,7 +164,36 @@ def _computation(vllm_config: Any) -> dict[str, Any]:
         "device": str(getattr(vllm_config.device_config, "device_type", "")),
         "longest": _longest(model),
         "code": _remote_code(model, config),
+        **_drafts(vllm_config),
     }
+
+
+def _config_of(model: Any) -> Any:
+    """Return a model's own configuration, without what says only where it is from."""
+    config = _plain(model.hf_config)
+    if isinstance(config, dict):
+        for name in ("transformers_version", "_name_or_path", "_commit_hash"):
+            config.pop(name, None)
+    return config
+
+
+def _drafts(vllm_config: Any) -> dict[str, Any]:
+    """Return how drafts are made, if they have KV of their own; it is kept with the model's."""
+    told = _told_drafts(vllm_config)
+    if told is None:
+        return {}
+    facts = {"how": _fields(told, DRAFTS_BESIDE)}
+    if (model := getattr(told, "draft_model_config", None)) is not None:
+        config = _config_of(model)
+        facts |= {"config": config, "model": _fields(model, MODEL_BESIDE),
+                  "code": _remote_code(model, config)}  # fmt: skip
+    return {"drafts": facts}
+
+
+def _told_drafts(vllm_config: Any) -> Any:
+    """Return vLLM's `SpeculativeConfig` if its drafts have KV of their own."""
+    told = getattr(vllm_config, "speculative_config", None)
+    return None if told is None or told.method in DRAFTS_WITHOUT_KV else told
 
 
 def _fields(config: Any, beside: frozenset[str]) -> Any:
@@ -250,11 +291,11 @@ def _weights(vllm_config: Any) -> list[Any]:
     if getattr(vllm_config, "weight_transfer_config", None) is not None:
         why = "weight_transfer_config is set, so they may change at run time"
     try:
-        if _load_format(load) == RANDOM:
-            facts.append(["seed", model.seed])
-        else:
-            place = _place_of(model, load)
-            facts.append([hub_name_of(place.resolve()), facts_of(place)])
+        facts.append(_weight_files(model, load))
+        drafts = _told_drafts(vllm_config)
+        if (draft := getattr(drafts, "draft_model_config", None)) is not None:
+            own = getattr(drafts, "draft_load_config", None) or load
+            facts.append(["drafts", _weight_files(draft, own)])
         facts += [[str(path), facts_of(path)] for path in _paths_in(vllm_config)]
         if _load_format(load) not in (*FROM_FILES, RANDOM):
             why = f"FlexKV does not know the load format {_load_format(load)}"
@@ -270,6 +311,18 @@ def _weights(vllm_config: Any) -> list[Any]:
         remedy = f"set {WEIGHTS_ID} in kv_connector_extra_config"
         log.warning("weights_not_identified", model=model.model, reason=why, remedy=remedy)
     return facts
+
+
+def _weight_files(model: Any, load: Any) -> list[Any]:
+    """Return facts that identify the weights of one model.
+
+    Raises:
+        OSError: they are not on this machine.
+    """
+    if _load_format(load) == RANDOM:
+        return ["seed", model.seed]
+    place = _place_of(model, load)
+    return [hub_name_of(place.resolve()), facts_of(place)]
 
 
 def _load_format(load: Any) -> str:

@@ -1,13 +1,14 @@
 """What FlexKV does not serve under vLLM: an engine that uses any of it does not start.
 
 Blocks of such an engine would be incomplete, have another shape than FlexKV assumes, or depend on
-more than the tokens before them, so a load would be wrong. The rules look at vLLM's configuration,
-and at the KV caches themselves (`KVCacheConfig`) where vLLM passes that.
+more than the tokens before them, so a load would be wrong. The rules look at vLLM's configuration.
+The KV caches themselves are judged by `groups.py`, where the connector knows them. The built-in
+shim does not pass them on, so models whose KV caches may be of several kinds are refused there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flexkv.common.errors import ConfigError
@@ -18,9 +19,14 @@ DTYPES = ("auto", "float16", "bfloat16", "float32", "half", "float", "fp8", "fp8
 """`kv_cache_dtype`s whose blocks are plain arrays, with nothing beside them."""
 ATTENTION = {"attention", "full_attention", "global_attention", "sliding_attention"}
 """Kinds of layers in models' own configurations; windows are checked by a rule of their own."""
-WHOLE = ("FullAttentionSpec", "MLAAttentionSpec")
-"""Kinds of KV caches that keep every token, in a slot of its own."""
-_STATE = "has state layers beside its KV cache, and FlexKV keeps only KV blocks"
+PACKED = ("fp8_ds_mla",)
+"""Further ones whose blocks are plain bytes to a connector that knows the KV caches."""
+OTHER_DOOR = (
+    "vLLM's built-in connector does not say what its KV caches are; FlexKV's own may serve it:"
+    ' "kv_connector": "FlexKVConnector",'
+    ' "kv_connector_module_path": "flexkv.integration.vllm.connector"'
+)
+_STATE = "has state layers beside its KV cache"
 
 
 class Rule(NamedTuple):
@@ -30,11 +36,13 @@ class Rule(NamedTuple):
         field: a field of vLLM's configuration, by the name that users give it.
         found: returns the offending value; None if there is none.
         why: completes "field=value: …".
+        is_of_caches: whether the KV caches, where they are known, are judged instead.
     """
 
     field: str
     found: Callable[[Any], object]
     why: str
+    is_of_caches: bool = False
 
 
 def _of(owner: str, name: str, usual: object = None) -> Callable[[Any], object]:
@@ -96,7 +104,12 @@ def _window(config: Any) -> object:
 
 def _dtype(config: Any) -> object:
     told = getattr(config.cache_config, "cache_dtype", "auto")
-    return told if told not in DTYPES else None
+    return told if told not in (*DTYPES, *PACKED) else None
+
+
+def _packed(config: Any) -> object:
+    told = getattr(config.cache_config, "cache_dtype", "auto")
+    return told if told in PACKED else None
 
 
 def _drafts(config: Any) -> object:
@@ -123,75 +136,54 @@ RULES = (
          "engines on several machines are not served: a server serves only its own machine"),
     Rule("model", _model_if("is_attention_free"),
          "is attention-free: it has no KV cache, so there is nothing to keep"),
-    Rule("model", _model_if("is_hybrid"), f"is a hybrid model: it {_STATE}"),
+    Rule("model", _model_if("is_hybrid"), f"is a hybrid model: it {_STATE}", True),
     Rule("model", _model_if("is_encoder_decoder"),
          "is an encoder-decoder model: its cross attention depends on more than the tokens before"),
     Rule("model", _model_if("is_diffusion"),
          "is a diffusion model: its tokens change after their KV is computed"),
     Rule("runner", _pooling,
          "models that pool instead of generating are not served: many attend in both directions"),
-    Rule("model", _model_if("has_inner_state"), _STATE),
+    Rule("model", _model_if("has_inner_state"), _STATE, True),
     Rule("model", _model_if("has_noops"),
-         "has layers without attention: its layers are not all in the KV cache"),
-    Rule("layer_types", _layers, "only attention layers are served"),
+         "has layers without attention: its layers are not all in the KV cache", True),
+    Rule("layer_types", _layers, "only attention layers are served", True),
     Rule("sliding_window", _window,
-         "layers that forget older tokens are not served: try vLLM's --disable-sliding-window"),
+         "layers that forget older tokens are not served: try vLLM's --disable-sliding-window",
+         True),
     Rule("attention_chunk_size", _of("model_config", "attention_chunk_size"),
-         "chunked attention is not served: its layers forget older tokens"),
+         "chunked attention is not served: its layers forget older tokens", True),
     Rule("index_topk", _text("index_topk"),
-         "sparse attention with an indexer is not served: the indexer has a cache of its own"),
+         "sparse attention with an indexer is not served: the indexer has a cache of its own",
+         True),
     Rule("num_kv_shared_layers", _text("num_kv_shared_layers"),
-         "layers that share a KV cache are not served"),
+         "layers that share a KV cache are not served", True),
     Rule("kv_cache_dtype", _dtype,
          "is not served: such a KV cache has scales or packed values beside its blocks"),
+    Rule("kv_cache_dtype", _packed,
+         "is not served: such a KV cache has scales beside its values", True),
     Rule("kv_cache_dtype_skip_layers", _of("cache_config", "kv_cache_dtype_skip_layers"),
-         "KV caches whose layers have different dtypes are not served"),
+         "KV caches whose layers have different dtypes are not served", True),
     Rule("kv_role", _role, "must be kv_both: FlexKV both stores and loads"),
     Rule("speculative_config.method", _drafts,
-         f"drafts with a KV cache are not served, only these: {', '.join(DRAFTS_WITHOUT_KV)}"),
+         f"drafts with a KV cache are not served, only these: {', '.join(DRAFTS_WITHOUT_KV)}",
+         True),
 )  # fmt: skip
 """Checked in this order, so that an error names the cause, and not a consequence of it."""
 
 
-def check_engine(vllm_config: Any) -> None:
+def check_engine(vllm_config: Any, knows_caches: bool = False) -> None:
     """Check that FlexKV serves an engine.
 
     Args:
         vllm_config: vLLM's `VllmConfig`, of any version that is served.
+        knows_caches: whether the KV caches are known, and are judged as such by `groups_of`.
 
     Raises:
         ConfigError: it does not; the error has the field, its value, and why.
     """
     for rule in RULES:
+        if rule.is_of_caches and knows_caches:
+            continue
         if (value := rule.found(vllm_config)) is not None:
-            raise ConfigError(rule.field, value, f"FlexKV: {rule.why}")
-
-
-def check_caches(kv_cache_config: Any) -> None:
-    """Check that FlexKV serves an engine's KV caches: the configuration may not say it all.
-
-    Args:
-        kv_cache_config: vLLM's `KVCacheConfig`; None if vLLM does not pass it.
-
-    Raises:
-        ConfigError: there is not exactly one group of them, or they do not keep every token.
-    """
-    groups = getattr(kv_cache_config, "kv_cache_groups", None)
-    if groups is None:
-        return
-    if len(groups) != 1:
-        kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
-        why = f"FlexKV serves only models whose layers form one group, not: {kinds or 'none'}"
-        raise ConfigError("kv_cache_groups", len(groups), why)
-    for spec in _specs(groups[0].kv_cache_spec):
-        if (kind := type(spec).__name__) not in WHOLE:
-            raise ConfigError("kv_cache_spec", kind, f"FlexKV serves only {' and '.join(WHOLE)}")
-        for name in ("sliding_window", "attention_chunk_size"):
-            if (value := getattr(spec, name, None)) is not None:
-                raise ConfigError(name, value, "FlexKV does not serve layers that forget tokens")
-
-
-def _specs(spec: Any) -> Iterable[Any]:
-    """Return the specs of a group's layers: several if they differ in shape only."""
-    several = getattr(spec, "kv_cache_specs", None)
-    return [spec] if several is None else several.values()
+            door = f". {OTHER_DOOR}" if rule.is_of_caches else ""
+            raise ConfigError(rule.field, value, f"FlexKV: {rule.why}{door}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flexkv.common.request import LeafBlocks
 from flexkv.integration.common.request_transfers import RequestTransfers
 from flexkv.integration.vllm.events import KVEvents
 from flexkv.integration.vllm.prompt import Scopes, features_of
@@ -14,7 +15,7 @@ from flexkv.server.prompts import PromptPart
 class RequestState:
     """What is known about one of vLLM's requests."""
 
-    __slots__ = ("features", "noted", "parts", "request", "scope", "transfers")
+    __slots__ = ("ends", "features", "noted", "parts", "request", "scope", "tails", "transfers")
 
     def __init__(self, request: Any, scopes: Scopes, transfers: RequestTransfers) -> None:
         self.request, self.parts = request, scopes.parts_of(request)
@@ -24,6 +25,10 @@ class RequestState:
         """Its keys, blocks, load and puts."""
         self.noted = 0
         """How many of its blocks the KV events know."""
+        self.ends: tuple[int, ...] = ()
+        """The prefixes, in blocks, whose leaves it stores when a step reaches their ends."""
+        self.tails: tuple[LeafBlocks, ...] = ()
+        """The states that vLLM has offered of it since it ended."""
 
 
 class RequestStates:

@@ -12,23 +12,29 @@ Per request, from vLLM's hooks:
 Hazards, and how they are met:
 - A block is freed (preemption, sliding window) while a put reads it, and given to another request:
   the step that would write it waits for that put; a load into it starts after the put.
-- A load comes short: the rest of its blocks are reported as failed, and the request loads nothing
-  any more (otherwise vLLM would ask, get the same offer, and loop for ever).
+- A load comes short: the rest of its blocks are reported as failed, or with several KV groups the
+  request is, and it loads nothing any more (otherwise vLLM would ask, get the same offer, and loop
+  for ever).
+- With several KV groups, blocks outside a window are given away by the very next step: see
+  `leaf_sources.py`.
 - The server dies: everything under way is reported as failed, after each worker has made sure that
   no copy is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flexkv.common.errors import FlexKVError
+from flexkv.common.request import LeafBlocks
 from flexkv.integration.common.costs import Costs
+from flexkv.integration.common.kv_groups import GroupIds, KVGroups
 from flexkv.integration.common.own_server import OwnServer
 from flexkv.integration.common.pending_matches import PendingMatches
 from flexkv.integration.common.transfers import TransferRules, Transfers
 from flexkv.integration.vllm.events import KVEvents
+from flexkv.integration.vllm.leaf_sources import LeafSources
 from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.prompt import Scopes
 from flexkv.integration.vllm.request_state import RequestState, RequestStates
@@ -61,8 +67,9 @@ class SchedulerSide:
         self.client = Client(settings, setup.model, setup.instance, setup.tells_events)
         self._events = KVEvents(cache.tokens_per_block) if setup.tells_events else None
         self._costs = Costs() if cache.load_if_faster else None
+        groups = self._groups = _kv_groups(setup)
         self._pending_matches = PendingMatches(
-            self.client, settings.match_wait_ms, setup.tells_events
+            self.client, settings.match_wait_ms, setup.tells_events, groups.drop
         )
         self._scopes = Scopes(setup.names_media, setup.lora)
         self._per_block = cache.tokens_per_block
@@ -70,10 +77,17 @@ class SchedulerSide:
             self.client, self._scopes, self._events, cache.tokens_per_block
         )
         self._states = self._requests.by_id
+        self._leaves = (
+            LeafSources(groups, setup.groups) if setup.groups and groups.several else None
+        )
+        """Where the leaves of further KV groups are; None without any."""
+        self.engine_groups = setup.groups
+        self._chain = setup.groups.engine_ids[0] if setup.groups else 0
+        self._mixes = setup.groups is None or setup.groups.mixes
         self._counts = Counts(cache.num_log_interval_requests)
         wait_s = settings.server_answer_ms / 1e3
         self.transfers = Transfers(
-            self.client, TransferRules(setup.gates_loads, setup.loads_by_layer, wait_s),
+            self.client, TransferRules(setup.gates_loads, setup.loads_by_layer, wait_s, groups),
             StepMetadata, self._counts.count, self._forget, self._costs,
         )  # fmt: skip
 
@@ -132,8 +146,9 @@ class SchedulerSide:
             return 0
         if getattr(request, "skip_reading_prefix_cache", False):  # it wants every token's logits
             return 0
-        # At least the last token has to be computed.
-        blocks: int = (request.num_tokens - 1) // self._per_block
+        if computed and not self._mixes:
+            return 0
+        blocks = self._groups.wanted(request.num_tokens)
         return blocks if blocks * self._per_block > computed else 0
 
     def update_state_after_alloc(self, request: Any, blocks: Any, external: int) -> None:
@@ -150,9 +165,13 @@ class SchedulerSide:
         if not external:  # another connector's offer was taken
             self._pending_matches.release(state.transfers)
             return
-        (ids,) = blocks.get_block_ids()
+        ids = self._by_group(blocks.get_block_ids())
         last = state.transfers.local_blocks + external // self._per_block
-        self.transfers.load(state.transfers, list(ids), last)
+        self.transfers.load(state.transfers, ids, last)
+
+    def _by_group(self, ids: Any) -> GroupIds:
+        """Return device blocks by FlexKV's KV groups, of blocks by vLLM's."""
+        return ids if self._leaves is None else self._leaves.ids(ids)
 
     # -- puts, and each step --------------------------------------------------------------------
 
@@ -163,12 +182,12 @@ class SchedulerSide:
             output: vLLM's `SchedulerOutput`.
         """
         self._poll()
+        if self._leaves is not None:
+            self._leaves.begin_step(output)
         for new in output.scheduled_new_reqs:
             state = self._states.get(new.req_id)
             if state is not None:
-                state.transfers.block_ids = list(new.block_ids[0])
-                first = new.num_computed_tokens // self._per_block
-                self.transfers.written(state.transfers, first)
+                self._has_blocks(state, new.block_ids, new.num_computed_tokens)
                 self._put(state, new.num_computed_tokens, output)
         self._go_on(output)
         step = self.transfers.make_step()
@@ -200,14 +219,33 @@ class SchedulerSide:
                 continue
             transfers = state.transfers
             if new_ids is not None:
-                first = len(transfers.block_ids)
                 if request_id in cached.resumed_req_ids:
-                    transfers.block_ids, first = [], computed // per_block
                     transfers.begins_anew(self.client.generation)
-                transfers.block_ids += new_ids[0]
-                self.transfers.written(transfers, first)
+                    self._has_blocks(state, new_ids, computed)
+                else:
+                    self._has_more_blocks(state, new_ids)
             if after >= (transfers.stored_blocks + 1) * per_block:
                 self._put(state, computed, output)
+
+    def _has_blocks(self, state: RequestState, ids: Sequence[list[int]], computed: int) -> None:
+        """Record all device blocks of a request that is scheduled, by vLLM's groups."""
+        transfers, leaves = state.transfers, self._leaves
+        transfers.block_ids, first = list(ids[self._chain]), computed // self._per_block
+        if leaves is None:
+            self.transfers.written(transfers, first)
+        else:
+            leaves.begin(state)
+            self.transfers.written(transfers, first, leaves.written(ids, computed))
+
+    def _has_more_blocks(self, state: RequestState, ids: Sequence[list[int]]) -> None:
+        """Record the further device blocks of a request, by vLLM's groups."""
+        transfers, leaves = state.transfers, self._leaves
+        first = len(transfers.block_ids)
+        transfers.block_ids += ids[self._chain]
+        if leaves is None:
+            self.transfers.written(transfers, first)
+        else:
+            self.transfers.written(transfers, first, leaves.written(ids))
 
     def _put(self, state: RequestState, computed: int, output: Any) -> None:
         """Begin a put of the whole blocks that a step completes, which is ready after the step."""
@@ -218,8 +256,11 @@ class SchedulerSide:
         # Drafts may be rejected.
         after -= len(output.scheduled_spec_decode_tokens.get(request_id, ()))
         blocks = min(after, len(request.all_token_ids)) // self._per_block
-        if self.transfers.may_put(state.transfers, blocks):
-            self.transfers.put(state.transfers, self._requests.part(state, blocks))
+        leaves: tuple[LeafBlocks, ...] = ()
+        if self._leaves is not None:
+            leaves = self._leaves.of_step(state, computed, blocks)
+        if self.transfers.may_put(state.transfers, blocks, leaves):
+            self.transfers.put(state.transfers, self._requests.part(state, blocks), leaves)
 
     def _poll(self) -> None:
         """Handle the transfers that have ended, and start the loads that waited for them."""
@@ -233,10 +274,14 @@ class SchedulerSide:
         self._hear()
         self._requests.forget(request_id)
 
-    def request_finished(self, request: Any) -> bool:
+    def request_finished(self, request: Any, ids: Sequence[list[int]] | None = None) -> bool:
         """Return whether puts still read the request's blocks; `sent` follows when they are done.
 
         vLLM by itself keeps the blocks of a request that is loading, until `received`.
+
+        Args:
+            request: vLLM's request.
+            ids: its device blocks, by vLLM's groups, if there are several.
         """
         state = self._states.get(request.request_id)
         if state is None:
@@ -246,7 +291,38 @@ class SchedulerSide:
         lora = getattr(request, "lora_request", None)
         if lora is not None and request.num_output_tokens:
             self._scopes.adapters.has_run(lora)
+        if self._leaves is not None and ids is not None and state.transfers.load is None:
+            self._put_end(state, ids)
         return self.transfers.finish(state.transfers)
+
+    def _put_end(self, state: RequestState, ids: Sequence[list[int]]) -> None:
+        """Begin a put of the leaves at the end of a request that is over."""
+        request, leaves = state.request, self._leaves
+        assert leaves is not None
+        if not self._requests.has_keys(state):
+            return
+        done = request.num_computed_tokens - getattr(request, "num_in_flight_tokens", 0)
+        end, found = leaves.of_end(state, ids, min(done, len(request.all_token_ids)))
+        if found and self.transfers.may_put(state.transfers, end, found):
+            self.transfers.put(state.transfers, self._requests.part(state, end), found)
+
+    def ends_with(self, request: Any, offers: Iterable[tuple[int, Any, int]]) -> None:
+        """Take the states that vLLM offers of a request that is about to be reported as over."""
+        state = self._states.get(request.request_id)
+        if state is not None and self._leaves is not None:
+            state.tails = self._leaves.tails(offers)
+
+    def hit_sources(self, request: Any, tokens: int) -> dict[str, int]:
+        """Return how many of the tokens of a request's load come from each tier, by its name."""
+        state = self._states.get(request.request_id)
+        load = None if state is None else state.transfers.load
+        if load is None:
+            return {}
+        sources, left = dict[str, int](), tokens
+        for tier, blocks in sorted(load.found.by_tier.items()):
+            sources[tier] = min(blocks * self._per_block, left)
+            left -= sources[tier]
+        return {tier: count for tier, count in sources.items() if count}
 
     def take_stats(self) -> FlexKVStats | None:
         """Return the counts since the last call; None when there are none."""
@@ -299,3 +375,10 @@ class SchedulerSide:
         if not self.client.is_ready:
             self._poll()
         return self.client.is_ready
+
+
+def _kv_groups(setup: Setup) -> KVGroups:
+    """Return what prefixes need of each KV group of an engine."""
+    per_block, told = setup.cache.tokens_per_block, setup.groups
+    alignment, drops = (told.alignment_tokens, told.drops_last) if told else (per_block, False)
+    return KVGroups(setup.model.spaces(per_block), alignment, drops)

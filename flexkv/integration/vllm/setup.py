@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from flexkv.common.config import CacheConfig, ModelConfig, Settings
-from flexkv.integration.vllm.extra_config import with_extra
+from flexkv.integration.vllm.extra_config import mixed_local_hits, with_extra
+from flexkv.integration.vllm.groups import EngineGroups, groups_of
 from flexkv.integration.vllm.identity import lora_facts, model_id
 from flexkv.integration.vllm.refusals import check_engine
 from flexkv.observe.logs import get_logger
@@ -35,6 +37,8 @@ class Setup(NamedTuple):
     """How LoRA adapters are applied, as JSON."""
     loads_by_layer: bool = False
     """Whether a step loads blocks of host memory itself, layer by layer."""
+    groups: EngineGroups | None = None
+    """The KV groups; None if they are unknown, and then there is one of all layers."""
 
     @property
     def cache(self) -> CacheConfig:
@@ -42,7 +46,7 @@ class Setup(NamedTuple):
         return self.settings.cache_config
 
 
-def setup_of(vllm_config: Any, computation: str = "") -> Setup:
+def setup_of(vllm_config: Any, computation: str = "", kv_cache_config: Any = None) -> Setup:
     """Return an engine's setup, from its configuration and FlexKV's own.
 
     FlexKV's own is, in the order of precedence, vLLM's `kv_connector_extra_config`, the file of
@@ -51,19 +55,21 @@ def setup_of(vllm_config: Any, computation: str = "") -> Setup:
     Args:
         vllm_config: vLLM's `VllmConfig`.
         computation: as for `identity.model_id`.
+        kv_cache_config: vLLM's `KVCacheConfig`; None if it is unknown.
 
     Raises:
         ConfigError: FlexKV cannot serve such an engine; the error says why.
     """
-    check_engine(vllm_config)
+    groups = _groups(vllm_config, kv_cache_config)
     settings = with_extra(load_settings(), vllm_config.kv_transfer_config)
     parallel = vllm_config.parallel_config
-    cache = _with_block_size(settings.cache_config, int(vllm_config.cache_config.block_size))
+    size = int(vllm_config.cache_config.block_size) if groups is None else groups.tokens_per_block
+    cache = _with_block_size(settings.cache_config, size)
     dp_rank = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
     # vLLM may call a data-parallel engine a single one, so each instance_id has 2**16 instances.
     instance = settings.instance_id << INSTANCE_SHIFT | dp_rank
     return Setup(
-        _model(vllm_config, computation),
+        _model(vllm_config, computation, groups),
         settings.model_copy(update={"cache_config": cache}),
         instance,
         settings.server_launch_mode == "embedded" and instance == 0,
@@ -71,7 +77,17 @@ def setup_of(vllm_config: Any, computation: str = "") -> Setup:
         bool(getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False)),
         _names_media(vllm_config),
         lora_facts(vllm_config),
+        groups=groups,
     )
+
+
+def _groups(vllm_config: Any, kv_cache_config: Any) -> EngineGroups | None:
+    """Check that FlexKV serves an engine, and return its KV groups."""
+    is_known = getattr(kv_cache_config, "kv_cache_groups", None) is not None
+    check_engine(vllm_config, knows_caches=is_known)
+    groups = groups_of(kv_cache_config, vllm_config)
+    mixes = mixed_local_hits(vllm_config.kv_transfer_config)
+    return groups if groups is None or mixes is None else replace(groups, mixes=mixes)
 
 
 def _gates_loads(vllm_config: Any) -> bool:
@@ -104,7 +120,18 @@ def _names_media(vllm_config: Any) -> bool:
     return media is None or bool(caches) or media.mm_processor_cache_gb != 0
 
 
-def _model(vllm_config: Any, computation: str) -> ModelConfig:
+def _model(vllm_config: Any, computation: str, groups: EngineGroups | None) -> ModelConfig:
+    """Return the model; by its KV groups only if it is not of equal layers in one group."""
+    if groups is None or len(groups.spans) == 1:
+        plain = _plain_model(vllm_config, computation)
+        if groups is None or groups.fit(plain):
+            return plain
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    name = model_id(vllm_config, computation, groups.layers)
+    return groups.model(ranks, vllm_config.model_config.use_mla, name)
+
+
+def _plain_model(vllm_config: Any, computation: str) -> ModelConfig:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     return ModelConfig(
         num_layers=model.get_num_layers(parallel),

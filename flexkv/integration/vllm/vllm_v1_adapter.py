@@ -31,12 +31,15 @@ class FlexKVConnectorV1Impl:
     has_layer_hooks = False
     """Whether vLLM calls `wait_for_layer_load` in every forward; through the shim it does not."""
 
-    def __init__(self, vllm_config: Any, role: KVConnectorRole) -> None:
+    def __init__(
+        self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None
+    ) -> None:
         """Create one role, by vLLM's configuration and FlexKV's: see `setup_of`.
 
         Raises:
             ConfigError: FlexKV cannot serve such an engine, or its server cannot be launched.
         """
+        self._caches = kv_cache_config
         self._vllm_config, self._computation = vllm_config, _computation_of(vllm_config)
         setup = self._setup()
         configure_logging(setup.settings.log_level, setup.settings.logging_prefix)
@@ -47,16 +50,20 @@ class FlexKVConnectorV1Impl:
         if not self._enabled:
             return
         if role is KVConnectorRole.SCHEDULER:
+            _warn_of_failures(vllm_config.kv_transfer_config)
             self.scheduler = SchedulerSide(setup)
         else:
             self.worker = WorkerSide(setup, _tp_rank())
 
     def _setup(self) -> Setup:
-        setup = setup_of(self._vllm_config, self._computation)
+        setup = setup_of(self._vllm_config, self._computation, self._caches)
+        is_possible, reason = self.has_layer_hooks, "only FlexKV's own connector can: see vllm.md"
+        if setup.groups is not None and setup.groups.are_several:
+            is_possible, reason = False, "the model has several KV groups"
         is_wanted = setup.settings.enable_layerwise_transfer
-        if is_wanted and not self.has_layer_hooks:
-            log.warning("loads_not_by_layer", reason="only FlexKV's own connector can: see vllm.md")
-        return setup._replace(loads_by_layer=is_wanted and self.has_layer_hooks)
+        if is_wanted and not is_possible:
+            log.warning("loads_not_by_layer", reason=reason)
+        return setup._replace(loads_by_layer=is_wanted and is_possible)
 
     def shutdown(self) -> None:
         """Disconnect; the scheduler's side also ends the server that it has launched."""
@@ -153,6 +160,20 @@ class FlexKVConnectorV1Impl:
     def get_kv_connector_stats(self) -> Any:
         """Return None: the shim can neither log nor export statistics."""
         return None
+
+
+def _warn_of_failures(transfer: Any) -> None:
+    """Log what it costs if vLLM ends requests whose blocks cannot be loaded, as it does by default.
+
+    Earlier versions of vLLM have no such policy.
+    """
+    if getattr(transfer, "kv_load_failure_policy", "recompute") == "fail":
+        log.warning(
+            "loads_may_fail_requests",
+            kv_load_failure_policy="fail",
+            reason="a request of which a block cannot be loaded ends with an error",
+            remedy='set "kv_load_failure_policy": "recompute": its blocks are computed again',
+        )
 
 
 _computations: dict[int, tuple[Any, str]] = {}

@@ -44,6 +44,9 @@ class WorkerSide:
         """
         self._agent.close()
         self._agent, self._lent = self._new_agent(), kv_caches
+        groups = self.setup.groups
+        if groups is not None and self.setup.model.layer_groups is not None:
+            kv_caches = groups.tensors(kv_caches)
         self.layer_loads = WorkerLayerLoads(self.setup, self._agent, kv_caches)
         self._agent.start(kv_caches)
 
@@ -67,10 +70,21 @@ class WorkerSide:
         """
         if sys.exc_info()[0] is None:
             self._ready(step.loads, to_device=True)
-            if self.beside_others or self.setup.loads_by_layer:
+            if self._may_be_wrong:
                 self._written += step.puts
             else:
                 self._ready(step.puts)
+
+    @property
+    def _may_be_wrong(self) -> bool:
+        """Return whether a step may have computed with blocks that were not loaded.
+
+        With several KV groups vLLM allows no such loads.
+        """
+        groups = self.setup.groups
+        if groups is not None and groups.are_several:
+            return False
+        return self.beside_others or self.setup.loads_by_layer
 
     def get_finished(self, step: StepMetadata) -> tuple[set[str] | None, set[str] | None]:
         """Return the requests that are done with sending, and with receiving.

@@ -114,17 +114,26 @@ class Stand:
         wanted = {"max_num_batched_tokens": 1024, "max_model_len": 1024, **connector, **config}
         self.config = create_vllm_config(kv_role="kv_both", block_size=PER_BLOCK, **wanted)
         self.config.scheduler_config.async_scheduling = self._behind > 0
-        self.scheduler = create_scheduler(self.config, num_blocks)
+        self.kv_caches, caches = self._allocated(num_blocks)
+        self.scheduler = create_scheduler(self.config, num_blocks, **self._of_caches(caches))
         try:
-            ensure_kv_transfer_initialized(self.config, self.scheduler.kv_cache_config)
-            shape = (num_blocks, HEADS, PER_BLOCK, 2 * HEAD_SIZE)
-            self.layers = [torch.zeros(shape, dtype=torch.float16) for _ in range(LAYERS)]
+            ensure_kv_transfer_initialized(self.config, caches or self.scheduler.kv_cache_config)
             self.worker = get_kv_transfer_group()
-            self.worker.register_kv_caches({f"layer.{i}": t for i, t in enumerate(self.layers)})
+            self.worker.register_kv_caches(self.kv_caches)
             self.until(self.side._ready)
         except BaseException:
             self.close()
             raise
+
+    def _allocated(self, num_blocks: int) -> tuple[dict[str, torch.Tensor], Any]:
+        """Return the KV tensors by layer, and vLLM's `KVCacheConfig` if it is not the usual one."""
+        shape = (num_blocks, HEADS, PER_BLOCK, 2 * HEAD_SIZE)
+        tensors = [torch.zeros(shape, dtype=torch.float16) for _ in range(LAYERS)]
+        return {f"layer.{i}": tensor for i, tensor in enumerate(tensors)}, None
+
+    def _of_caches(self, caches: Any) -> dict[str, Any]:
+        """Return further arguments of vLLM's `create_scheduler`."""
+        return {}
 
     @property
     def side(self) -> Any:
@@ -232,7 +241,7 @@ class Stand:
         at = np.arange(row.end)
         where = torch.from_numpy(row.blocks[at // PER_BLOCK]), torch.from_numpy(at % PER_BLOCK)
         new = slice(row.end - row.count, row.end)
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.kv_caches.values()):
             bits = layer.view(torch.int16)
             wanted = (torch.from_numpy(values) + number)[:, None, None]
             found = bits[where[0], :, where[1]]

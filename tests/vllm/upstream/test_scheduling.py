@@ -53,7 +53,7 @@ def test_wrong_bytes_are_noticed(stand: Stand) -> None:
     stand.step()
     stand.copies.release()
     stand.until(lambda: stand.step().told.finished_recving)
-    stand.layers[1][stand.blocks_of(request)[1], 1, 5, 3] += 1
+    stand.kv_caches["layer.1"][stand.blocks_of(request)[1], 1, 5, 3] += 1
     with pytest.raises(AssertionError, match="id-1: tokens"):
         stand.step()
 

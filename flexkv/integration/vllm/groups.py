@@ -1,0 +1,463 @@
+"""The KV groups of an engine, from vLLM's `KVCacheConfig`: which are served, and what they are.
+
+vLLM puts layers whose blocks it keeps and finds together into a group. Groups are judged by the
+kind of their cache, whatever the model's configuration says:
+
+    kind of cache (vLLM's spec)                            kept of a prefix
+    FullAttention, MLAAttention, SinkFullAttention         every block
+    SlidingWindow, SlidingWindowMLA                        the blocks of its last window
+    ChunkedLocalAttention                                  the blocks of its last chunk
+    Mamba, with mamba_cache_mode "align"                   the state at its end
+
+FlexKV's group 0 is a full-attention group; the others follow in vLLM's order. All groups overlay
+one allocation: a block id belongs to one group at a time.
+
+Both sides of the connector must come to the same result. But of a group whose layers differ in
+shape, the scheduler's side has only the first layer's spec. The pages of the other layers are taken
+from the tensors' placement, as bytes of unknown meaning (*opaque* layers).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import lcm
+from typing import Any, NamedTuple
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from flexkv.common.config_layers import ITEM_BYTES, LayerGroup, dtype_name
+from flexkv.common.config_model import ModelConfig
+from flexkv.common.errors import ConfigError
+from flexkv.common.space import GROUPS_MAX
+
+FAILS_WHOLE = hasattr(sys.modules[KVConnectorBase_V1.__module__], "KVConnectorTransferResults")
+"""Whether this version of vLLM can be told that a load failed as a whole."""
+FULL = ("FullAttentionSpec", "MLAAttentionSpec", "SinkFullAttentionSpec")
+KINDS = {
+    **dict.fromkeys(FULL, "full"),
+    "SlidingWindowSpec": "sliding_window",
+    "SlidingWindowMLASpec": "sliding_window",
+    "ChunkedLocalAttentionSpec": "chunked",
+    "MambaSpec": "state",
+}
+"""FlexKV's kind of each of vLLM's specs that is served. A class that is derived from one of them
+may keep something else, so only these very classes count."""
+MIXED_STATES = ("MAMBA2",)
+"""vLLM's names of the kinds of states for which tests show that a load may continue a prefix that
+the device has; for others only prompts are loaded of which the device has nothing."""
+_WHY = {
+    "CircularBufferSpec": "its ring holds only tokens that are still being compressed",
+    "CrossAttentionSpec": "cross attention depends on more than the tokens before",
+    "EncoderOnlyAttentionSpec": "encoder layers attend in both directions",
+    "HiSparseHotSpec": "HiSparse has a host cache of its own",
+    "HiSparseResidentSpec": "HiSparse has a host cache of its own",
+    "RSWASpec": "it forgets blocks in the middle of a prefix",
+    "HiddenStateCacheSpec": "it keeps hidden states, not KV",
+}
+"""Why some specs are not served."""
+
+
+class Span(NamedTuple):
+    """Consecutive layers of one shape in one group."""
+
+    layers: tuple[str, ...]
+    shape: LayerGroup
+    is_opaque: bool
+
+
+@dataclass(frozen=True)
+class EngineGroups:
+    """The KV groups of an engine.
+
+    Attributes:
+        spans: all layers that are transferred, in FlexKV's order of layers.
+        engine_ids: vLLM's index of each of FlexKV's groups.
+        names: vLLM's kind of each of FlexKV's groups, such as "sliding_window".
+        tokens_per_block: of group 0.
+        alignment_tokens: every hit ends on a multiple of it.
+        drops_last: whether the engine computes the last block of each hit again, for its drafts.
+        retained_tokens: the engine keeps what a hit needs once in so many tokens; 0: only where a
+            prompt ends.
+        mixes: whether what is loaded may continue what the device has.
+    """
+
+    spans: tuple[Span, ...]
+    engine_ids: tuple[int, ...]
+    names: tuple[str, ...]
+    tokens_per_block: int
+    alignment_tokens: int
+    drops_last: bool
+    retained_tokens: int
+    mixes: bool
+
+    @property
+    def are_several(self) -> bool:
+        """Return whether there is more than one."""
+        return len(self.engine_ids) > 1
+
+    @property
+    def have_states(self) -> bool:
+        """Return whether any of them keeps states."""
+        return any(span.shape.kind == "state" for span in self.spans)
+
+    @property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """Return the shapes of the layers, in their order."""
+        return tuple(span.shape for span in self.spans)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Return vLLM's names of the layers, in FlexKV's order."""
+        return tuple(name for span in self.spans for name in span.layers)
+
+    def shape(self, group: int) -> LayerGroup:
+        """Return the shape of the first layers of one of FlexKV's groups."""
+        return next(shape for shape in self.layer_groups if shape.kv_group == group)
+
+    def block_tokens(self, group: int) -> int:
+        """Return the tokens of a block of one of FlexKV's groups."""
+        return self.shape(group).tokens_per_block or self.tokens_per_block
+
+    def fit(self, plain: ModelConfig) -> bool:
+        """Return whether all layers are one group of one shape, and the one of this model."""
+        shape, *others = self.layer_groups
+        names = "num_layers", "num_kv_heads", "head_size", "kv_dim"
+        is_same = all(getattr(shape, name) == getattr(plain, name) for name in names)
+        same_items = ITEM_BYTES[shape.dtype or plain.dtype] == ITEM_BYTES[plain.dtype]
+        return not others and is_same and same_items and shape.compress_ratio == 1
+
+    def model(self, tp_size: int, use_mla: bool, model_id: str) -> ModelConfig:
+        """Return the model as FlexKV has to know it, of this name and number of ranks."""
+        first = self.layer_groups[0]
+        return ModelConfig(
+            num_layers=len(self.layers),
+            num_kv_heads=first.num_kv_heads,
+            head_size=first.head_size,
+            dtype=first.dtype or "uint8",
+            use_mla=use_mla and all(shape.num_kv_heads == 1 for shape in self.layer_groups),
+            kv_dim=first.kv_dim or 2,
+            tp_size=tp_size,
+            layer_groups=self.layer_groups,
+            model_id=model_id,
+        )
+
+    def tensors(self, kv_caches: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the KV tensors of the layers that are transferred, in FlexKV's order.
+
+        Layers that share the cache of another layer have none of their own. Opaque layers become
+        int8[blocks, 1, tokens, bytes].
+
+        Args:
+            kv_caches: the engine's tensors, by layer.
+
+        Raises:
+            ConfigError: a layer has no tensor.
+        """
+        found: dict[str, Any] = {}
+        for span in self.spans:
+            for name in span.layers:
+                if (tensor := kv_caches.get(name)) is None:
+                    raise ConfigError("kv_caches", sorted(kv_caches), f"must have layer {name}")
+                found[name] = self._opaque(tensor, span.shape) if span.is_opaque else tensor
+        return found
+
+    def _opaque(self, tensor: Any, shape: LayerGroup) -> Any:
+        import torch
+
+        tokens = shape.tokens_per_block or self.tokens_per_block
+        raw = torch.empty(0, dtype=torch.int8, device=tensor.device).set_(tensor.untyped_storage())
+        stride = tensor.stride(0) * tensor.element_size()
+        size = (tensor.shape[0], 1, tokens, shape.head_size)
+        begin = tensor.storage_offset() * tensor.element_size()
+        return raw.as_strided(size, (stride, stride, shape.head_size, 1), begin)
+
+
+def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
+    """Return the KV groups of an engine; None if vLLM does not tell them.
+
+    Args:
+        kv_cache_config: vLLM's `KVCacheConfig`, of a worker or of the scheduler.
+        vllm_config: vLLM's `VllmConfig`.
+
+    Raises:
+        ConfigError: FlexKV does not serve one of them; the error names a layer and why.
+    """
+    told = getattr(kv_cache_config, "kv_cache_groups", None)
+    if told is None:
+        return None
+    served = {
+        number: _first_spec(group)
+        for number, group in enumerate(told)
+        if getattr(group, "enable_kv_transfer", True)
+    }
+    for number, spec in served.items():
+        _check(told[number], spec)
+    full = [number for number, spec in served.items() if type(spec).__name__ in FULL]
+    if not full:
+        kinds = ", ".join(type(spec).__name__ for spec in served.values())
+        why = "FlexKV: a model without full attention is not served: prefixes are found by it"
+        raise ConfigError("kv_cache_groups", kinds or "none", why)
+    if len(served) > 1 and not FAILS_WHOLE:
+        why = "FlexKV: several KV groups need vLLM 0.32 or later, where a load may fail as a whole"
+        raise ConfigError("kv_cache_groups", len(served), why)
+    if len(served) > GROUPS_MAX:
+        why = f"FlexKV: at most {GROUPS_MAX} KV groups are served"
+        raise ConfigError("kv_cache_groups", len(served), why)
+    chain = min(full, key=lambda number: served[number].block_size)
+    order = [chain, *(number for number in served if number != chain)]
+    shapes = _Shapes(kv_cache_config, vllm_config, served)
+    spans = [span for group, number in enumerate(order) for span in shapes.spans(group, number)]
+    tokens = int(served[chain].block_size)
+    _check_blocks(told, served, tokens, kv_cache_config)
+    alignment = lcm(*(int(spec.block_size) for spec in served.values()))
+    retained = getattr(kv_cache_config, "prefix_cache_retention_interval", 0)
+    return EngineGroups(
+        tuple(spans),
+        tuple(order),
+        tuple(_name(served[number]) for number in order),
+        tokens,
+        alignment,
+        _drops_last(vllm_config) or any(getattr(g, "is_eagle_group", False) for g in told),
+        alignment if retained is None else int(retained),
+        all(_mixes(spec) for spec in served.values()),
+    )
+
+
+def _mixes(spec: Any) -> bool:
+    """Return whether tests have shown that loads may continue what the device has of a group."""
+    kind = getattr(spec, "mamba_type", None)
+    return KINDS[type(spec).__name__] != "state" or getattr(kind, "name", kind) in MIXED_STATES
+
+
+def _first_spec(group: Any) -> Any:
+    """Return the spec of a group's first layer, which is all that the scheduler's side has."""
+    spec = group.kv_cache_spec
+    several = getattr(spec, "kv_cache_specs", None)
+    return next(iter(several.values())) if several else spec
+
+
+def _layer_specs(group: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the layers of a group with the specs that are known of them."""
+    several = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+    if several:
+        yield from several.items()
+    else:
+        name = group.layer_names[0] if group.layer_names else "no layer"
+        yield name, group.kv_cache_spec
+
+
+def _name(spec: Any) -> str:
+    """Return vLLM's own name of a kind of cache, as in its KV events."""
+    module = sys.modules[FullAttentionSpec.__module__]
+    kind_of = getattr(module, "get_kv_cache_spec_kind", None)
+    return KINDS[type(spec).__name__] if kind_of is None else str(kind_of(spec).value)
+
+
+# -- what is not served -------------------------------------------------------------------------
+
+
+def _check(group: Any, first: Any) -> None:
+    """Check that one group is served.
+
+    Raises:
+        ConfigError: it is not; the error names a layer.
+    """
+    role = getattr(group, "role", None)
+    role = getattr(role, "value", role) or "default"
+    if getattr(group, "host_resident", False) or role != "default":
+        _refuse(group.layer_names[0], first, "its blocks are in the host memory of the engine")
+    kinds = set()
+    for layer, spec in _layer_specs(group):
+        kind = KINDS.get(type(spec).__name__)
+        if kind is None:
+            why = _WHY.get(type(spec).__name__, "FlexKV does not know this kind of cache")
+            _refuse(layer, spec, why)
+        kinds.add(kind)
+        _check_spec(layer, spec, str(kind))
+    if len(kinds) > 1:
+        _refuse(group.layer_names[0], first, f"its group mixes kinds: {', '.join(sorted(kinds))}")
+
+
+def _check_spec(layer: str, spec: Any, kind: str) -> None:
+    if not getattr(spec, "prefix_cacheable", True):
+        _refuse(layer, spec, "vLLM itself does not keep prefixes of it")
+    if getattr(spec, "non_causal", False):
+        _refuse(layer, spec, "it attends to later tokens")
+    if kind == "state" and (mode := spec.mamba_cache_mode) != "align":
+        why = f"mamba_cache_mode is {mode}; FlexKV needs align, as vLLM has with prefix caching"
+        _refuse(layer, spec, why)
+    per_state = getattr(spec, "tokens_per_state", 1)
+    if kind != "state" and per_state != int(per_state):
+        _refuse(layer, spec, f"it keeps {1 / per_state} states for each token")
+
+
+def _refuse(layer: str, spec: Any, why: str) -> None:
+    told = f"FlexKV does not serve the layer {layer}: {why}"
+    raise ConfigError("kv_cache_spec", type(spec).__name__, told)
+
+
+def _check_blocks(told: Sequence[Any], served: Mapping[int, Any], tokens: int, config: Any) -> None:
+    """Check that the blocks of all groups fit those of the chain.
+
+    Raises:
+        ConfigError: a block of some group is no multiple of the chain's, or hits end elsewhere.
+    """
+    for number, spec in served.items():
+        if spec.block_size % tokens:
+            layer = told[number].layer_names[0]
+            why = (
+                f"FlexKV does not serve the layer {layer}: its blocks must be a multiple of those"
+                f" of full attention, which have {tokens} tokens"
+            )
+            raise ConfigError("block_size", spec.block_size, why)
+    alignment = lcm(*(int(spec.block_size) for spec in served.values()))
+    hits = getattr(config, "cache_hit_alignment_tokens", None)
+    if hits and alignment % hits:
+        why = f"FlexKV: hits end on multiples of {alignment} tokens, the engine's on other ones"
+        raise ConfigError("cache_hit_alignment_tokens", hits, why)
+
+
+def _drops_last(vllm_config: Any) -> bool:
+    """Return whether vLLM drops the last block of each hit, since its drafts need its outputs."""
+    drafts = getattr(vllm_config, "speculative_config", None)
+    asked = getattr(drafts, "use_eagle_block_drop", None) or getattr(drafts, "use_eagle", None)
+    return bool(asked and asked())
+
+
+# -- shapes -------------------------------------------------------------------------------------
+
+
+class _Shapes:
+    """The shapes of an engine's layers, over all its ranks."""
+
+    def __init__(self, config: Any, vllm_config: Any, served: Mapping[int, Any]) -> None:
+        self._config, self._served = config, served
+        self._ranks = int(vllm_config.parallel_config.tensor_parallel_size)
+        self._model = vllm_config.model_config
+        self._per_block = min(
+            int(spec.block_size) for spec in served.values() if type(spec).__name__ in FULL
+        )
+
+    def spans(self, group: int, number: int) -> Iterator[Span]:
+        """Yield the layers of one group: vLLM's `number`, FlexKV's `group`.
+
+        Raises:
+            ConfigError: the pages of a layer cannot be told.
+        """
+        told, first = self._config.kv_cache_groups[number], self._served[number]
+        pages = self._pages(told)
+        parts = self._parts(first, are_alike=len(pages) == 1)
+        for at, (layers, page_bytes) in enumerate(pages):
+            common = self._common(group, first, len(layers))
+            if at == 0:
+                shape = _shape(common, first, parts)
+            elif common["kind"] == "state":
+                _refuse(layers[0], first, "its state differs in shape from those of its group")
+            else:
+                shape = _opaque(common, first, parts, layers[0], page_bytes)
+            yield Span(layers, shape, is_opaque=at > 0)
+
+    def _pages(self, told: Any) -> list[tuple[tuple[str, ...], int]]:
+        """Return the layers of a group by shape, with the bytes of a page; the first's is 0.
+
+        Layers that share the cache of another one are placed nowhere, and left out.
+        """
+        names = set(told.layer_names)
+        placed = [
+            (tuple(tensor.layers), min(int(tensor.layer_stride), int(tensor.block_stride)))
+            for tensor in getattr(self._config, "kv_cache_tensors", ())
+            if names.issuperset(getattr(tensor, "layers", ("",)))
+        ]
+        if placed:
+            return [(placed[0][0], 0), *placed[1:]]
+        specs = [spec for _, spec in _layer_specs(told)]
+        if any(spec != specs[0] for spec in specs):
+            _refuse(told.layer_names[0], specs[0], "layers of its group differ in shape")
+        return [(tuple(told.layer_names), 0)]
+
+    def _common(self, group: int, spec: Any, layers: int) -> dict[str, Any]:
+        tokens = int(spec.block_size)
+        return {
+            "num_layers": layers,
+            "kv_group": group,
+            "kind": KINDS[type(spec).__name__],
+            "window": _window(spec),
+            "tokens_per_block": None if tokens == self._per_block else tokens,
+        }
+
+    def _parts(self, spec: Any, are_alike: bool) -> int:
+        """Return into how many different parts the ranks divide the layers of a group.
+
+        What ranks share counts as different wherever that is not known of all its layers.
+        """
+        if KINDS[type(spec).__name__] == "state":
+            return 1 if getattr(spec, "tp_replicated", False) else self._ranks
+        if _heads_of(spec) > 1:
+            return self._ranks
+        if (copies := int(getattr(self._config, "kv_tp_replicas", 1))) > 1:
+            return self._ranks // copies
+        if not are_alike:
+            return self._ranks
+        if "MLA" in type(spec).__name__:
+            return 1
+        if (shards := getattr(spec, "max_tp_shards", None)) is not None:
+            return min(int(shards), self._ranks)
+        has_others = len(self._served) > 1
+        return self._ranks if has_others else min(self._model.get_total_num_kv_heads(), self._ranks)
+
+
+def _shape(common: dict[str, Any], spec: Any, parts: int) -> LayerGroup:
+    """Return the shape of layers whose spec is known."""
+    if common["kind"] == "state":
+        content = int(spec.state_content_size_bytes)
+        return LayerGroup(**common, num_kv_heads=parts, state_bytes=content)
+    dtype, content = dtype_name(spec.dtype), _content_bytes(spec)
+    item, kv_dim, size = ITEM_BYTES[dtype], 2, int(spec.head_size)
+    if content != 2 * size * item:  # packed, or K and V of different sizes, or MLA
+        kv_dim, size = 1, content // item
+    if content % item:
+        dtype, size = "uint8", content
+    return LayerGroup(
+        **common, num_kv_heads=_heads_of(spec) * parts, head_size=size, dtype=dtype, kv_dim=kv_dim,
+        compress_ratio=int(getattr(spec, "tokens_per_state", 1)),
+    )  # fmt: skip
+
+
+def _opaque(
+    common: dict[str, Any], spec: Any, parts: int, layer: str, page_bytes: int
+) -> LayerGroup:
+    """Return the shape of layers of which only the bytes of a page are known."""
+    tokens = int(spec.block_size)
+    if page_bytes % tokens:
+        why = f"its pages of {page_bytes} bytes are no multiple of their {tokens} tokens"
+        _refuse(layer, spec, why)
+    size = page_bytes // tokens
+    return LayerGroup(**common, num_kv_heads=parts, head_size=size, dtype="uint8", kv_dim=1)
+
+
+def _heads_of(spec: Any) -> int:
+    """Return the heads of one rank, as they are packed."""
+    return int(getattr(spec, "num_heads", None) or spec.num_kv_heads)
+
+
+def _window(spec: Any) -> int:
+    """Return the tokens of a window or chunk; those that vLLM keeps longer belong to it."""
+    match KINDS[type(spec).__name__]:
+        case "sliding_window":
+            return int(spec.sliding_window) + int(getattr(spec, "extra_retained_tokens", 0))
+        case "chunked":
+            return int(spec.attention_chunk_size)
+    return 0
+
+
+def _content_bytes(spec: Any) -> int:
+    """Return the bytes of one head of one token: K and V, or what the backend packs."""
+    if (told := getattr(spec, "state_content_size_bytes", None)) is not None:
+        return int(told)
+    size_v = getattr(spec, "head_size_v", None)
+    if size_v is None:
+        size_v = 0 if "MLA" in type(spec).__name__ else spec.head_size
+    return int(spec.head_size + size_v) * ITEM_BYTES[dtype_name(spec.dtype)]

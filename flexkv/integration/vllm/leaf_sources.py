@@ -1,0 +1,128 @@
+"""Which device blocks hold the leaves that are worth storing, in each step and at a request's end.
+
+    window, chunk   in the step whose forward reaches the end of a prefix that may be hit later:
+                    the next step may give the blocks away, even to another group of the request
+    the same        when a request ends, at the last prefix that its tokens have
+    state           where vLLM says so (`boundary_state_offloads`), and nowhere else: these blocks
+                    take turns, and their position says nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from flexkv.common.request import LeafBlocks
+from flexkv.integration.common.kv_groups import GroupIds, KVGroups
+from flexkv.integration.vllm.groups import EngineGroups
+from flexkv.integration.vllm.request_state import RequestState
+
+
+class LeafSources:
+    """The leaves of one engine's requests that are worth storing."""
+
+    def __init__(self, groups: KVGroups, engine: EngineGroups) -> None:
+        """Take the KV groups, in FlexKV's terms and in vLLM's."""
+        self._groups, self._engine = groups, engine
+        self._per_block = engine.tokens_per_block
+        self._of_engine = {number: group for group, number in enumerate(engine.engine_ids)}
+        self._block_state: Any = None
+        self._offers: dict[str, list[tuple[int, int, int]]] = {}
+
+    def ids(self, ids: Sequence[Sequence[int]]) -> GroupIds:
+        """Return device blocks by FlexKV's groups, of blocks by vLLM's."""
+        return [ids[number] for number in self._engine.engine_ids]
+
+    def written(self, ids: Sequence[Sequence[int]], computed: int = 0) -> Iterator[int]:
+        """Yield the blocks of all groups but FlexKV's first that the next step writes.
+
+        Args:
+            ids: the blocks of a request, by vLLM's groups, or those that it has more than before.
+            computed: how many of its tokens the first of these blocks have.
+        """
+        for group, number in enumerate(self._engine.engine_ids):
+            if group:
+                yield from ids[number][computed // self._engine.block_tokens(group) :]
+
+    def begin(self, state: RequestState) -> None:
+        """Find out at which ends of prefixes a request that is scheduled stores its leaves."""
+        request = state.request
+        tokens = getattr(request, "num_prompt_tokens", request.num_tokens)
+        shared = getattr(request, "shared_prefix_boundary", 0) // self._per_block
+        ends = {
+            *self._groups.boundaries(tokens, state.transfers.junction_blocks),
+            *self._groups.boundaries(tokens, shared),
+        }
+        if every := self._engine.retained_tokens // self._per_block:
+            ends.update(range(every, tokens // self._per_block + 1, every))
+        state.ends = tuple(sorted(ends))
+
+    def begin_step(self, output: Any) -> None:
+        """Take vLLM's `SchedulerOutput` of a step that is being made."""
+        self._block_state = getattr(output, "kv_connector_block_state", None)
+        self._offers = dict(getattr(self._block_state, "boundary_state_offloads", None) or {})
+
+    @property
+    def offered(self) -> list[str]:
+        """Return the requests whose states vLLM offers, and that were not looked at."""
+        return list(self._offers)
+
+    def of_step(self, state: RequestState, computed: int, blocks: int) -> tuple[LeafBlocks, ...]:
+        """Return the leaves of a request that are worth storing, and whole after the step.
+
+        Args:
+            state: the request.
+            computed: how many of its tokens were computed before the step.
+            blocks: how many blocks of the chain are whole after it.
+        """
+        request_id = state.request.request_id
+        offers = self._offers.pop(request_id, ())
+        states: list[LeafBlocks] = []
+        ends = {end for end in state.ends if end <= blocks}
+        state.ends = tuple(end for end in state.ends if end > blocks)
+        for number, block, tokens in offers:
+            if number in self._of_engine and tokens <= blocks * self._per_block:
+                block_id = int(getattr(block, "block_id", block))
+                states += self._groups.state(self._of_engine[number], tokens, block_id)
+                ends.add(tokens // self._per_block)
+        ends = {end for end in ends if end * self._per_block > computed}
+        ids = self._block_state.get_block_ids(request_id) if ends and self._block_state else None
+        if ids is None:
+            return tuple(states)
+        by_group = self.ids(ids)
+        windows = [leaf for end in sorted(ends) for leaf in self._groups.to_store(by_group, end)]
+        return (*windows, *states)
+
+    def of_end(
+        self, state: RequestState, ids: Sequence[Sequence[int]], tokens: int
+    ) -> tuple[int, tuple[LeafBlocks, ...]]:
+        """Return the leaves at the last prefix of a request that is over, and its blocks.
+
+        They are nothing if the device does not have all of them any more.
+
+        Args:
+            state: the request.
+            ids: its device blocks, by vLLM's groups.
+            tokens: how many tokens have KV.
+        """
+        ends, tails = self._groups.boundaries(tokens), state.tails
+        if not ends or self._engine.have_states:  # no state is known of an end that nobody offered
+            return ends[-1] if ends else 0, tails
+        leaves = self._groups.to_store(self.ids(ids), ends[-1])
+        needed = sum(
+            len(self._groups.needed(group, ends[-1]))
+            for group in range(1, len(self._engine.engine_ids))
+        )
+        is_whole = sum(each.positions.block_count for each in leaves) == needed
+        return ends[-1], (*leaves, *tails) if is_whole else tails
+
+    def tails(self, offers: Iterable[tuple[int, Any, int]]) -> tuple[LeafBlocks, ...]:
+        """Return the states that vLLM offers of a request that has just ended."""
+        return tuple(
+            leaf
+            for number, block, tokens in offers
+            if number in self._of_engine
+            for leaf in self._groups.state(
+                self._of_engine[number], tokens, int(getattr(block, "block_id", block))
+            )
+        )

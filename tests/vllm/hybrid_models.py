@@ -1,0 +1,118 @@
+"""The small models with several KV groups: how vLLM runs them here, and the groups it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from flexkv.testing.tiny_hybrids import RECIPES, make_tiny_hybrid
+
+CHUNKED = {"VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE": "1"}
+
+
+class Group(NamedTuple):
+    """One of vLLM's KV cache groups."""
+
+    kind: str
+    """The name of its specification, without "Spec"."""
+    block_tokens: int
+    page_bytes: int
+    """Bytes of one block of one layer."""
+    layers: tuple[int, ...]
+
+
+class Hybrid(NamedTuple):
+    """How a model runs."""
+
+    groups: tuple[Group, ...]
+    engine: Mapping[str, Any] = MappingProxyType({})
+    """Arguments of vLLM's `LLM`."""
+    environment: Mapping[str, str] = MappingProxyType({})
+    blocks: int = 128
+    """Blocks of a device cache that is too small for all conversations."""
+    answer_tokens: int = 12
+    is_exact: bool = True
+    """Whether answers do not depend on how many tokens were computed at once (fp32)."""
+    needs: str = ""
+    """What the CPU must have, as in /proc/cpuinfo."""
+
+
+HYBRIDS = {
+    "gemma3": Hybrid((
+        Group("SlidingWindow", 32, 16384, (0, 3)),
+        Group("SlidingWindow", 32, 16384, (1, 4)),
+        Group("FullAttention", 32, 16384, (2, 5)),
+    ), blocks=160),
+    "gpt_oss": Hybrid((
+        Group("SlidingWindow", 32, 16384, (0, 2)),
+        Group("FullAttention", 32, 16384, (1, 3)),
+    )),
+    "llama4": Hybrid((
+        Group("ChunkedLocalAttention", 32, 16384, (0,)),
+        Group("ChunkedLocalAttention", 32, 16384, (1,)),
+        Group("ChunkedLocalAttention", 32, 16384, (2,)),
+        Group("FullAttention", 32, 16384, (3,)),
+    ), environment=CHUNKED),
+    "qwen3_next": Hybrid((
+        Group("Mamba", 96, 98304, (0,)),
+        Group("Mamba", 96, 98304, (1,)),
+        Group("Mamba", 96, 98304, (2,)),
+        Group("FullAttention", 96, 98304, (3,)),
+    ), {"mamba_ssm_cache_dtype": "float32"}, blocks=40, answer_tokens=6, is_exact=False),
+    "nemotron_h": Hybrid((
+        Group("Mamba", 32, 16384, (0, 2)),
+        Group("FullAttention", 32, 16384, (1, 3)),
+    )),
+    "deepseek_v3": Hybrid((
+        Group("MLAAttention", 32, 36864, (0, 1, 2, 3)),
+    ), is_exact=False, needs="amx_tile"),
+}  # fmt: skip
+
+
+def engine_of(name: str) -> dict[str, Any]:
+    """Return the arguments of vLLM's `LLM` for a model."""
+    return {
+        "dtype": RECIPES[name].dtype, "max_num_batched_tokens": 256, "enable_prefix_caching": True,
+        **HYBRIDS[name].engine,
+    }  # fmt: skip
+
+
+def why_not(name: str) -> str:
+    """Return why this machine cannot run a model; "" if it can."""
+    needs = HYBRIDS[name].needs
+    has = needs in Path("/proc/cpuinfo").read_text().split() if needs else True
+    return "" if has else f"vLLM caches no prefixes of {name} on a CPU without {needs}"
+
+
+def patch_vllm() -> None:
+    """Work around a fault of vLLM 0.32's: it needs a GPU to cache prefixes of mamba2 layers.
+
+    The CPU's scan of chunks returns no states within a prompt, and vLLM looks for them. Without
+    this patch every prompt of more than two blocks ends the engine, whatever the connector.
+    """
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+    from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+
+    MambaMixer2.get_kv_cache_spec = MambaBase.get_kv_cache_spec
+
+
+def make(folder: str) -> Generator[str, Any, None]:
+    """Write every model into a folder of its name: a process's work, since it needs vLLM's venv."""
+    for name in RECIPES:
+        make_tiny_hybrid(name, Path(folder) / name)
+    yield "made"
+
+
+def groups_of(kv_cache_config: Any) -> list[Group]:
+    """Return the groups that vLLM has made."""
+    return [
+        Group(
+            type(group.kv_cache_spec).__name__.removesuffix("Spec"),
+            group.kv_cache_spec.block_size,
+            group.kv_cache_spec.page_size_bytes,
+            tuple(int(name.split(".")[2]) for name in group.layer_names),
+        )
+        for group in kv_cache_config.kv_cache_groups
+    ]

@@ -1,0 +1,142 @@
+"""Runs of the small models with several KV groups, and what their answers are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from itertools import chain
+from operator import ne
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import engine
+from .conftest import planned, wait_gone
+from .conversations import Sizes
+from .engine import Plan, folder_of, scheduler_of
+from .fork import Forked
+from .hybrid_models import HYBRIDS, engine_of, groups_of, make, patch_vllm, why_not
+
+SIZES = Sizes(first_tokens=300)
+SEVERAL = [name for name, hybrid in HYBRIDS.items() if len(hybrid.groups) > 1]
+
+Told = dict[str, Any]
+
+
+def run_plan(plan: dict[str, Any]) -> Generator[Told, Any, None]:
+    """Run a plan in this process, yield its result and the engine's groups, and keep the engine."""
+    patch_vllm()
+    told = engine.run(Plan(**plan))
+    yield {**told, "groups": groups_of(scheduler_of(engine.KEPT[-1]).kv_cache_config)}
+
+
+class Hybrids:
+    """Engines for the models, which are made once, and their answers without a connector."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder, self._stack = folder, stack
+        self._references: dict[tuple[str, str], Told] = {}
+        making = Forked(folder / "make.log", make, str(folder))
+        making.told()
+        making.kill()
+
+    def start(self, name: str, folder: Path, **plan: Any) -> Forked:
+        """Start an engine that runs a plan, with FlexKV's files in a folder.
+
+        The plan's `engine` overrides the model's own arguments.
+        """
+        if why_not(name):
+            pytest.skip(why_not(name))
+        sizes = replace(SIZES, answer_tokens=HYBRIDS[name].answer_tokens)
+        plan = {**asdict(sizes), "environment": dict(HYBRIDS[name].environment), **plan}
+        plan["engine"] = {**engine_of(name), **plan.get("engine", {})}
+        whole = planned(str(self._folder / name), folder, plan)
+        process = Forked(folder_of(whole["settings"]) / "engine.log", run_plan, whole)
+        self._stack.callback(process.kill)
+        return process
+
+    def run(self, name: str, folder: Path, **plan: Any) -> Told:
+        """Run a plan to its end, and wait for the end of FlexKV's server."""
+        process = self.start(name, folder, **plan)
+        told: Told = process.told()
+        process.kill()
+        if "server" in told:
+            wait_gone(told["server"]["pid"])
+        return told
+
+    def small(self, name: str, **engine: Any) -> dict[str, Any]:
+        """Return the part of a plan that has a small device cache and the reference's script."""
+        blocks = {"num_gpu_blocks_override": HYBRIDS[name].blocks}
+        script = self.answered(name, "warm")["answers"]
+        return {"engine": {**alone(name), **blocks, **engine}, "script": script}
+
+    def answered(self, name: str, how: str) -> Told:
+        """Return what a model answers without a connector.
+
+        Args:
+            name: of the model.
+            how: "warm" with a device cache that keeps everything; its answers are the script of
+                all other runs. "small" with one that keeps little, "cold" with none.
+        """
+        if (name, how) not in self._references:
+            plan = {} if how == "warm" else self.small(name)
+            if how != "small":
+                plan["engine"] = alone(name)
+            if how == "cold":
+                plan["engine"]["enable_prefix_caching"] = False
+            folder = self._folder / f"{name}-{how}"
+            folder.mkdir()
+            self._references[name, how] = self.run(name, folder, **plan)
+        return self._references[name, how]
+
+    def wrong(self, name: str, told: Told) -> int:
+        """Return how many answers are not those of an engine without a connector.
+
+        If the numbers of a model hang on how many tokens are computed at once (bf16), answers are
+        compared with those after a local hit of the same length, or without one. Answers after
+        hits of other lengths count as right; at least a third must be comparable.
+        """
+        warm = self.answered(name, "warm")
+        if HYBRIDS[name].is_exact:
+            return different(told["answers"], warm["answers"])
+        cold = self.answered(name, "cold") if 0 in chain(*told["cached"][1:]) else warm
+        wrong, compared = 0, 0
+        for turn, (answers, hits) in enumerate(zip(told["answers"], told["cached"], strict=True)):
+            for each, (answer, hit) in enumerate(zip(answers, hits, strict=True)):
+                for reference in (warm, cold):
+                    if reference["cached"][turn][each] == hit:
+                        compared += 1
+                        wrong += answer != reference["answers"][turn][each]
+                        break
+        assert compared >= sum(map(len, told["answers"])) // 3
+        return wrong
+
+
+def alone(name: str) -> dict[str, Any]:
+    """Return the arguments with which one request runs at a time, if numbers depend on that."""
+    return {} if HYBRIDS[name].is_exact else {"max_num_seqs": 1}
+
+
+def different(answers: list[Any], others: list[Any]) -> int:
+    """Return how many answers differ, over all turns."""
+    return sum(map(ne, chain(*answers), chain(*others)))
+
+
+def check_sound(told: Told) -> None:
+    """Check that no block of the device, no claim and no run is left."""
+    assert told["leaked_blocks"] == 0
+    statistics = told["server"]["statistics"]
+    assert statistics["claims"] == 0
+    assert statistics["runs_in_flight"] == 0
+
+
+def needs_several() -> None:
+    """Skip a test of FlexKV's own connector while it serves models with one KV group only."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import SupportsHMA
+
+    from flexkv.integration.vllm.connector import FlexKVConnector
+
+    if not issubclass(FlexKVConnector, SupportsHMA):
+        pytest.skip("FlexKV's connector does not serve models with several KV groups")

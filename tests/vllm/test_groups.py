@@ -1,0 +1,353 @@
+"""Tests of which KV groups are served, and of what FlexKV takes them for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.kv_cache_interface import (
+    CircularBufferSpec,
+    CrossAttentionSpec,
+    EncoderOnlyAttentionSpec,
+    HiddenStateCacheSpec,
+    HiSparseHotSpec,
+    HiSparseResidentSpec,
+    KVCacheGroupRole,
+    RSWASpec,
+    SinkFullAttentionSpec,
+    SlidingWindowMLASpec,
+)
+
+from flexkv.common.config import ModelConfig
+from flexkv.common.errors import ConfigError
+from flexkv.common.space import Kind
+from flexkv.integration.vllm.groups import groups_of
+
+from .caches import (
+    SHAPE,
+    allocated,
+    chunked,
+    engine,
+    full,
+    group,
+    mla,
+    of_scheduler,
+    planned,
+    several,
+    state,
+    window,
+)
+
+
+def judged(configured: Any, *groups: Any, **more: Any) -> Any:
+    """Return the groups as both sides of the connector take them, which must be the same."""
+    layout = more.pop("layout", "LBHNC")
+    vllm, worker = engine(**more), planned(configured, *groups, layout=layout)
+    found = groups_of(worker, vllm)
+    assert found == groups_of(of_scheduler(worker), vllm)
+    return found
+
+
+SERVED = [
+    pytest.param(window(), Kind.WINDOW, 32, "sliding_window", id="window"),
+    pytest.param(
+        SlidingWindowMLASpec(**{**SHAPE, "num_kv_heads": 1}, sliding_window=32),
+        Kind.WINDOW, 32, "sliding_window_mla", id="window_mla",
+    ),
+    pytest.param(
+        window(extra_retained_tokens=3), Kind.WINDOW, 35, "sliding_window", id="kept_longer"
+    ),
+    pytest.param(chunked(), Kind.CHUNK, 64, "chunked_local_attention", id="chunked"),
+    pytest.param(state(), Kind.STATE, 0, "mamba", id="state"),
+    pytest.param(full(dtype=torch.bfloat16), Kind.FULL, 0, "full_attention", id="full"),
+    pytest.param(mla(), Kind.FULL, 0, "mla_attention", id="mla"),
+    pytest.param(
+        SinkFullAttentionSpec(**SHAPE, sink_len=4), Kind.FULL, 0, "sink_full_attention", id="sinks"
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "kind", "tokens", "name"), SERVED)
+def test_each_kind_of_group_beside_full_attention_is_served(
+    configured: Any, spec: Any, kind: Kind, tokens: int, name: str
+) -> None:
+    """It becomes a group of leaves, after the chain, wherever vLLM has it in its order."""
+    found = judged(configured, group(spec, "a", "b"), group(full(), "c"), layout="BLHNC")
+    chain, leaf = found.model(1, False, "m").spaces(found.tokens_per_block)
+    if kind is Kind.FULL:  # then it is the first such group
+        assert (found.engine_ids, found.layers) == ((0, 1), ("a", "b", "c"))
+        assert found.names == (name, "full_attention")
+    else:
+        assert (found.engine_ids, found.layers) == ((1, 0), ("c", "a", "b"))
+        assert found.names == ("full_attention", name)
+        assert (leaf.kind, leaf.window, leaf.layers) == (kind, tokens, (1, 2))
+    assert chain.kind is Kind.FULL
+
+
+def test_a_state_has_its_content_and_not_its_page(configured: Any) -> None:
+    """The padding of a state's page belongs to nobody, so it is not part of its block."""
+    found = judged(configured, group(state(), "s"), group(full(), "f"))
+    leaf = found.model(1, False, "m").spaces(16)[1]
+    assert leaf.block_bytes == 4 * (3 * 5 + 2 * 4 * 4)
+    assert found.have_states
+
+
+def test_the_chain_has_the_smallest_blocks(configured: Any) -> None:
+    """Of several groups with full attention the one with the smallest block is the chain."""
+    found = judged(
+        configured, group(full(block_size=32, num_kv_heads=1), "a"), group(full(), "b"),
+        layout="BLHNC",
+    )  # fmt: skip
+    assert (found.engine_ids, found.tokens_per_block, found.alignment_tokens) == ((1, 0), 16, 32)
+    assert found.block_tokens(1) == 32
+    assert [space.tokens_per_block for space in found.model(1, False, "m").spaces(16)] == [16, 32]
+
+
+def test_layers_of_two_page_sizes_in_one_group_are_served(configured: Any) -> None:
+    """The scheduler's side sees one spec of the group; both sides come to the same shapes."""
+    group_of_two = group(several(a=mla(16), i=mla(4, dtype=torch.uint8), b=mla(16)), "a", "i", "b")
+    for layout in ("LBHNC", "BLHNC"):
+        found = judged(configured, group_of_two, use_mla=True, heads=1, layout=layout)
+        assert (found.layers, found.are_several) == (("a", "b", "i"), False)
+        (space,) = found.model(1, True, "m").spaces(16)
+        assert space.part_bytes == 2 * 16 * 16 * 4 + 16 * 4
+
+
+def test_layers_of_two_dtypes_in_one_group_are_served(configured: Any) -> None:
+    """Layers that vLLM leaves unquantised are bytes to the side that does not know them."""
+    spec = several(a=full(dtype=torch.uint8), b=full(dtype=torch.bfloat16))
+    worker = planned(configured, group(spec, "a", "b"))
+    found = judged(configured, group(spec, "a", "b"))
+    (space,) = found.model(1, False, "m").spaces(16)
+    assert space.part_bytes == 16 * 2 * 16 * (1 + 2)
+    tensors = found.tensors(allocated(worker))
+    assert tensors["b"].shape == (8, 1, 16, 64)
+    assert tensors["b"].dtype is torch.int8
+
+
+@pytest.mark.parametrize("layout", ["LBHNC", "BLHNC"])
+def test_opaque_layers_are_the_same_bytes(configured: Any, layout: str) -> None:
+    """The bytes of an opaque layer's block are those of the engine's own view of it."""
+    spec = several(a=full(), b=full(head_size=4, dtype=torch.bfloat16))
+    worker = planned(configured, group(spec, "a", "b"), layout=layout)
+    kv_caches = allocated(worker)
+    for number, tensor in enumerate(kv_caches.values()):
+        tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) % 251 + number)
+    found = groups_of(worker, engine())
+    assert found is not None
+    tensor = found.tensors(kv_caches)["b"]
+    for block in range(8):
+        wanted = kv_caches["b"][block].contiguous().view(torch.int8).flatten()
+        assert torch.equal(tensor[block].flatten(), wanted)
+
+
+def test_layers_that_share_a_cache_have_no_tensor_of_their_own(configured: Any) -> None:
+    """vLLM's workers list such a layer beside its target: only the target is transferred."""
+    worker = planned(configured, group(full(), "a"))
+    worker.kv_cache_groups[0].layer_names.append("shares a")
+    found = groups_of(worker, engine())
+    assert found is not None
+    kv_caches = allocated(worker)
+    kv_caches["shares a"] = kv_caches["a"]
+    assert list(found.tensors(kv_caches)) == ["a"]
+
+
+def test_a_layer_without_tensor_is_named() -> None:
+    """A layer that the engine has not allocated is an error, not a hole in the block."""
+    config = SimpleNamespace(kv_cache_groups=[group(full(), "a")])
+    found = groups_of(config, engine())
+    assert found is not None
+    with pytest.raises(ConfigError, match="must have layer a"):
+        found.tensors({})
+
+
+def test_a_plain_model_is_what_it_was(configured: Any) -> None:
+    """Equal layers in one group are the model by vLLM's configuration, with the keys it had."""
+    plain = ModelConfig(num_layers=2, num_kv_heads=2, head_size=8, dtype="float32", model_id="m")
+    assert judged(configured, group(full(), "a", "b")).fit(plain)
+    eight_bit = plain.model_copy(update={"dtype": "uint8"})
+    assert judged(configured, group(full(dtype=torch.int8), "a", "b")).fit(eight_bit)
+    for other in (
+        [group(full(), "a", "b", "draft")],
+        [group(full(head_size_v=4), "a", "b")],
+        [group(several(a=full(), b=full(num_kv_heads=1)), "a", "b")],
+        [group(full(), "a"), group(full(), "b")],
+    ):
+        assert not judged(configured, *other).fit(plain)
+
+
+def test_windows_that_vllm_keeps_whole_are_full_attention(configured: Any) -> None:
+    """Without the hybrid manager, all blocks of a layer with a window are kept."""
+    found = judged(configured, group(full(sliding_window=32), "a"))
+    assert not found.are_several
+
+
+# -- tensor parallelism -------------------------------------------------------------------------
+
+
+def test_heads_count_over_all_ranks(configured: Any) -> None:
+    """Specs are those of one rank; ranks share heads or states only where that is known."""
+    alone = judged(configured, group(full(num_kv_heads=1), "a"), tp=4, heads=2)
+    assert alone.shape(0).num_kv_heads == 2
+    beside = judged(
+        configured, group(full(num_kv_heads=1), "a"), group(window(num_kv_heads=1), "b"), tp=4,
+        heads=2,
+    )  # fmt: skip
+    assert [shape.num_kv_heads for shape in beside.layer_groups] == [4, 4]
+    known = judged(
+        configured, group(full(num_kv_heads=1, max_tp_shards=2), "a"), group(window(), "b"), tp=4,
+        layout="BLHNC",
+    )  # fmt: skip
+    assert [shape.num_kv_heads for shape in known.layer_groups] == [2, 8]
+
+
+def test_mla_beside_states_is_one_latent_for_all_ranks(configured: Any) -> None:
+    """All ranks have MLA's latent, each has its slice of a state unless that is replicated too."""
+    for replicated, slices in ((False, 4), (True, 1)):
+        groups = group(mla(32), "m"), group(state(tp_replicated=replicated), "s")
+        found = judged(configured, *groups, tp=4, use_mla=True, heads=1, layout="BLHNC")
+        assert [shape.num_kv_heads for shape in found.layer_groups] == [1, slices]
+        chain, leaf = found.model(4, True, "m").spaces(16)
+        assert (chain.parts, leaf.parts) == (1, slices)
+
+
+def test_layers_whose_spec_is_unknown_belong_to_their_rank(configured: Any) -> None:
+    """A draft's heads may be divided where the target's latent is not, unless vLLM says so."""
+    spec = several(a=mla(), draft=full(num_kv_heads=1))
+    found = judged(configured, group(spec, "a", "draft"), tp=2, use_mla=True, heads=1)
+    assert [shape.num_kv_heads for shape in found.layer_groups] == [2, 2]
+    worker = planned(configured, group(several(a=mla(), i=mla(4)), "a", "i"))
+    worker.kv_tp_replicas = 2
+    both = groups_of(worker, engine(tp=2, use_mla=True, heads=1))
+    assert both is not None
+    assert [shape.num_kv_heads for shape in both.layer_groups] == [1, 1]
+
+
+# -- drafts, boundaries, mixes ------------------------------------------------------------------
+
+
+def test_drafts_that_drop_the_last_block_are_known_by_the_configuration(configured: Any) -> None:
+    """vLLM flags no group where it drops the last block of all of them."""
+    plain, flagged = group(full(), "a"), group(full(), "a", is_eagle_group=True)
+    eagle = SimpleNamespace(use_eagle=lambda: True)
+    kept = SimpleNamespace(use_eagle=lambda: True, use_eagle_block_drop=lambda: False)
+    copy = SimpleNamespace(use_eagle=lambda: False)
+    assert judged(configured, plain, drafts=eagle).drops_last
+    assert judged(configured, flagged).drops_last
+    for drafts in (None, copy, kept):
+        assert not judged(configured, plain, drafts=drafts).drops_last
+
+
+@pytest.mark.parametrize(("told", "kept"), [(0, 0), (64, 64), (None, 16)])
+def test_boundaries_are_kept_as_often_as_vllm_keeps_them(
+    configured: Any, told: int | None, kept: int
+) -> None:
+    """vLLM's retention interval says where a hit may end besides the ends of prompts."""
+    worker = planned(configured, group(full(), "a"), group(window(), "b"))
+    worker.prefix_cache_retention_interval = told
+    found = groups_of(worker, engine())
+    assert found is not None
+    assert found.retained_tokens == kept
+
+
+def test_loads_continue_local_hits_of_kinds_that_are_proved(configured: Any) -> None:
+    """For a kind of state without proof, only prompts are loaded that the device lacks wholly."""
+    chain = group(full(), "a")
+    assert judged(configured, chain, group(window(), "b")).mixes
+    assert judged(configured, chain, group(state(), "b")).mixes
+    gdn = state(mamba_type=MambaAttentionBackendEnum.GDN_ATTN)
+    assert not judged(configured, chain, group(gdn, "b")).mixes
+
+
+# -- refused ------------------------------------------------------------------------------------
+
+ONE = {**SHAPE, "num_kv_heads": 1}
+REFUSED = [
+    (CircularBufferSpec(**SHAPE), "kv_cache_spec", "x.*ring"),
+    (CrossAttentionSpec(**SHAPE), "kv_cache_spec", "x.*cross"),
+    (EncoderOnlyAttentionSpec(**SHAPE), "kv_cache_spec", "x.*both directions"),
+    (HiSparseHotSpec(block_size=16, page_size=4096, blocks_per_request=2), "kv_cache_spec",
+     "x.*HiSparse"),
+    (HiSparseResidentSpec(block_size=16, page_size=4096), "kv_cache_spec", "x.*HiSparse"),
+    (RSWASpec(**SHAPE, rswa_window=32), "kv_cache_spec", "x.*middle"),
+    (HiddenStateCacheSpec(**ONE), "kv_cache_spec", "x.*hidden states"),
+    (SlidingWindowMLASpec(**ONE, sliding_window=32, bounded_replay=True), "kv_cache_spec",
+     "x.*does not keep"),
+    (state("none"), "kv_cache_spec", "x.*mamba_cache_mode is none"),
+    (full(non_causal=True), "kv_cache_spec", "x.*later tokens"),
+    (window(block_size=24), "block_size", "x.*multiple.*16"),
+    (window(block_size=8), "block_size", "x.*multiple.*16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "field", "words"), REFUSED)
+def test_what_is_not_served_is_refused_by_layer_and_reason(
+    spec: Any, field: str, words: str
+) -> None:
+    """The error names the kind of cache, a layer that has it, and why."""
+    config = SimpleNamespace(kv_cache_groups=[group(full(), "f"), group(spec, "x", "y")])
+    with pytest.raises(ConfigError, match=words) as caught:
+        groups_of(config, engine())
+    assert caught.value.field == field
+
+
+def test_a_kind_that_is_new_is_refused() -> None:
+    """A spec that is derived from a known one may keep something else."""
+
+    class Newer(type(full())):  # type: ignore[misc]
+        """Full attention with a difference."""
+
+    config = SimpleNamespace(kv_cache_groups=[group(Newer(**SHAPE), "x")])
+    with pytest.raises(ConfigError, match=r"Newer.*x.*does not know"):
+        groups_of(config, engine())
+
+
+def test_groups_elsewhere_are_refused() -> None:
+    """Blocks that lie in the engine's host memory are not those of the device's pool."""
+    hidden = {"host_resident": True}, {"role": KVCacheGroupRole.HISPARSE_SOURCE}
+    for more in hidden:
+        config = SimpleNamespace(kv_cache_groups=[group(full(), "x", **more)])
+        with pytest.raises(ConfigError, match=r"x.*host memory"):
+            groups_of(config, engine())
+
+
+def test_groups_that_vllm_does_not_transfer_are_left_out(configured: Any) -> None:
+    """Their content is rebuilt from another group, and their kind does not matter."""
+    replica = group(CircularBufferSpec(**SHAPE), "r", enable_kv_transfer=False)
+    found = judged(configured, replica, group(full(), "a"), group(window(), "b"))
+    assert (found.engine_ids, found.layers) == ((1, 2), ("a", "b"))
+
+
+def test_models_without_full_attention_are_refused() -> None:
+    """Prefixes are found by full attention; a model without any is refused by name."""
+    for groups in ([group(state(), "s")], [group(window(), "a")], []):
+        with pytest.raises(ConfigError, match="without full attention"):
+            groups_of(SimpleNamespace(kv_cache_groups=groups), engine())
+
+
+def test_more_groups_than_flexkv_counts_are_refused() -> None:
+    """A model has at most so many groups."""
+    groups = [group(full(), f"layer {number}") for number in range(33)]
+    with pytest.raises(ConfigError, match="at most 32"):
+        groups_of(SimpleNamespace(kv_cache_groups=groups), engine())
+
+
+def test_hits_that_end_elsewhere_are_refused() -> None:
+    """Hits on fractions of the groups' blocks are fine; hits that no block divides are not."""
+    groups = [group(full(), "a"), group(window(), "b")]
+    told = SimpleNamespace(kv_cache_groups=groups, cache_hit_alignment_tokens=8)
+    assert groups_of(told, engine()) is not None
+    told.cache_hit_alignment_tokens = 48
+    with pytest.raises(ConfigError, match="cache_hit_alignment_tokens=48"):
+        groups_of(told, engine())
+
+
+def test_without_kv_caches_nothing_is_judged() -> None:
+    """Earlier versions of vLLM, and the built-in shim, do not pass them on."""
+    assert groups_of(None, engine()) is None

@@ -1,0 +1,45 @@
+"""Tests that models with several KV groups answer the same with FlexKV as without, on real engines.
+
+Their weights are random and so wide that a wrong byte of any group changes answers, as the negative
+controls show. Each asks 64 greedy requests in 8 growing conversations over a small device cache.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .hybrid_models import HYBRIDS
+from .hybrids import SEVERAL, Hybrids, check_sound, needs_several
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_connector_that_finds_nothing_changes_nothing(
+    hybrids: Hybrids, tmp_path: Path, name: str
+) -> None:
+    """With a connector that keeps nothing, answers and local hits are those without one.
+
+    vLLM looks for local hits in another way where there is a connector. Its groups are those that
+    are known.
+    """
+    without = hybrids.answered(name, "small")
+    assert without["groups"] == list(HYBRIDS[name].groups)
+    told = hybrids.run(name, tmp_path, connector="nothing", **hybrids.small(name))
+    assert told["answers"] == without["answers"]
+    assert told["cached"] == without["cached"]
+    assert told["leaked_blocks"] == 0
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_answers_are_equal_and_later_turns_hit(hybrids: Hybrids, tmp_path: Path, name: str) -> None:
+    """Answers are equal, and every later turn hits, from host memory and from SSD."""
+    needs_several()
+    cache = {"num_cpu_blocks": 160, "num_ssd_blocks": 4096}
+    plan = hybrids.small(name)
+    told = hybrids.run(name, tmp_path, connector="own", cache=cache, flush=True, **plan)
+    check_sound(told)
+    assert hybrids.wrong(name, told) == 0
+    assert min(map(min, told["cached"][1:])) > 0
+    assert sum(told["external"]) > sum(map(sum, told["cached"])) // 2
+    assert told["server"]["statistics"]["routes"]["disk→host"]["blocks"] > 100

@@ -1,0 +1,190 @@
+"""Scenarios of models with several KV groups, in vLLM's scheduler."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .hybrid_stand import MODELS, HybridStand
+from .stand import PER_BLOCK, WAITING
+
+Make = Callable[..., HybridStand]
+RECURRENT = ("states", "states_and_windows")
+SEVERAL = [name for name in MODELS if name != "indexer"]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """Yield a function that makes an engine; close the engines afterwards."""
+    made: list[HybridStand] = []
+
+    def begin(model: str, **more: Any) -> HybridStand:
+        made.append(HybridStand(tmp_path, monkeypatch, model, **more))
+        return made[-1]
+
+    yield begin
+    for stand in made:
+        stand.close()
+
+
+def prompt(tokens: int, seed: int = 0) -> list[int]:
+    """Return a prompt."""
+    return random.Random(seed).choices(range(1000), k=tokens)
+
+
+@pytest.mark.parametrize("chunk", [1024, 48], ids=["whole", "chunked"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_conversation_is_loaded_at_every_turn(make: Make, model: str, chunk: int) -> None:
+    """Every turn loads what the last one has computed, up to the last end of a prefix."""
+    stand = make(model, max_num_batched_tokens=chunk)
+    talk = stand.answer("first", prompt(200), max_tokens=20)
+    stand.counts()
+    for turn in range(3):
+        last_prompt = len(talk) - 20
+        talk = stand.answer(f"turn {turn}", [*talk, *prompt(50, turn)], max_tokens=20)
+        counts = stand.counts()
+        kept = last_prompt - 1 if model in RECURRENT else last_prompt + 19
+        wanted = kept // stand.unit * stand.unit // PER_BLOCK
+        assert (counts["loaded_blocks"], counts["failed_blocks"]) == (wanted, 0)
+    stand.check_empty()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_last_token_is_always_computed(make: Make, model: str) -> None:
+    """The same prompt again, of whole blocks, is never loaded to its end."""
+    stand = make(model)
+    tokens = prompt(4 * stand.unit)
+    stand.answer("first", tokens)
+    stand.counts()
+    stand.answer("again", tokens)
+    assert stand.counts()["loaded_blocks"] == 3 * stand.unit // PER_BLOCK
+    stand.check_empty()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_two_prompts_that_part_load_what_they_share(make: Make, model: str) -> None:
+    """The second prompt stores what a hit needs where it parts from the first; the third loads it.
+
+    vLLM cuts its chunks there for states only if its own cache has seen the first prompt.
+    """
+    stand = make(model, max_num_batched_tokens=512)
+    shared = prompt(10 * stand.unit)
+    for turn in range(3):
+        stand.answer(f"turn {turn}", [*shared, *prompt(100, turn)])
+    counts = stand.counts()
+    expected = 0 if model in RECURRENT else 10 * stand.unit // PER_BLOCK
+    assert counts["loaded_blocks"] >= expected
+    stand.check_empty()
+
+
+@pytest.mark.parametrize("model", SEVERAL)
+def test_what_the_device_has_is_continued(make: Make, model: str) -> None:
+    """A prompt whose beginning the device has loads the rest, where that is proved right."""
+    stand = make(model)
+    talk = stand.answer("first", prompt(20 * PER_BLOCK + 3))
+    stand.counts()
+    stand.ask("local", talk[: 8 * PER_BLOCK + 1])
+    stand.run()
+    assert stand.counts()["loaded_blocks"] in (0, 8)
+    stand.ask("mixed", talk)
+    stand.run()
+    assert stand.counts()["loaded_blocks"] == 20 - 8
+    stand.check_empty()
+
+
+@pytest.mark.parametrize("model", SEVERAL)
+def test_a_load_that_fails_in_one_group_fails_whole(make: Make, model: str) -> None:
+    """The request is computed from its first token on, and is offered nothing again."""
+    stand = make(model)
+    talk = stand.answer("first", prompt(200))
+    for number in range(len(MODELS[model])):
+        stand.counts()
+        request = stand.ask(f"fails in {number}", talk)
+        failing: set[int] = set()
+        stand.copies.loads_fail = failing.intersection
+        stand.copies.holds_loads = True
+        stand.step()
+        assert request.status is WAITING
+        failing.update(block for block in stand.tables(request)[number] if block)
+        stand.copies.release()
+        stand.run()
+        counts = stand.counts()
+        assert (counts["loads"], counts["loaded_blocks"]) == (1, 0)
+        assert request.num_preemptions == 0
+        stand.copies.loads_fail = lambda blocks: False
+        assert stand.scheduler.reset_prefix_cache()
+    stand.check_empty()
+
+
+@pytest.mark.parametrize("model", SEVERAL)
+def test_blocks_of_an_aborted_load_come_back(make: Make, model: str) -> None:
+    """A request that is aborted while it loads gives its blocks of all groups back, once."""
+    stand = make(model)
+    talk = stand.answer("first", prompt(200))
+    stand.copies.holds_loads = True
+    request = stand.ask("aborted", talk)
+    stand.step()
+    assert request.status is WAITING
+    stand.abort(request)
+    stand.step()
+    stand.copies.release()
+    stand.run()
+    stand.check_empty()
+
+
+@pytest.mark.parametrize("model", SEVERAL)
+def test_a_wrong_leaf_is_noticed(make: Make, model: str) -> None:
+    """The negative control: each group's loaded bytes matter to the forward."""
+    stand = make(model)
+    talk = stand.answer("first", prompt(200))
+    for number in range(len(MODELS[model])):
+        stand.copies.holds_loads = True
+        request = stand.ask(f"wrong in {number}", talk)
+        stand.step()
+        blocks = [block for block in stand.tables(request)[number] if block]
+        stand.copies.release()
+        stand.until(lambda: stand.step().told.finished_recving)
+        name = MODELS[model][number].layer_names[0]
+        stand.kv_caches[name][blocks] += 1
+        with pytest.raises(AssertionError, match=name):
+            stand.run()
+        stand.unchecked = True
+        stand._under_way.clear()
+        stand.abort(request)
+        stand.run()
+        stand.unchecked = False
+        assert stand.scheduler.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("behind", [0, 1], ids=["synchronous", "asynchronous"])
+@pytest.mark.parametrize("model", MODELS)
+def test_many_requests_on_a_small_device(make: Make, model: str, behind: int) -> None:
+    """With preemptions, aborts, failures and slow copies no forward reads a wrong value."""
+    chance = random.Random(model + str(behind))
+    stand = make(
+        model, num_blocks=150, max_num_batched_tokens=96, behind=behind, max_num_seqs=6,
+        cache={"num_cpu_blocks": 256},
+    )  # fmt: skip
+    stand.copies.lasts_s = lambda: chance.choice([0.0, 0.0, 0.002, 0.01])
+    stand.copies.loads_fail = lambda blocks: chance.random() < 0.1
+    talks = [prompt(chance.randrange(20, 150), seed) for seed in range(5)]
+    for turn in range(4):
+        asked = [
+            stand.ask(f"{turn} {number}", talk, max_tokens=chance.randrange(1, 40))
+            for number, talk in enumerate(talks)
+        ]
+        steps = 0
+        while not stand.is_idle:
+            stand.step()
+            steps += 1
+            if steps == 5 and chance.random() < 0.5:
+                stand.abort(chance.choice(asked))
+            assert steps < 20000
+        talks = [[*talk, *prompt(30, turn)] for talk in talks]
+        if chance.random() < 0.5:
+            stand.scheduler.reset_prefix_cache()
+    stand.check_empty()
