@@ -27,6 +27,8 @@ BLOCKS, DELAY_S = 8, 0.01
 class Index:
     """An index in which every block is resident, under a key made of its id."""
 
+    groups = 1
+
     def export(self, tier: Tier, block_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return a record for each block."""
         return np.repeat(block_ids[:, None] + 1, RECORD_BYTES, axis=1).astype(np.uint8)
