@@ -16,7 +16,7 @@ APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
 TEST_APT_PACKAGES := fuse3 g++ chromium
 MACHINE_APT_PACKAGES := xfsprogs btrfs-progs dosfstools e2fsprogs ntfs-3g
 
-.PHONY: help setup ext demo test test-system test-latest test-vllm lock check lint types gpu mutants coverage \
+.PHONY: help setup ext demo test test-system test-latest test-vllm soak-vllm lock check lint types gpu mutants coverage \
 	sanitize bench soak wheel clean
 
 help:  ## List the targets
@@ -89,6 +89,9 @@ $(VLLM_VENV)/.setup: pyproject.toml scripts/vllm-venv scripts/vllm-tests \
 
 test-vllm: $(VLLM_VENV)/.setup  ## Real vLLM engines on the CPU, with and without FlexKV (0.7 GB to install)
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm tests/test_locks.py $(ARGS)
+
+soak-vllm: $(VLLM_VENV)/.setup  ## The tests under vLLM that test-vllm leaves out; about an hour
+	$(VLLM_VENV)/bin/python -m pytest -m soak tests/vllm $(ARGS)
 
 mutants: $(VENV)/.setup-dev $(VLLM_VENV)/.setup  ## Small changes that a test should notice; ARGS="--sample 50 --seed 7"
 	$(BIN)/python -m tests.mutation $(ARGS)

@@ -211,7 +211,7 @@ def run(plan: Plan) -> dict[str, Any]:
     """Run the plan, and return its results."""
     llm = started(plan)
     scheduler, asking = scheduler_of(llm), Asking(plan, llm)
-    flips = random.Random(plan.seed + 2)
+    flips, flipped = random.Random(plan.seed + 2), 0
     begin = time.monotonic()
     for number in range(plan.turns):
         if plan.flush:
@@ -222,7 +222,7 @@ def run(plan: Plan) -> dict[str, Any]:
         if plan.naps:
             nap(llm)
         if plan.flip_files:
-            flip(plan.flip_files, flips, plan.group)
+            flipped += flip(plan.flip_files, flips, plan.group)
     finish(llm)
     pool = scheduler.kv_cache_manager.block_pool
     told = {
@@ -230,6 +230,7 @@ def run(plan: Plan) -> dict[str, Any]:
         "cached": asking.conversations.cached,
         "external": asking.external,
         "aborted": asking.aborted,
+        "flipped": flipped,
         "seconds": time.monotonic() - begin,
         "leaked_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
         "preemptions": counted(llm, "vllm:num_preemptions"),

@@ -91,8 +91,12 @@ def note_stored(tensor: Any, ids: Any) -> None:
         STORED.add(bytes(row[:MARK_BYTES].tolist()))
 
 
-def flip(folder: str, chance: random.Random, group: int | None) -> None:
-    """Flip bits in the SSD tier's block files: at random places, or in each block of the group."""
+def flip(folder: str, chance: random.Random, group: int | None) -> int:
+    """Flip bits in the SSD tier's block files: at random places, or in each block of the group.
+
+    Return how many bits were flipped.
+    """
+    flipped = 0
     for path in sorted(Path(folder).glob("*.flexkv")):
         size = path.stat().st_size
         if not path.name.startswith("blocks") or not size:
@@ -102,9 +106,11 @@ def flip(folder: str, chance: random.Random, group: int | None) -> None:
             content = path.read_bytes()
             steps = range(0, size, MARK_STEP_BYTES)
             places = [at for at in steps if content[at : at + MARK_BYTES] in STORED]
+        flipped += len(places)
         with path.open("r+b") as file:
             for at in places:
                 file.seek(at)
                 byte = file.read(1)
                 file.seek(at)
                 file.write(bytes([byte[0] ^ 0x10]))
+    return flipped
