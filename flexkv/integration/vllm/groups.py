@@ -81,6 +81,7 @@ class EngineGroups:
         drops_last: whether the engine computes the last block of each hit again, for its drafts.
         retained_tokens: the engine keeps what a hit needs once in so many tokens; 0: only where a
             prompt ends.
+        hash_tokens: the tokens of each of the engine's own hashes.
         mixes: whether what is loaded may continue what the device has.
     """
 
@@ -91,6 +92,7 @@ class EngineGroups:
     alignment_tokens: int
     drops_last: bool
     retained_tokens: int
+    hash_tokens: int
     mixes: bool
 
     @property
@@ -222,6 +224,7 @@ def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
         alignment,
         _drops_last(vllm_config) or any(getattr(g, "is_eagle_group", False) for g in told),
         alignment if retained is None else int(retained),
+        int(getattr(kv_cache_config, "hash_block_size", None) or tokens),
         all(_mixes(spec) for spec in served.values()),
     )
 
