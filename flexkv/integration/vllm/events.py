@@ -48,7 +48,7 @@ class _Facts(NamedTuple):
 class _Group(NamedTuple):
     """What events say about a KV group, and how many blocks of the chain one of its blocks has."""
 
-    index: int | None
+    number: int | None
     kind: str | None
     window: int | None
     ratio: int
@@ -232,7 +232,7 @@ class KVEvents:
             isinstance(last, BlockStored)
             and last.block_hashes[-1] == facts.parent_hash
             and (last.medium, last.lora_name) == (medium, facts.lora_name)
-            and getattr(last, "group_idx", None) == group.index
+            and getattr(last, "group_idx", None) == group.number
         ):
             last.block_hashes.append(facts.block_hash)
             last.token_ids.extend(facts.tokens)
@@ -250,7 +250,7 @@ class KVEvents:
                 lora_name=facts.lora_name,
                 extra_keys=[facts.extra_keys],
                 **_of_group(
-                    group_idx=group.index,
+                    group_idx=group.number,
                     kv_cache_spec_kind=group.kind,
                     kv_cache_spec_sliding_window=group.window,
                 ),
@@ -258,9 +258,12 @@ class KVEvents:
         )
 
     def _tell_removed(self, block_hash: Any, place: Place) -> None:
-        last, index = self._events[-1] if self._events else None, self._groups[place[0]].index
-        is_same = isinstance(last, BlockRemoved) and last.medium == place[1]
-        if is_same and getattr(last, "group_idx", None) == index:
+        last, index = self._events[-1] if self._events else None, self._groups[place[0]].number
+        if (
+            isinstance(last, BlockRemoved)
+            and last.medium == place[1]
+            and getattr(last, "group_idx", None) == index
+        ):
             last.block_hashes.append(block_hash)
         else:
             more = _of_group(group_idx=index)
