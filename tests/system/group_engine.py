@@ -105,7 +105,7 @@ class GroupEngine:
         self._agent = Agent(settings.server_recv_port, GROUP_MODEL, settings.cache_config)
         self._agent.start(self._pages.tensors)
         self._client = Client(settings, GROUP_MODEL)
-        eventually(lambda: (self._client.poll(), self._client.is_ready)[1])
+        self.wait_ready()
         self._transfers = Transfers[StepTransfers](
             self._client, TransferRules(True, False, 5.0, self._groups),
             StepTransfers, lambda name, by: self.counts.update({name: by}), self._forget, None,
@@ -117,6 +117,10 @@ class GroupEngine:
         self._held: dict[str, Running] = {}
         """Requests that are over, and whose blocks puts or a load may still use."""
         self.wrong: list[tuple[str, int, int]] = []
+
+    def wait_ready(self) -> None:
+        """Return once the server knows the device, taking the ends of what was under way."""
+        eventually(lambda: (self._client.match(bytes(16)), self._client.is_ready)[1])
 
     def arrive(self, keys: bytes) -> None:
         """Add a request for a prompt."""
