@@ -91,7 +91,8 @@ def of_scheduler(worker: Any) -> Any:
 def allocated(worker: Any) -> dict[str, torch.Tensor]:
     """Return the KV tensors, by layer, all in one allocation."""
     layout = KVCacheLayout[worker.kv_cache_layout]
-    return allocate_kv_cache(worker, torch.device("cpu"), layout)
+    found: dict[str, torch.Tensor] = allocate_kv_cache(worker, torch.device("cpu"), layout)
+    return found
 
 
 def engine(tp: int = 1, heads: int = 2, use_mla: bool = False, drafts: Any = None) -> Any:

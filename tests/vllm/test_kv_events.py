@@ -16,7 +16,10 @@ from vllm.v1.core import kv_cache_utils
 
 from flexkv import _ext
 from flexkv.integration.vllm.events import MEDIA, KVEvents
+from flexkv.integration.vllm.groups import EngineGroups, groups_of
 from flexkv.server.wire import Changed
+
+from .caches import engine, full, group, window
 
 TIERS = [*MEDIA, "remote", "peer"]
 """Those that vLLM has names of, and others."""
@@ -201,3 +204,65 @@ def test_blocks_that_wait_for_their_parent_are_announced_behind_it() -> None:
     events.hear(Changed(((keys[0], "disk", True, 0),)))
     (third,) = events.take()
     assert (third.medium, third.block_hashes) == ("STORAGE", hashes[:1])
+
+
+def groups(leaf_tokens: int, hash_tokens: int = PER_BLOCK) -> EngineGroups:
+    """Return groups of an engine that has windows first, and then full attention."""
+    told = [
+        group(window(8, block_size=leaf_tokens), "w"), group(full(block_size=PER_BLOCK), "f")
+    ]  # fmt: skip
+    caches = SimpleNamespace(kv_cache_groups=told, hash_block_size=hash_tokens)
+    found = groups_of(caches, engine())
+    assert found is not None
+    return found
+
+
+def test_events_name_the_group_as_vllm_does() -> None:
+    """A leaf is announced behind its chain's block, with vLLM's index, kind and window."""
+    events, path = KVEvents(PER_BLOCK, groups(PER_BLOCK)), (0, 1)
+    keys = [key_of(path[: i + 1]) for i in range(2)]
+    request = prompt(path)
+    events.note(request, bytes(16) + b"".join(keys), 0)
+    events.hear(Changed(((keys[1], "host", True, 1), (keys[1], "host", True, 0))))
+    assert events.take() == []
+    events.hear(Changed(((keys[0], "disk", True, 0),)))
+    chain, second, leaf = events.take()
+    hashes = [kv_cache_utils.maybe_convert_block_hash(each) for each in request.block_hashes]
+    assert (chain.group_idx, chain.kv_cache_spec_kind) == (1, "full_attention")
+    assert (second.medium, second.block_hashes, second.group_idx) == ("CPU", hashes[1:], 1)
+    assert (leaf.block_hashes, leaf.parent_block_hash) == (hashes[1:], hashes[0])
+    assert (leaf.group_idx, leaf.kv_cache_spec_kind) == (0, "sliding_window")
+    assert (leaf.kv_cache_spec_sliding_window, leaf.medium) == (8, "CPU")
+    events.hear(Changed(((keys[1], "host", False, 1), (keys[1], "host", False, 0))))
+    removed = events.take()
+    assert [(each.group_idx, each.block_hashes) for each in removed] == [
+        (0, hashes[1:]), (1, hashes[1:])
+    ]  # fmt: skip
+
+
+def test_a_larger_block_has_the_tokens_of_several() -> None:
+    """A leaf that covers two blocks of the chain has their tokens, and the hash of the second."""
+    events, path = KVEvents(PER_BLOCK, groups(2 * PER_BLOCK)), (0, 1, 0, 1)
+    keys = [key_of(path[: i + 1]) for i in range(4)]
+    request = prompt(path)
+    events.note(request, bytes(16) + b"".join(keys), 0)
+    events.hear(Changed(tuple((key, "host", True, 0) for key in keys)))
+    events.take()
+    events.hear(Changed(((keys[3], "host", True, 1),)))
+    (leaf,) = events.take()
+    hashes = [kv_cache_utils.maybe_convert_block_hash(each) for each in request.block_hashes]
+    assert (leaf.block_hashes, leaf.parent_block_hash) == (hashes[3:], hashes[1])
+    assert (leaf.block_size, leaf.token_ids) == (2 * PER_BLOCK, request.all_token_ids[8:])
+
+
+def test_finer_hashes_than_blocks_are_those_at_the_ends_of_blocks() -> None:
+    """vLLM's hashes may cover less than a block of the chain."""
+    events, path = KVEvents(PER_BLOCK, groups(PER_BLOCK, PER_BLOCK // 2)), (0, 1)
+    keys = [key_of(path[: i + 1]) for i in range(2)]
+    request = prompt(path)
+    request.block_hashes = [bytes([number]) * 32 for number in range(5)]
+    assert events.note(request, bytes(16) + b"".join(keys), 0) == 2
+    events.hear(Changed(tuple((key, "host", True, 0) for key in keys)))
+    (stored,) = events.take()
+    convert = kv_cache_utils.maybe_convert_block_hash
+    assert stored.block_hashes == [convert(request.block_hashes[at]) for at in (1, 3)]

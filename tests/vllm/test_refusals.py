@@ -57,8 +57,6 @@ REFUSED = [
     ),
     pytest.param(
         model_is(is_hybrid=True, has_inner_state=True), "model", "hybrid",
-        marks=support("model", "hybrid: attention and state layers (Jamba, Bamba, Qwen3-Next)",
-                      "refused", "by vLLM first with `--no-disable-hybrid-kv-cache-manager`"),
     ),
     pytest.param(model_is(has_inner_state=True), "model", "state layers"),
     pytest.param(
@@ -79,25 +77,19 @@ REFUSED = [
     ),
     pytest.param(
         model_is(has_noops=True), "model", "without attention",
-        marks=support("model", "with layers that have no attention (Nemotron-NAS)", "refused"),
     ),
     pytest.param(
         sets("model_config.hf_text_config.sliding_window", 128), "sliding_window", "forget",
-        marks=support("model", "with a sliding window (Mistral, Gemma, gpt-oss)", "refused",
-                      "served with vLLM's `--disable-sliding-window`, if the model allows it"),
     ),
     pytest.param(
         sets("model_config.attention_chunk_size", 8192), "attention_chunk_size", "chunked",
-        marks=support("model", "with chunked attention (Llama 4)", "refused"),
     ),
     pytest.param(
         sets("model_config.hf_text_config.index_topk", 64), "index_topk", "indexer",
-        marks=support("model", "with MLA and an indexer (DeepSeek V3.2)", "refused"),
     ),
     pytest.param(
         sets("model_config.hf_text_config.num_kv_shared_layers", 2), "num_kv_shared_layers",
         "share",
-        marks=support("model", "with layers that share a KV cache (Gemma 3n)", "refused"),
     ),
     pytest.param(
         sets("cache_config.cache_dtype", "nvfp4"), "kv_cache_dtype", "nvfp4",
@@ -108,7 +100,6 @@ REFUSED = [
     pytest.param(
         sets("cache_config.kv_cache_dtype_skip_layers", ["0"]), "kv_cache_dtype_skip_layers",
         "different dtypes",
-        marks=support("feature", "`--kv-cache-dtype-skip-layers`", "refused"),
     ),
     pytest.param(
         sets("parallel_config.pipeline_parallel_size", 2), "pipeline_parallel_size", "pipeline",
@@ -130,8 +121,6 @@ REFUSED = [
     pytest.param(
         sets("speculative_config", SimpleNamespace(method="eagle")), "speculative_config.method",
         "drafts",
-        marks=support("feature", "drafts with a KV cache of their own (EAGLE, MTP, draft models)",
-                      "refused"),
     ),
     pytest.param(sets("speculative_config", SimpleNamespace(method="mtp")),
                  "speculative_config.method", "drafts"),
@@ -173,6 +162,12 @@ OF_CACHES = [case for case in REFUSED if case.values[1] in (
 ) or case.values[2] in ("hybrid", "state layers", "without attention", "beside")]  # fmt: skip
 
 
+@support(
+    "feature",
+    "models with several KV groups, and drafts with KV, behind the built-in shim",
+    "refused",
+    "FlexKV's own connector knows the KV caches",
+)
 @pytest.mark.parametrize(("change", "field", "words"), OF_CACHES)
 def test_known_kv_caches_are_judged_instead_of_the_model(
     configured: Any, change: Change, field: str, words: str

@@ -95,13 +95,24 @@ def scenarios(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
 support = pytest.mark.support
 SHOWN = {
     "test_several": support("feature", "beside other connectors (`MultiConnector`)", "served"),
+    "test_hybrids": (
+        support("model", "with sliding windows (Gemma 3, gpt-oss)", "served",
+                "with its own connector"),
+        support("model", "with chunked attention (Llama 4)", "served", "with its own connector"),
+        support("model", "hybrid: attention and state layers (Nemotron-H, Qwen3-Next)", "served",
+                "with its own connector"),
+        support("model", "with MLA and an indexer (DeepSeek V3.2)", "served",
+                "with its own connector; in vLLM's scheduler, without the model"),
+        support("feature", "KV groups whose blocks differ in size or dtype", "served",
+                "with its own connector; in vLLM's scheduler, without a model"),
+    ),
     "test_clears": support(
         "feature",
         "`/reset_prefix_cache?reset_external=true`; weights that are updated in place",
         "served",
         "with its own connector only: see below",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

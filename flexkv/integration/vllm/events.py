@@ -4,6 +4,9 @@ A block is announced under vLLM's own hash, in the medium of its tier, once its 
 its parent has been announced. It is withdrawn when it is gone. If this engine has never seen a
 block's tokens (another engine or an earlier run stored it), it is announced when a prompt with it
 is looked up.
+
+With several KV groups, each event names its group, as vLLM's own events do. The blocks of further
+groups are announced behind the block of the prefix chain on which they hang.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, maybe_convert_block_hash
 
 from flexkv.index.keys import block_keys
+from flexkv.integration.vllm.groups import EngineGroups
 from flexkv.server.wire import Changed
 
 # Later versions of vLLM tag extra keys for hashing, but not in events.
@@ -41,13 +45,26 @@ class _Facts(NamedTuple):
     lora_name: str | None
 
 
+class _Group(NamedTuple):
+    """What events say about a KV group, and how many blocks of the chain one of its blocks has."""
+
+    number: int | None
+    kind: str | None
+    window: int | None
+    ratio: int
+
+
+Place = tuple[int, str]
+"""FlexKV's KV group, and a medium."""
+
+
 class _Block:
-    """A block of a prompt that this engine has seen.
+    """A block of a prompt that this engine has seen, and what hangs on it.
 
     Attributes:
         source: the request that made it known, and its number there; None once there are facts.
-        there: the media in which it is.
-        announced: the media in which it has been announced.
+        there: the media in which it is, of each group.
+        announced: those in which it has been announced.
         children: the keys of the blocks that continue it.
         requests: how many running requests have it.
         facts: what an event says about it; None until that is needed.
@@ -59,21 +76,27 @@ class _Block:
         self.source: tuple[Any, int] | None = source
         self.facts: _Facts | None = None
         self.parent = parent
-        self.there: tuple[str, ...] = ()
-        self.announced: tuple[str, ...] = ()
+        self.there: tuple[Place, ...] = ()
+        self.announced: tuple[Place, ...] = ()
         self.children: set[bytes] | None = None
         self.requests = 0
 
+    @property
+    def is_known(self) -> bool:
+        """Return whether the block of the chain itself has been announced."""
+        return any(group == 0 for group, _ in self.announced)
 
-def _facts(request: Any, number: int, block_size: int) -> _Facts:
+
+def _facts(request: Any, number: int, block_size: int, hashes: int) -> _Facts:
+    """Return the facts of a request's block, for which vLLM has so many hashes."""
     convert = maybe_convert_block_hash
     first, last = number * block_size, (number + 1) * block_size
     extra_keys, _ = generate_block_hash_extra_keys(request, first, last, 0)
     untagged = _untagged([extra_keys])
     lora = request.lora_request
     return _Facts(
-        convert(request.block_hashes[number]),
-        convert(request.block_hashes[number - 1]) if number else None,
+        convert(request.block_hashes[(number + 1) * hashes - 1]),
+        convert(request.block_hashes[number * hashes - 1]) if number else None,
         array("q", request.all_token_ids[first:last]),
         untagged[0] if untagged else None,
         None if lora is None else lora.adapter_id,
@@ -84,13 +107,20 @@ def _facts(request: Any, number: int, block_size: int) -> _Facts:
 class KVEvents:
     """vLLM's events, made from the changes that the server reports."""
 
-    def __init__(self, block_size: int) -> None:
-        """Start without blocks; `block_size` is vLLM's, in tokens."""
+    def __init__(self, block_size: int, groups: EngineGroups | None = None) -> None:
+        """Start without blocks.
+
+        Args:
+            block_size: of the prefix chain, in tokens.
+            groups: the engine's KV groups, if it has several.
+        """
         self._block_size = block_size
+        self._hashes = 1 if groups is None else block_size // groups.hash_tokens
+        self._groups = [_Group(None, None, None, 1)] if groups is None else _told(groups)
         self._blocks: dict[bytes, _Block] = {}
         self._events: list[Any] = []
-        self._stale: dict[tuple[Any, str], None] = {}
-        """Announced blocks of a lost server, yet to be withdrawn: hash and medium."""
+        self._stale: dict[tuple[Any, Place], None] = {}
+        """Announced blocks of a lost server, yet to be withdrawn: hash, group and medium."""
 
     def note(self, request: Any, keys: bytes, known: int) -> int:
         """Add the blocks of a request from the `known`-th on; return how many are known then.
@@ -100,7 +130,7 @@ class KVEvents:
             keys: FlexKV's keys of the request, the root first.
             known: how many of its blocks were known before.
         """
-        names = block_keys(keys)[: len(request.block_hashes)]
+        names = block_keys(keys)[: len(request.block_hashes) // self._hashes]
         for number in range(known, len(names)):
             key, parent = names[number], names[number - 1] if number else None
             block = self._blocks.get(key)
@@ -128,26 +158,27 @@ class KVEvents:
             self._lose_all()
         for key, tier, is_there, group in changed.changes:
             block = self._blocks.get(key)
-            if block is None or group:  # the prefix is told of by its chain
+            if block is None or group >= len(self._groups):
                 continue
-            medium = MEDIA.get(tier, tier.upper())  # a tier that is new has a medium of its own
+            # A tier that is new has a medium of its own.
+            place = group, MEDIA.get(tier, tier.upper())
             if is_there:
-                if medium not in block.there:
-                    block.there += (medium,)
+                if place not in block.there:
+                    block.there += (place,)
                     self._announce(block)
                 continue
-            block.there = tuple(other for other in block.there if other != medium)
-            if medium in block.announced:
-                block.announced = tuple(other for other in block.announced if other != medium)
-                self._tell_removed(self._facts_of(block).block_hash, medium)
+            block.there = tuple(other for other in block.there if other != place)
+            if place in block.announced:
+                block.announced = tuple(other for other in block.announced if other != place)
+                self._tell_removed(self._facts_of(block).block_hash, place)
             self._settle(key)
 
     def take(self) -> Iterable[Any]:
         """Return the events since the last call."""
         for _ in range(min(TAKEN_MAX, len(self._stale))):
-            block_hash, medium = next(iter(self._stale))
-            del self._stale[block_hash, medium]
-            self._tell_removed(block_hash, medium)
+            block_hash, place = next(iter(self._stale))
+            del self._stale[block_hash, place]
+            self._tell_removed(block_hash, place)
         events, self._events = self._events, []
         return events
 
@@ -156,34 +187,56 @@ class KVEvents:
     def _facts_of(self, block: _Block) -> _Facts:
         if block.facts is None:
             assert block.source is not None
-            block.facts, block.source = _facts(*block.source, self._block_size), None
+            facts = _facts(*block.source, self._block_size, self._hashes)
+            block.facts, block.source = facts, None
         return block.facts
 
+    def _facts_in(self, block: _Block, ratio: int) -> _Facts:
+        """Return the facts of a group's block that ends with this one and covers some before it."""
+        facts = self._facts_of(block)
+        tokens = [facts.tokens]
+        for _ in range(ratio - 1):
+            assert block.parent is not None
+            block = self._blocks[block.parent]
+            tokens.insert(0, self._facts_of(block).tokens)
+        first = self._facts_of(block)
+        all_tokens = array("q", [token for part in tokens for token in part])
+        return facts._replace(parent_hash=first.parent_hash, tokens=all_tokens)
+
     def _announce(self, block: _Block) -> None:
-        """Announce a block in its media if its parent is announced, then children that waited."""
+        """Announce a block where it is if its parent is announced, then children that waited."""
         waiting = [block]
         while waiting:
             block = waiting.pop()
-            if block.parent is not None and not self._blocks[block.parent].announced:
+            if block.parent is not None and not self._blocks[block.parent].is_known:
                 continue
-            fresh = [medium for medium in block.there if medium not in block.announced]
-            if not block.announced:
+            if not block.is_known:
                 waiting += [self._blocks[child] for child in block.children or ()]
-            for medium in fresh:
-                block.announced += (medium,)
-                self._tell_stored(self._facts_of(block), medium)
+            for place in sorted(
+                set(block.there).difference(block.announced), key=block.there.index
+            ):
+                if place[0] == 0:
+                    self._tell_stored(block, place)
+            for place in block.there:
+                if place not in block.announced and block.is_known:
+                    self._tell_stored(block, place)
 
-    def _tell_stored(self, facts: _Facts, medium: str) -> None:
-        if self._stale.pop((facts.block_hash, medium), self) is None:
+    def _tell_stored(self, block: _Block, place: Place) -> None:
+        block.announced += (place,)
+        group = self._groups[place[0]]
+        facts = self._facts_in(block, group.ratio) if group.ratio > 1 else self._facts_of(block)
+        if self._stale.pop((facts.block_hash, place), self) is None:
             return  # it is still announced
-        last = self._events[-1] if self._events else None
+        last, medium = self._events[-1] if self._events else None, place[1]
         if (
             isinstance(last, BlockStored)
             and last.block_hashes[-1] == facts.parent_hash
             and (last.medium, last.lora_name) == (medium, facts.lora_name)
+            and getattr(last, "group_idx", None) == group.number
         ):
             last.block_hashes.append(facts.block_hash)
             last.token_ids.extend(facts.tokens)
+            assert last.extra_keys is not None
             last.extra_keys.append(facts.extra_keys)
             return
         self._events.append(
@@ -191,26 +244,36 @@ class KVEvents:
                 block_hashes=[facts.block_hash],
                 parent_block_hash=facts.parent_hash,
                 token_ids=list(facts.tokens),
-                block_size=self._block_size,
+                block_size=self._block_size * group.ratio,
                 lora_id=facts.lora_id,
                 medium=medium,
                 lora_name=facts.lora_name,
                 extra_keys=[facts.extra_keys],
+                **_of_group(
+                    group_idx=group.number,
+                    kv_cache_spec_kind=group.kind,
+                    kv_cache_spec_sliding_window=group.window,
+                ),
             )
         )
 
-    def _tell_removed(self, block_hash: Any, medium: str) -> None:
-        last = self._events[-1] if self._events else None
-        if isinstance(last, BlockRemoved) and last.medium == medium:
+    def _tell_removed(self, block_hash: Any, place: Place) -> None:
+        last, index = self._events[-1] if self._events else None, self._groups[place[0]].number
+        if (
+            isinstance(last, BlockRemoved)
+            and last.medium == place[1]
+            and getattr(last, "group_idx", None) == index
+        ):
             last.block_hashes.append(block_hash)
         else:
-            self._events.append(BlockRemoved(block_hashes=[block_hash], medium=medium))
+            more = _of_group(group_idx=index)
+            self._events.append(BlockRemoved(block_hashes=[block_hash], medium=place[1], **more))
 
     def _lose_all(self) -> None:
         """Withdraw all blocks, a limited number in each step, since there may be very many."""
         for block in self._blocks.values():
-            for medium in block.announced:
-                self._stale[self._facts_of(block).block_hash, medium] = None
+            for place in block.announced:
+                self._stale[self._facts_of(block).block_hash, place] = None
             block.announced = block.there = ()
         for key in list(self._blocks):
             if key in self._blocks:
@@ -226,3 +289,17 @@ class KVEvents:
             assert children is not None
             children.remove(key)
             key = block.parent
+
+
+def _told(groups: EngineGroups) -> list[_Group]:
+    """Return what events say about each of FlexKV's groups."""
+    return [
+        _Group(number, name, groups.shape(group).window or None,
+               groups.block_tokens(group) // groups.tokens_per_block)
+        for group, (number, name) in enumerate(zip(groups.engine_ids, groups.names, strict=True))
+    ]  # fmt: skip
+
+
+def _of_group(**facts: Any) -> dict[str, Any]:
+    """Return the facts that are known; earlier versions of vLLM have no fields for them."""
+    return {name: value for name, value in facts.items() if value is not None}

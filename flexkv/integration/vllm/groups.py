@@ -81,6 +81,7 @@ class EngineGroups:
         drops_last: whether the engine computes the last block of each hit again, for its drafts.
         retained_tokens: the engine keeps what a hit needs once in so many tokens; 0: only where a
             prompt ends.
+        hash_tokens: the tokens of each of the engine's own hashes.
         mixes: whether what is loaded may continue what the device has.
     """
 
@@ -91,6 +92,7 @@ class EngineGroups:
     alignment_tokens: int
     drops_last: bool
     retained_tokens: int
+    hash_tokens: int
     mixes: bool
 
     @property
@@ -222,6 +224,7 @@ def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
         alignment,
         _drops_last(vllm_config) or any(getattr(g, "is_eagle_group", False) for g in told),
         alignment if retained is None else int(retained),
+        int(getattr(kv_cache_config, "hash_block_size", None) or tokens),
         all(_mixes(spec) for spec in served.values()),
     )
 
@@ -268,35 +271,39 @@ def _check(group: Any, first: Any) -> None:
     role = getattr(group, "role", None)
     role = getattr(role, "value", role) or "default"
     if getattr(group, "host_resident", False) or role != "default":
-        _refuse(group.layer_names[0], first, "its blocks are in the host memory of the engine")
-    kinds = set()
+        raise _refusal(
+            group.layer_names[0], first, "its blocks are in the host memory of the engine"
+        )
+    kinds = set[str]()
     for layer, spec in _layer_specs(group):
         kind = KINDS.get(type(spec).__name__)
         if kind is None:
             why = _WHY.get(type(spec).__name__, "FlexKV does not know this kind of cache")
-            _refuse(layer, spec, why)
+            raise _refusal(layer, spec, why)
         kinds.add(kind)
-        _check_spec(layer, spec, str(kind))
+        _check_spec(layer, spec, kind)
     if len(kinds) > 1:
-        _refuse(group.layer_names[0], first, f"its group mixes kinds: {', '.join(sorted(kinds))}")
+        raise _refusal(
+            group.layer_names[0], first, f"its group mixes kinds: {', '.join(sorted(kinds))}"
+        )
 
 
 def _check_spec(layer: str, spec: Any, kind: str) -> None:
     if not getattr(spec, "prefix_cacheable", True):
-        _refuse(layer, spec, "vLLM itself does not keep prefixes of it")
+        raise _refusal(layer, spec, "vLLM itself does not keep prefixes of it")
     if getattr(spec, "non_causal", False):
-        _refuse(layer, spec, "it attends to later tokens")
+        raise _refusal(layer, spec, "it attends to later tokens")
     if kind == "state" and (mode := spec.mamba_cache_mode) != "align":
         why = f"mamba_cache_mode is {mode}; FlexKV needs align, as vLLM has with prefix caching"
-        _refuse(layer, spec, why)
+        raise _refusal(layer, spec, why)
     per_state = getattr(spec, "tokens_per_state", 1)
     if kind != "state" and per_state != int(per_state):
-        _refuse(layer, spec, f"it keeps {1 / per_state} states for each token")
+        raise _refusal(layer, spec, f"it keeps {1 / per_state} states for each token")
 
 
-def _refuse(layer: str, spec: Any, why: str) -> None:
+def _refusal(layer: str, spec: Any, why: str) -> ConfigError:
     told = f"FlexKV does not serve the layer {layer}: {why}"
-    raise ConfigError("kv_cache_spec", type(spec).__name__, told)
+    return ConfigError("kv_cache_spec", type(spec).__name__, told)
 
 
 def _check_blocks(told: Sequence[Any], served: Mapping[int, Any], tokens: int, config: Any) -> None:
@@ -355,7 +362,9 @@ class _Shapes:
             if at == 0:
                 shape = _shape(common, first, parts)
             elif common["kind"] == "state":
-                _refuse(layers[0], first, "its state differs in shape from those of its group")
+                raise _refusal(
+                    layers[0], first, "its state differs in shape from those of its group"
+                )
             else:
                 shape = _opaque(common, first, parts, layers[0], page_bytes)
             yield Span(layers, shape, is_opaque=at > 0)
@@ -375,7 +384,7 @@ class _Shapes:
             return [(placed[0][0], 0), *placed[1:]]
         specs = [spec for _, spec in _layer_specs(told)]
         if any(spec != specs[0] for spec in specs):
-            _refuse(told.layer_names[0], specs[0], "layers of its group differ in shape")
+            raise _refusal(told.layer_names[0], specs[0], "layers of its group differ in shape")
         return [(tuple(told.layer_names), 0)]
 
     def _common(self, group: int, spec: Any, layers: int) -> dict[str, Any]:
@@ -433,7 +442,7 @@ def _opaque(
     tokens = int(spec.block_size)
     if page_bytes % tokens:
         why = f"its pages of {page_bytes} bytes are no multiple of their {tokens} tokens"
-        _refuse(layer, spec, why)
+        raise _refusal(layer, spec, why)
     size = page_bytes // tokens
     return LayerGroup(**common, num_kv_heads=parts, head_size=size, dtype="uint8", kv_dim=1)
 

@@ -1,10 +1,10 @@
 """Which device blocks hold the leaves that are worth storing, in each step and at a request's end.
 
-    window, chunk   in the step whose forward reaches the end of a prefix that may be hit later:
-                    the next step may give the blocks away, even to another group of the request
-    the same        when a request ends, at the last prefix that its tokens have
-    state           where vLLM says so (`boundary_state_offloads`), and nowhere else: these blocks
-                    take turns, and their position says nothing
+window, chunk   in the step whose forward reaches the end of a prefix that may be hit later:
+                the next step may give the blocks away, even to another group of the request
+the same        when a request ends, at the last prefix that its tokens have
+state           where vLLM says so (`boundary_state_offloads`), and nowhere else: these blocks
+                take turns, and their position says nothing
 """
 
 from __future__ import annotations

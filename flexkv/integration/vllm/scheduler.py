@@ -65,7 +65,8 @@ class SchedulerSide:
         self._setup = setup
         self._launched = OwnServer(setup.model, settings) if setup.launches else None
         self.client = Client(settings, setup.model, setup.instance, setup.tells_events)
-        self._events = KVEvents(cache.tokens_per_block) if setup.tells_events else None
+        several = setup.groups if setup.groups and setup.groups.are_several else None
+        self._events = KVEvents(cache.tokens_per_block, several) if setup.tells_events else None
         self._costs = Costs() if cache.load_if_faster else None
         groups = self._groups = _kv_groups(setup)
         self._pending_matches = PendingMatches(
