@@ -105,9 +105,9 @@ sanitize: $(VENV)/.setup-dev  ## The extension's tests under ASan and UBSan
 bench: $(VENV)/.setup-dev  ## Benchmarks, side by side with their limits; ARGS="disk --repeats 5"
 	$(BIN)/python -m benchmarks $(ARGS)
 
-soak: $(VENV)/.setup-dev  ## Fresh simulations, long property tests, many crashes; about 15 minutes
+soak: $(VENV)/.setup-dev  ## Fresh simulations, long property tests, many crashes; about 30 minutes
 	SIMULATION_SEEDS=10000 SIMULATION_FIRST=$${SIMULATION_FIRST:-$$(date +%s)00} \
-	KILLS=200 DAMAGES=10000 POWER_LOSSES=1000 HYPOTHESIS_PROFILE=soak FUZZ_FRAMES=100000 FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
+	INDEX_OPERATIONS=120000 KILLS=200 DAMAGES=10000 POWER_LOSSES=1000 HYPOTHESIS_PROFILE=soak FUZZ_FRAMES=100000 FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
 	$(BIN)/python -m pytest -q tests/simulation tests/property tests/system/test_warm.py \
 	tests/system/test_crash.py tests/system/test_power_loss.py tests/system/test_fuzz.py
 

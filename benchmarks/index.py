@@ -21,6 +21,7 @@ from benchmarks.rigs import LARGE, cache_of, kv_caches, prompt, slots_of
 from flexkv import _ext
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.request import Operation
+from flexkv.common.space import GroupRule, Kind
 from flexkv.common.terms import Positions, Tier
 from flexkv.engine.engine import Engine
 from flexkv.index.residency import Residency
@@ -39,6 +40,7 @@ def measure(options: Options) -> Figures:
     rounds = 20 * options.repeats
     figures = _keys(rounds)
     figures |= _matches(resident, rounds)
+    figures |= _matches_with_leaves(resident, rounds)
     figures |= _evictions(resident, rounds)
     figures |= _memory(1 << 16 if options.quick else 20_000_000, resident)
     figures |= asyncio.run(_planning(1 << 14 if options.quick else 1 << 18, rounds))
@@ -114,6 +116,50 @@ def _matches(resident: int, rounds: int) -> Figures:
             rounds,  # type: ignore[misc]
         )
     return figures
+
+
+LEAVES = (
+    GroupRule(1, Kind.WINDOW, 128, 1, PER_BLOCK),
+    GroupRule(2, Kind.WINDOW, 1024, 1, PER_BLOCK),
+    GroupRule(3, Kind.WINDOW, 1024, 1, PER_BLOCK),
+    GroupRule(4, Kind.CHUNK, 8192, 1, PER_BLOCK),
+    GroupRule(5, Kind.STATE, 0, 2, 2 * PER_BLOCK),
+)
+"""Five KV groups beside the chain."""
+
+
+def _matches_with_leaves(resident: int, rounds: int) -> Figures:
+    """Time matches of long prompts by turns without leaves, and with those of five groups."""
+    took: dict[str, list[float]] = {}
+    for use in (False, True):
+        indexes = {}
+        for name, rules in (("plain", ()), ("five groups", LEAVES)):
+            index, prompts = Residency({Tier.HOST: resident}, rules=rules), _Prompts(6)
+            indexes[name] = index, [prompts.keys() for _ in range(max(1, resident // BLOCKS // 8))]
+            for keys in indexes[name][1]:
+                _insert(index, keys, 0, BLOCKS)
+                for rule in rules:
+                    _insert_leaves(index, keys, rule)
+        for number in range(rounds):
+            for name, (index, all_keys) in indexes.items():
+                keys = all_keys[number % len(all_keys)]
+                (us,) = _times_us(lambda: index.find(keys, use=use), 1)  # noqa: B023
+                took.setdefault(f"{'use' if use else 'match'} of 32k, {name}", []).append(us)
+    figures: Figures = {f"{name}, us": statistics.median(us) for name, us in took.items()}
+    for what in ("match", "use"):
+        pairs = zip(took[f"{what} of 32k, five groups"], took[f"{what} of 32k, plain"], strict=True)
+        ratio = statistics.median(with_leaves / plain for with_leaves, plain in pairs)
+        figures[f"{what} of 32k, five groups / plain"] = ratio
+    return figures
+
+
+def _insert_leaves(index: Residency, keys: bytes, rule: GroupRule) -> None:
+    """Store the leaves that the whole prompt needs."""
+    needed = np.arange(*_ext.needed(rule.kind, rule.window, rule.block_tokens, TOKENS))
+    if len(needed):
+        places = (needed + 1) * rule.ratio - 1
+        at = Positions(int(places[0]), len(places), places)
+        index.commit(Tier.HOST, index.reserve(Tier.HOST, keys, at, group=rule.group))
 
 
 def _evictions(resident: int, rounds: int) -> Figures:

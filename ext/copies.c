@@ -105,7 +105,7 @@ static void block_copy(const struct layout *layout, int64_t device_id, size_t wi
     }
 }
 
-/* Sum the bytes numbered [first, last) and the padding of their blocks; copy them if TO_HOST. */
+/* Sum the bytes numbered [first, last); copy them if TO_HOST. */
 static void summed_range(const struct copy_work *work, size_t first, size_t last)
 {
     const struct layout *layout = work->layout;
@@ -115,21 +115,17 @@ static void summed_range(const struct copy_work *work, size_t first, size_t last
     while (first < last) {
         int64_t id = work->host_ids[first / block], device_id = work->device_ids[first / block];
         char *host = layout->host + (size_t)id * stride;
-        size_t at = first % block, bytes = smaller(block - at, last - first);
-        size_t copied = at + bytes, end = copied == block ? stride : copied;
+        size_t at = first % block, end = at + smaller(block - at, last - first);
         uint64_t all = 0;
 
-        first += bytes;
+        first += end - at;
         for (size_t next; at < end; at = next) {
             next = smaller(at + SUM_CHUNK_BYTES, end);
             sum_begin(&sum, at);
-            if (work->direction == TO_HOST && at < copied) {
-                bytes = smaller(next, copied) - at;
-                block_copy(layout, device_id, at, bytes, host + at, &sum);
-                sum_add(&sum, host + at + bytes, next - at - bytes);
-            } else {
+            if (work->direction == TO_HOST)
+                block_copy(layout, device_id, at, next - at, host + at, &sum);
+            else
                 sum_add(&sum, host + at, next - at);
-            }
             all += sum_end(&sum);
         }
         __atomic_fetch_add(&layout->sums[id], all, __ATOMIC_RELAXED);

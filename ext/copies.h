@@ -5,9 +5,9 @@
  * Its bytes are numbered in order of pair and piece, so that a thread can copy any range of the
  * numbers, however large or small the pieces are.
  *
- * The sum of a host block covers its whole stride. It adds up the XXH3-64 of each chunk of
- * SUM_CHUNK_BYTES, seeded with the chunk's offset. So different threads can sum the chunks of a
- * block, while the bytes are in the cache because they are being copied.
+ * The sum of a host block covers the bytes of its pieces, and nothing behind them. It adds up the
+ * XXH3-64 of each chunk of SUM_CHUNK_BYTES, seeded with the chunk's offset. So different threads can
+ * sum the chunks of a block, while the bytes are in the cache because they are being copied.
  */
 #ifndef FLEXKV_COPIES_H
 #define FLEXKV_COPIES_H

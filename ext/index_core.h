@@ -149,14 +149,16 @@ static inline struct node *node_at(const struct block_index *index, ref node)
     return (struct node *)(index->nodes + (size_t)node * index->node_bytes);
 }
 
-/* Return a node's last word: for a leaf its group and LEAF; for any other node a bit for each group
- * of which it has a leaf, in whatever state. Only where the model has leaves. */
+/* Return a node's last word: for a leaf its group, LEAF, and SPENT once it was passed over; for any
+ * other node a bit for each group of which it has a leaf, in whatever state. Only where the model
+ * has leaves. */
 static inline uint32_t *node_word(const struct block_index *index, ref node)
 {
     return &node_at(index, node)->place[index->tiers];
 }
 
 #define LEAF UINT32_C(1) /* group 0 has no leaves, so its bit is free */
+#define SPENT (UINT32_C(2) * GROUPS_MAX)
 
 static inline bool is_leaf(const struct block_index *index, ref node)
 {
@@ -165,7 +167,7 @@ static inline bool is_leaf(const struct block_index *index, ref node)
 
 static inline unsigned group_of(const struct block_index *index, ref node)
 {
-    return is_leaf(index, node) ? *node_word(index, node) >> 1 : 0;
+    return is_leaf(index, node) ? *node_word(index, node) / 2 % GROUPS_MAX : 0;
 }
 
 /* -- index_table.c: memory, keys, families ----------------------------------------------------- */
@@ -255,6 +257,15 @@ ref leaf_find(const struct block_index *index, ref parent, unsigned group, ref g
 /* Do the same, but add the leaf if there is none. */
 ref leaf_take(struct block_index *index, ref parent, unsigned group, ref guess);
 
+static inline bool is_spent(const struct block_index *index, ref node)
+{
+    return is_leaf(index, node) && *node_word(index, node) & SPENT;
+}
+
+/* Handle that a leaf became READY: those of its group which the prefix up to it does not need are
+ * spent, as far up as nobody branches. They are the next to go. */
+void leaves_spend(struct block_index *index, ref leaf);
+
 /* How far the blocks of one request can be loaded, and what of each group that needs. */
 struct reach {
     const ref *chain;            /* the nodes of the chain, by position, up to `ready` */
@@ -316,6 +327,9 @@ void policy_remove(struct tier *tier, ref place);
 
 /* Put a place back at the end of the list from which the next victim is taken. */
 void policy_return(struct tier *tier, ref place);
+
+/* Make a place one that was never used, and the next victim; under LFU the next of its list. */
+void policy_spend(struct tier *tier, ref place);
 
 /* Append all of one list to another. */
 void policy_splice(struct tier *tier, struct policy *policy, unsigned from, unsigned to);

@@ -370,6 +370,12 @@ void density_class(const struct density *density, struct place *place, uint32_t 
     place->epoch = (uint16_t)density->epoch;
 }
 
+void density_forget(const struct density *density, struct place *place)
+{
+    place->class = 0;
+    place->epoch = (uint16_t)(density->epoch - EPOCHS);
+}
+
 /* Return how many hits per epoch a block is worth that is stored now. */
 float density_of_new(const struct density *density, uint32_t uses, bool last)
 {

@@ -67,6 +67,9 @@ void density_sample(struct density *density, struct key key, unsigned class, boo
 void density_age(struct density *density);
 void density_foresee(struct density *density, const struct batch *batch, int64_t *uses);
 void density_class(const struct density *density, struct place *place, uint32_t uses, bool last);
+
+/* Make a place one that was never used and came long ago. */
+void density_forget(const struct density *density, struct place *place);
 float density_of_new(const struct density *density, uint32_t uses, bool last);
 const char *density_check(const struct density *density);
 

@@ -27,7 +27,7 @@ struct key leaf_key(const struct block_index *index, struct key parent, unsigned
 static bool leaf_is(const struct block_index *index, ref number, ref parent, unsigned group)
 {
     return node_at(index, number)->parent == parent &&
-           *node_word(index, number) == (group << 1 | LEAF);
+           (*node_word(index, number) & ~SPENT) == (group << 1 | LEAF);
 }
 
 ref leaf_find(const struct block_index *index, ref parent, unsigned group, ref guess)
@@ -52,6 +52,60 @@ ref leaf_take(struct block_index *index, ref parent, unsigned group, ref guess)
         return found;
     return node_add_leaf(index, leaf_key(index, node_at(index, parent)->key, group),
                          leaf_bucket(index, parent, group), parent, group);
+}
+
+/* -- leaves that nobody is likely to need ------------------------------------------------------ */
+
+/* Return how many of a group's own blocks a prefix needs at most; 0 if that grows with it. */
+static int64_t most_needed(const struct rule *rule)
+{
+    switch (rule->kind) {
+    case GROUP_WINDOW:
+        return (rule->window - 2 + rule->block_tokens) / rule->block_tokens;
+    case GROUP_CHUNK:
+        return (rule->window - 1 + rule->block_tokens) / rule->block_tokens;
+    case GROUP_STATE:
+        return 1;
+    default:
+        return 0;
+    }
+}
+
+/* Return whether a block of the chain is the only one that continues its parent. */
+static bool is_only_child(const struct block_index *index, ref number)
+{
+    const struct node *node = node_at(index, number);
+
+    if (node->before != NONE)
+        return false;
+    while (node->after != NONE && is_leaf(index, node->after))
+        node = node_at(index, node->after);
+    return node->after == NONE;
+}
+
+void leaves_spend(struct block_index *index, ref last)
+{
+    unsigned group = group_of(index, last);
+    const struct rule *rule = &index->rule[group];
+    int64_t needed = most_needed(rule) * rule->ratio;
+    ref at = node_at(index, last)->parent, leaf = last;
+
+    if (!needed)
+        return;
+    for (int64_t apart = 1; is_only_child(index, at); apart++) {
+        at = node_at(index, at)->parent;
+        if (node_at(index, at)->parent == NONE)
+            return;
+        leaf = apart < needed ? NONE : leaf_find(index, at, group, leaf - 1);
+        if (leaf == NONE)
+            continue;
+        if (is_spent(index, leaf))
+            return;
+        *node_word(index, leaf) |= SPENT;
+        for (unsigned t = 0; t < index->tiers; t++)
+            if (node_at(index, leaf)->place[t] != NONE)
+                policy_spend(&index->tier[t], node_at(index, leaf)->place[t]);
+    }
 }
 
 /* -- how far a prefix reaches ------------------------------------------------------------------ */

@@ -267,6 +267,29 @@ void policy_return(struct tier *tier, ref place)
         link_oldest(tier, 0, place);
 }
 
+/* LFU asks for nothing but the number of uses, so the place stays in its list. */
+void policy_spend(struct tier *tier, ref place)
+{
+    struct place *at = &tier->places[place];
+    bool by_uses = tier->policies[0].kind == POLICY_LFU;
+    uint16_t now = (uint16_t)(tier->touched >> tier->epoch_shift);
+    unsigned list = at->list;
+
+    if (!by_uses)
+        at->uses = 0;
+    if (tier->density)
+        density_forget(tier->density, at);
+    else /* as long ago as the number can tell */
+        at->epoch = newest_goes(tier) ? now : (uint16_t)(now - (1u << 15));
+    if (list >= LIST_PARKED)
+        return;
+    policy_remove(tier, place);
+    if (by_uses)
+        link_oldest(tier, list, place);
+    else
+        policy_return(tier, place);
+}
+
 void policy_unpark(struct tier *tier, ref place, uint32_t clock_s)
 {
     if (by_arrival(tier))

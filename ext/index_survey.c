@@ -62,10 +62,17 @@ static void run_end(struct alike *alike, size_t number)
     alike->last = number - 1;
 }
 
-/* Write the pattern of each block and count them by pattern. Return how many there are; with
- * `nearest`, those before the first that is in no usable tier. `sparse`: some may be nowhere. */
+/* How a block's pattern is reported, and which block ends the report. */
+enum told {
+    TOLD_WHOLE,   /* the pattern itself; none */
+    TOLD_SPARSE,  /* the same; blocks may be nowhere */
+    TOLD_NEAREST, /* its nearest usable tier; one that has none */
+    TOLD_READY,   /* the same; one that has none, or is being filled there */
+};
+
+/* Write the pattern of each block and count them by pattern. Return how many are reported. */
 static inline __attribute__((always_inline)) size_t
-patterns_tell_if(BlockIndex *self, const struct strip *strip, bool nearest, bool sparse,
+patterns_tell_as(BlockIndex *self, const struct strip *strip, enum told told,
                  struct alike *alikes)
 {
     unsigned last = PATTERNS_MAX;
@@ -74,11 +81,11 @@ patterns_tell_if(BlockIndex *self, const struct strip *strip, bool nearest, bool
 
     for (; number < strip->count; number++) {
         ref node = strip->nodes[number];
-        unsigned pattern = sparse && node == NONE ? 0 : pattern_of(&self->index, node);
+        unsigned pattern = told == TOLD_SPARSE && node == NONE ? 0 : pattern_of(&self->index, node);
 
-        if (nearest) {
+        if (told >= TOLD_NEAREST) {
             pattern = self->nearest[pattern];
-            if (!pattern)
+            if (told == TOLD_READY ? pattern < 2 : !pattern)
                 break;
         }
         strip->kinds[number] = (uint8_t)pattern;
@@ -93,12 +100,32 @@ patterns_tell_if(BlockIndex *self, const struct strip *strip, bool nearest, bool
     return number;
 }
 
-static size_t patterns_tell(BlockIndex *self, const struct strip *strip, bool nearest,
+static size_t patterns_tell(BlockIndex *self, const struct strip *strip, enum told told,
                             struct alike *alikes)
 {
-    if (nearest)
-        return patterns_tell_if(self, strip, true, false, alikes);
-    return patterns_tell_if(self, strip, false, self->index.groups > 1, alikes);
+    switch (told) {
+    case TOLD_WHOLE:
+        return patterns_tell_as(self, strip, TOLD_WHOLE, alikes);
+    case TOLD_SPARSE:
+        return patterns_tell_as(self, strip, TOLD_SPARSE, alikes);
+    case TOLD_NEAREST:
+        return patterns_tell_as(self, strip, TOLD_NEAREST, alikes);
+    default:
+        return patterns_tell_as(self, strip, TOLD_READY, alikes);
+    }
+}
+
+/* Count the blocks of a strip again after it has become shorter; their patterns are written. */
+static void alikes_count(const struct strip *strip, struct alike *alikes)
+{
+    memset(alikes, 0, PATTERNS_MAX * sizeof(*alikes));
+    for (size_t number = 0; number < strip->count; number++) {
+        struct alike *alike = &alikes[strip->kinds[number]];
+
+        if (!alike->count++)
+            alike->first = number;
+        alike->last = number;
+    }
 }
 
 /* Return (pattern, first position, count, positions or None if unbroken, ids by tier or None). */
@@ -168,17 +195,11 @@ static void alikes_fill(const struct block_index *index, const struct strip *str
     }
 }
 
-/* Return the blocks of a strip by pattern; the last `absent` positions are nowhere. `count` becomes
- * that of the blocks before the first that is in no usable tier, if only the nearest count. */
-static PyObject *strip_told(BlockIndex *self, struct strip *strip, bool nearest, size_t absent)
+/* Return the blocks of a strip, which have been counted by pattern. */
+static PyObject *alikes_list(BlockIndex *self, const struct strip *strip, struct alike *alikes)
 {
-    struct alike alikes[PATTERNS_MAX] = {0};
     PyObject *result = PyList_New(0);
 
-    strip->count = patterns_tell(self, strip, nearest, alikes);
-    if (absent)
-        alikes[0] = (struct alike){.count = absent, .first = strip->count,
-                                   .last = strip->count + absent - 1};
     for (unsigned pattern = 0; result && pattern < PATTERNS_MAX; pattern++) {
         PyObject *alike;
 
@@ -217,11 +238,23 @@ static struct strip leaves_find(BlockIndex *self, unsigned group, size_t begin, 
     return strip;
 }
 
+/* Return the blocks of a strip by pattern; the last `absent` positions are nowhere. */
+static PyObject *strip_list(BlockIndex *self, struct strip *strip, enum told told, size_t absent)
+{
+    struct alike alikes[PATTERNS_MAX] = {0};
+
+    strip->count = patterns_tell(self, strip, told, alikes);
+    if (absent)
+        alikes[0] = (struct alike){.count = absent, .first = strip->count,
+                                   .last = strip->count + absent - 1};
+    return alikes_list(self, strip, alikes);
+}
+
 static PyObject *survey_leaves(BlockIndex *self, unsigned group, const size_t range[2],
                                size_t known, bool use)
 {
     struct strip strip = leaves_find(self, group, range[0], known);
-    PyObject *result = strip_told(self, &strip, false, 0);
+    PyObject *result = strip_list(self, &strip, TOLD_SPARSE, 0);
 
     if (result && use)
         index_use(&self->index, strip.nodes, strip.count);
@@ -247,7 +280,8 @@ static PyObject *survey(BlockIndex *self, struct value *values)
         return survey_leaves(self, group, range, known, use);
     strip = (struct strip){self->nodes + range[0], self->kinds + range[0],
                            known > range[0] ? known - range[0] : 0, range[0], 1};
-    result = strip_told(self, &strip, nearest, nearest ? 0 : range[1] - range[0] - strip.count);
+    result = strip_list(self, &strip, nearest ? TOLD_NEAREST : TOLD_WHOLE,
+                        nearest ? 0 : range[1] - range[0] - strip.count);
     if (!result)
         return NULL;
     if (nearest && known > range[0] + strip.count)
@@ -291,7 +325,7 @@ static PyObject *reach_group(BlockIndex *self, const struct reach *reach, unsign
     size_t count = reach->end / ratio - from;
     struct strip strip = {reach->leaves[group].nodes + from, self->kinds, count,
                           (from + 1) * ratio - 1, ratio};
-    PyObject *alikes = strip_told(self, &strip, true, 0);
+    PyObject *alikes = strip_list(self, &strip, TOLD_NEAREST, 0);
 
     return alikes ? Py_BuildValue("(IN)", group, alikes) : NULL;
 }
@@ -316,7 +350,8 @@ static PyObject *reach_leaves(BlockIndex *self, const struct reach *reach)
 static PyObject *reach(BlockIndex *self, struct value *values)
 {
     const unsigned char *keys = values[0].view.buffer.buf;
-    struct reach reach = {0};
+    struct alike alikes[PATTERNS_MAX] = {0};
+    struct reach reach;
     size_t range[2], from, known;
     struct strip strip;
     PyObject *chain, *leaves;
@@ -324,14 +359,19 @@ static PyObject *reach(BlockIndex *self, struct value *values)
 
     if (range_read(values, range) < 0 || reach_open(self, &reach, range[1], &used) < 0)
         return NULL;
-    reach.first = reach.ready = range[0];
     from = values[4].integer ? 0 : range[0];
     known = from + nodes_find(&self->index, keys, from, range[1], self->nodes + from);
-    while (reach.ready < known && is_loadable(&self->index, self->nodes[reach.ready]))
-        reach.ready++;
+    strip = (struct strip){self->nodes + range[0], self->kinds,
+                           known > range[0] ? known - range[0] : 0, range[0], 1};
+    strip.count = patterns_tell(self, &strip, TOLD_READY, alikes);
+    reach.first = range[0];
+    reach.ready = range[0] + strip.count;
     reach_find(&self->index, &reach, (size_t)values[3].integer);
-    strip = (struct strip){self->nodes + range[0], self->kinds, reach.end - range[0], range[0], 1};
-    chain = strip_told(self, &strip, true, 0);
+    if (reach.end < reach.ready) {
+        strip.count = reach.end - range[0];
+        alikes_count(&strip, alikes);
+    }
+    chain = alikes_list(self, &strip, alikes);
     leaves = chain ? reach_leaves(self, &reach) : NULL;
     if (!leaves) {
         Py_XDECREF(chain);

@@ -136,8 +136,13 @@ bool index_commit(struct block_index *index, unsigned t, const int64_t *ids, siz
         ready_count(index, tier, place->node, 1);
         place->state = PLACE_READY;
         policy_insert(tier, (ref)ids[n], index->clock_s);
+        if (t && is_spent(index, place->node)) /* into the first tier it comes because of a use */
+            policy_spend(tier, (ref)ids[n]);
         unpark(index, node_at(index, place->node));
     }
+    if (count && tier->places[ids[count - 1]].state == PLACE_READY &&
+        is_leaf(index, tier->places[ids[count - 1]].node))
+        leaves_spend(index, tier->places[ids[count - 1]].node);
     for (size_t i = 0; i < count && index->changes.limit; i++)
         if (tier->places[ids[i]].state == PLACE_READY)
             changes_note(index, tier->places[ids[i]].node, t, true);

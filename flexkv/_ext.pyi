@@ -123,8 +123,8 @@ class PageMap:
             host_stride: bytes between host blocks; ids are checked against its length.
             owner: whatever keeps the device memory alive, held until the map is gone.
             sums: writable uint64[host blocks], held until the map is gone: receives the sum of each
-                host block that a copy fills or `CopyPool.checksum` reads. A sum covers all
-                `host_stride` bytes: it adds up the XXH3-64 of each 512 KiB, seeded with the offset.
+                host block that a copy fills or `CopyPool.checksum` reads. A sum covers the bytes of
+                the pieces: it adds up the XXH3-64 of each 512 KiB, seeded with the offset.
 
         Raises:
             ValueError: a row, a size or an address is impossible, or the pieces leave gaps in the

@@ -314,7 +314,8 @@ class TransferActor:
             self._mailbox.lane(cursor).remove(cursor)
         piece.stage, piece.moved = Stage.SUMMING, moved
         self._count_summing(piece, 1)
-        checks.checksummer.submit(moved.op_id, _came(piece).target_ids, urgent=True)
+        came = _came(piece)
+        checks.checksummer.submit(moved.op_id, came.target_ids, urgent=True, group=came.group)
         return True
 
     def _count_summing(self, piece: Piece, sign: int) -> None:

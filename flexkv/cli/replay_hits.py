@@ -16,7 +16,9 @@ from rich.table import Table
 
 from flexkv.common.config_keys import BLOCKS_MAX
 from flexkv.common.errors import BackendUnavailableError, ConfigError
+from flexkv.common.space import GroupRule
 from flexkv.index.eviction import POLICIES, Eviction
+from flexkv.trace.group_hits import STORE_RULES, GroupHits, groups_of, replay_groups
 from flexkv.trace.hits import Hits, Prompt, belady, infinite, prompts_of, replay
 from flexkv.trace.mooncake import read_trace
 
@@ -33,6 +35,14 @@ def replay_hits(
     policy: Annotated[
         str, typer.Option(help=f"all, or some of {', '.join(POLICIES)}, separated by commas.")
     ] = "all",
+    groups: Annotated[
+        str,
+        typer.Option(
+            help="KV groups beside the prefix chain, such as window:1024*5,state: show what share "
+            "of hits and bytes each rule of what to store gives.",
+            metavar="KIND[:TOKENS][*COUNT],…",
+        ),
+    ] = "",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Read at most this many requests.")
     ] = None,
@@ -49,6 +59,11 @@ def replay_hits(
     limit. A hit is a block of the prompt's longest stored prefix.
     """
     capacities, policies = _capacities(blocks), _policies(policy)
+    if groups:
+        rules, prompts = groups_of(groups), prompts_of(read_trace(trace, limit))
+        name = "lru" if policy == "all" else policies[-1]
+        _print_groups(_by_rule(prompts, capacities, rules, Eviction(name)), capacities, as_json)
+        return
     if not no_plot and plot is not None and not plot.name:
         raise ConfigError("plot", str(plot), "must be the name of a file, without its suffix")
     draw = None if no_plot or plot is None else _drawing()
@@ -102,6 +117,49 @@ def _rates(prompts: list[Prompt], capacities: list[int], policies: list[str], qu
                 rates[name].append(contestant(capacity).rate)
                 progress.advance(task)
     return rates
+
+
+def _by_rule(
+    prompts: list[Prompt],
+    capacities: list[int],
+    rules: tuple[GroupRule, ...],
+    eviction: Eviction,
+) -> dict[str, list[GroupHits]]:
+    """Return what each store rule gives at each capacity."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("replaying", total=len(STORE_RULES) * len(capacities))
+        results: dict[str, list[GroupHits]] = {}
+        for name in STORE_RULES:
+            results[name] = []
+            for capacity in capacities:
+                results[name].append(replay_groups(prompts, capacity, eviction, rules, name))
+                progress.advance(task)
+    return results
+
+
+def _print_groups(
+    results: dict[str, list[GroupHits]], capacities: list[int], as_json: bool
+) -> None:
+    dense = results[STORE_RULES[0]]
+    shares = {
+        name: [
+            own.stored_blocks / max(1, all_.stored_blocks)
+            for own, all_ in zip(hits, dense, strict=True)
+        ]
+        for name, hits in results.items()
+    }
+    rates = {name: [each.rate for each in hits] for name, hits in results.items()}
+    if as_json:
+        told = {"capacities": capacities, "hit_rate": rates, "stored_share": shares}
+        typer.echo(json.dumps(told, indent=2))
+        return
+    table = Table("stored", title="hit rate, and bytes written, by capacity in blocks of any group")
+    for capacity in capacities:
+        table.add_column(f"{capacity:,}", justify="right")
+    for name, values in rates.items():
+        pairs = zip(values, shares[name], strict=True)
+        table.add_row(name, *(f"{rate:.2%}, {share:.0%}" for rate, share in pairs))
+    Console().print(table)
 
 
 def _print(capacities: list[int], rates: Rates) -> None:

@@ -24,9 +24,6 @@ BLOCK_KEY_BYTES = 16
 BLOCK_RECORD_BYTES = 36
 """A block's key, its parent's key, and its flags: a journal's record. See `Residency.export`."""
 
-LEAF_SALT = b"flexkv leaf"
-"""The text whose XXH3-128, seeded with a KV group, a block's key is XORed with for its leaf's."""
-
 
 class Labelled(IntEnum):
     """An enumeration whose members have labels. An IntEnum so that members hash at C speed."""

@@ -82,6 +82,10 @@ class Requests:
         lacking = self._core.planner.lacking_from(request)
         return Ticket(request.narrowed(lacking, request.span.last_block), self)
 
+    def lacking_from(self, request: Request) -> int:
+        """Return the first block that a put would have to store: see `Planner.lacking_from`."""
+        return self._core.planner.lacking_from(request)
+
     def made(self, request: Request) -> Ticket:
         """Return the ticket of a request that was made elsewhere."""
         return Ticket(request, self)

@@ -7,11 +7,11 @@ device has a block for it. See `common/space.py` for what a group is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
-from itertools import accumulate
 from math import lcm
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flexkv import _ext
 from flexkv.common.request import LeafBlocks, Operation, Request
@@ -139,6 +139,8 @@ class LeafFinder:
         It lacks a block of the chain, or a leaf that the prefix needs.
         """
         first, last = request.span.first_block, request.span.last_block
+        if first == last:  # perhaps behind the prompt's last whole block
+            return last
         lacking = [(each, 1) for each in self._residency.survey(request.keys, first, last, False)]
         for rule in self._rules:
             begin, end = needed(rule, first, last // self._alignment * self._alignment)
@@ -170,7 +172,7 @@ class _DeviceLeaves:
     ) -> None:
         """Take the device blocks of leaves before position `last`."""
         self._rules = rules
-        self._number_before: dict[int, list[int]] = {}
+        self._number_before: dict[int, NDArray[np.int64]] = {}
         """For each group, how many leaves before each position have a device block."""
         ratios = {rule.group: rule.ratio for rule in rules}
         for group, positions, device_ids in leaves:
@@ -178,7 +180,7 @@ class _DeviceLeaves:
             places = positions.array[device_ids >= 0]
             places = places[(places < last) & ((places + 1) % ratios[group] == 0)]
             has[places + 1] = 1
-            self._number_before[group] = list(accumulate(has.tolist()))
+            self._number_before[group] = has.cumsum()
 
     def cover(self, first: int, last: int) -> bool:
         """Return whether the device has a block for each leaf that it lacks of a prefix.
@@ -188,8 +190,8 @@ class _DeviceLeaves:
         for rule in self._rules:
             begin, end = needed(rule, first, last)
             before = self._number_before.get(rule.group)
-            have = 0 if before is None else before[end * rule.ratio] - before[begin * rule.ratio]
-            if have < end - begin:
+            has = 0 if before is None else before[end * rule.ratio] - before[begin * rule.ratio]
+            if has < end - begin:
                 return False
         return True
 
@@ -217,6 +219,8 @@ def _readable(found: Found, unreadable: Set[Tier]) -> int:
 def _within(group: Group, wanted: Positions) -> Group:
     """Return the blocks of a group that are at wanted positions."""
     states, positions, block_ids = group
+    if wanted.places is None:  # and the blocks are among them: only that range was looked at
+        return group
     which = np.isin(positions.array, wanted.array, assume_unique=True)
     if which.all():
         return group

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv import _ext
-from flexkv.common.terms import BLOCK_KEY_BYTES, LEAF_SALT
+from flexkv.common.terms import BLOCK_KEY_BYTES
+from flexkv.index.keys import leaf_salt
 
 DOUBLINGS_MAX = 40
 """Enough for prompts of 2**40 blocks; parents that take more steps form a circle."""
@@ -43,8 +43,7 @@ def forest(blocks: NDArray[np.uint8], groups: int = 1) -> Forest:
     stays[chain] = True
     for leaves in range(1, groups):
         of_group = np.flatnonzero(group == leaves)
-        salt = np.frombuffer(_ext.hash128(LEAF_SALT, leaves), np.uint64)
-        right = np.all(above[of_group] ^ salt == keys[of_group], axis=1)
+        right = np.all(above[of_group] ^ leaf_salt(leaves) == keys[of_group], axis=1)
         stays[_last_of_each(keys, of_group[right])] = True
     stays &= is_first | (parent >= 0)
     depth = _depths(parent, is_first)

@@ -92,7 +92,7 @@ class Found(msgspec.Struct, frozen=True):
         host = self.ready.get(Tier.HOST)
         if (host.positions.block_count if host else 0) != self.last - self.first:
             return False
-        return all(leaf.ready.keys() == {Tier.HOST} for leaf in self.leaves)
+        return not self.leaves or all(leaf.ready.keys() == {Tier.HOST} for leaf in self.leaves)
 
     def before(self, last: int) -> Found:
         """Return the part of the run before a position: nothing of a run with leaves.

@@ -195,12 +195,13 @@ def leaf_keys(keys: bytes, group: int) -> bytes:
         keys: the root and the keys of the blocks: 16 bytes each.
         group: the number of the KV group; the leaves of group 0 are the blocks themselves.
     """
-    words = np.frombuffer(keys, np.uint64).reshape(-1, 2) ^ _salt(group)
+    words = np.frombuffer(keys, np.uint64).reshape(-1, 2) ^ leaf_salt(group)
     return keys[:BLOCK_KEY_BYTES] + words[1:].tobytes()
 
 
 @lru_cache(GROUPS_MAX)
-def _salt(group: int) -> NDArray[np.uint64]:
+def leaf_salt(group: int) -> NDArray[np.uint64]:
+    """Return what turns the key of a block into that of a group's leaf, by XOR: uint64[2]."""
     salt = _ext.hash128(_LEAF, group) if group else bytes(BLOCK_KEY_BYTES)
     return np.frombuffer(salt, np.uint64)
 

@@ -128,13 +128,14 @@ class Checksummer(Protocol):
         """Attach to the running loop, which calls `wake` when `reap` has something to return."""
         ...
 
-    def submit(self, op_id: int, host_ids: BlockIds, urgent: bool) -> None:
+    def submit(self, op_id: int, host_ids: BlockIds, urgent: bool, group: int = 0) -> None:
         """Start to sum host blocks into `sums`, which is undefined for them until `reap`.
 
         Args:
             op_id: identifies the op in `reap`.
             host_ids: int64[n], all different.
             urgent: whether it goes before ops that are not urgent.
+            group: the KV group of all these blocks, which says how many bytes they have.
 
         Raises:
             ValueError: an id is out of range.

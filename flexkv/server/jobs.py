@@ -29,6 +29,7 @@ from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine.engine import Engine
 from flexkv.engine.runner import RequestOwner
 from flexkv.engine.tickets import Ticket
+from flexkv.index.found import Found
 from flexkv.observe.logs import get_logger
 from flexkv.server.agent_port import AgentPort
 from flexkv.server.fleet import FleetPort, Instance, ids_from
@@ -128,12 +129,25 @@ class Jobs:
             for tier, place in found.ready.items()
         }
         pending = found.pending.block_count if found.pending else 0
-        host = found.ready.get(Tier.HOST)
-        run = 0 if host is None else host.positions.leading(message.first)
+        run = self._host_run(keys, found, message)
         chain = max(found.last, found.chain)
         answer(Matched(message.number, found.last, by_tier, pending, run, chain))
         if message.hold:
             engine.requests.holds.hold(self._instance, message.number, found.holdings)
+
+    def _host_run(self, keys: bytes, found: Found, message: Match) -> int:
+        """Return how many blocks from the match's first one on a put would not have to store."""
+        engine, first = self._engine, message.first
+        blocks = len(keys) // BLOCK_KEY_BYTES - 1
+        if len(engine.sizes.spaces) == 1 or first >= blocks:
+            host = found.ready.get(Tier.HOST)
+            return 0 if host is None else host.positions.leading(first)
+        if not message.from_first:
+            return 0
+        per_block = engine.tokens_per_block
+        span = Span(first, blocks, first * per_block, blocks * per_block)
+        put = Request(Operation.PUT, 0, blocks * per_block, per_block, span, keys)
+        return engine.requests.lacking_from(put) - first
 
     def release(self, numbers: tuple[int, ...] | None = None) -> None:
         """End holds, by default all; ignore those that have ended already."""

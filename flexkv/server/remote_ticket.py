@@ -122,7 +122,7 @@ class RemoteTicket:
             request.request_id,
             request.operation.label,
             request.keys,
-            request.span.first_block,
+            min(request.span.first_block, request.block_count),  # no whole block is selected
             b"" if ids is None else ids.tobytes(),
             self._epoch or 0,
             when_ready=ids is not None and self._door.orders_all,

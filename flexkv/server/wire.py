@@ -168,7 +168,8 @@ class Matched(Message, tag="matched", frozen=True):
     pending: Number = 0
     """How many of the blocks are being filled."""
     host_run: Number = 0
-    """How many blocks, from `first` on and without a gap, host memory has."""
+    """How many blocks, from `first` on and without a gap, host memory has. With several KV groups,
+    it has the leaves of the longest prefix there, too; that is told only with `from_first`."""
     chain: Number = 0
     """How many blocks are ready, whether or not the leaves are that a prefix of them needs."""
 

@@ -279,8 +279,8 @@ class FakeChecksummer:
         """Attach to the running event loop."""
         self._wake = wake
 
-    def submit(self, op_id: int, host_ids: BlockIds, urgent: bool) -> None:
-        """Start to write the checksums of host blocks to `sums`."""
+    def submit(self, op_id: int, host_ids: BlockIds, urgent: bool, group: int = 0) -> None:
+        """Start to write the checksums of host blocks, of their whole places, to `sums`."""
         self.sums[host_ids] = 0
         loop = asyncio.get_running_loop()
         loop.call_later(self._faults.delay_s(), self._end, op_id, host_ids)

@@ -19,7 +19,7 @@ import msgspec
 
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import FlexKVError
-from flexkv.index.keys import block_identity
+from flexkv.index.keys import block_identity, key_list, leaf_keys
 from flexkv.server.address import socket_path
 from flexkv.server.handshake import Connected, connect
 from flexkv.server.wire import (
@@ -268,12 +268,15 @@ def _numbers(chance: random.Random) -> tuple[int, ...]:
     return tuple(_integer(chance) for _ in range(count))
 
 
+_KINDS = [bytes([kind]) * 16 for kind in range(20)]
+_KINDS += key_list(leaf_keys(b"".join(_KINDS[:7]), 1))[1:]  # the keys of some blocks' leaves
+
+
 def _keys(chance: random.Random) -> bytes:
     """Return keys from a small set in an order that no prompt has, or random bytes."""
     count = chance.choices((0, 1, 4, 9, 300), (0.05, 0.1, 0.4, 0.4, 0.05))[0]
     if chance.random() < 0.7:
-        kinds = [bytes([kind]) * 16 for kind in range(24)]
-        keys = b"".join(chance.sample(kinds, min(count, 24)))
+        keys = b"".join(chance.sample(_KINDS, min(count, len(_KINDS))))
     else:
         keys = chance.randbytes(16 * count)
     return keys + b"x" * (chance.random() < 0.02)

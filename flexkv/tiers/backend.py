@@ -281,7 +281,7 @@ class LocalBackend:
             return JoinedDevices(port, None)
         # A CPU device that copies whole blocks sums them as it copies.
         port_sums = self._has_whole_blocks and {each.place[0] for each in devices} == {"cpu"}
-        checksummer = PoolChecksummer(self._arena, sums=sums)
+        checksummer = PoolChecksummer(self._arena, sums=sums, block_bytes=self._sizes.block_bytes)
         return JoinedDevices(port, BlockChecks(checksummer, port_sums=port_sums))
 
     def _over_ranks(self, devices: Sequence[Device]) -> TransferPort:

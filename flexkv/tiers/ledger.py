@@ -80,6 +80,8 @@ class Ledger:
         self._journals = Journals(journals)
         self._sums = sums
         self._journaled = np.zeros(num_blocks, np.bool_)
+        self._groups = np.zeros(num_blocks, np.uint8)
+        """The KV group of each block that a journal names."""
         self._unsynced = np.zeros(num_blocks, np.bool_)
         """Blocks stored since the last sync of the disk that the journals name."""
         self._unwritten = np.zeros(num_blocks, np.bool_)
@@ -130,7 +132,7 @@ class Ledger:
         # Whatever a journal says of a row must be erased there before the row is written.
         self._journaled[block_ids] = True
         self._live += np.bincount(block_ids % count, minlength=count)
-        self._sums[block_ids] = sums
+        self._sums[block_ids], self._groups[block_ids] = sums, journal.groups_of(blocks)
         reached = forest(blocks, residency.groups)
         residency.restore(
             Tier.DISK, blocks[reached.order], reached.parents, block_ids[reached.order]
@@ -160,6 +162,10 @@ class Ledger:
         """Return in which blocks a later run would believe: bool[n]."""
         return self._journaled[block_ids]
 
+    def groups_of(self, block_ids: BlockIds) -> NDArray[np.uint8]:
+        """Return the KV groups of blocks in which a later run would believe: uint8[n]."""
+        return self._groups[block_ids]
+
     # -- notes ----------------------------------------------------------------------------------
 
     def stored(self, block_ids: BlockIds) -> None:
@@ -179,6 +185,7 @@ class Ledger:
             return b""
         fresh = ids[there][~self._journaled[ids[there]]]
         self._journaled[fresh] = True
+        self._groups[ids[there]] = journal.groups_of(blocks[there])
         self._live += np.bincount(fresh % len(self._live), minlength=len(self._live))
         self._sequence += 1
         return journal.stored(rows[there], self._sums[ids[there]], blocks[there], self._sequence)

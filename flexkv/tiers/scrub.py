@@ -8,10 +8,11 @@ of the read is ignored.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flexkv.common.errors import CorruptBlockError
 from flexkv.common.terms import BlockIds
@@ -31,11 +32,26 @@ class Scrubber:
         checked_blocks: blocks read and compared since the start.
     """
 
-    def __init__(self, files: StripedFiles, sums: Sums, ledger: Ledger, bytes_per_s: float) -> None:
-        """Take the files, the kept sums, and the ledger, which knows for which blocks they hold."""
+    def __init__(
+        self,
+        files: StripedFiles,
+        sums: Sums,
+        ledger: Ledger,
+        bytes_per_s: float,
+        block_bytes: Sequence[int],
+    ) -> None:
+        """Take what is to be checked.
+
+        Args:
+            files: the block files.
+            sums: uint64[blocks], kept by the tier's actor.
+            ledger: knows for which blocks the sums hold, and of which KV groups these are.
+            bytes_per_s: the most that is read.
+            block_bytes: the bytes of a block of each KV group.
+        """
         self.checked_blocks = 0
         self._files, self._sums, self._ledger = files, sums, ledger
-        self._reader = BlockVerifier(files.block_stride_bytes, BATCH_BYTES)
+        self._reader = BlockVerifier(files.block_stride_bytes, BATCH_BYTES, block_bytes)
         self._pause_s = self._reader.num_blocks * files.block_stride_bytes / bytes_per_s
         self._thread = Workers(1, "flexkv-scrub")
         self._next = 0
@@ -57,9 +73,9 @@ class Scrubber:
             self._next += SCAN_BLOCKS
             return None
         self._next = int(ids[-1]) + 1
-        expected = self._sums[ids]
+        expected, groups = self._sums[ids], self._ledger.groups_of(ids)
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._thread, self._read, ids, expected)
+        found = await loop.run_in_executor(self._thread, self._read, ids, groups, expected)
         self.checked_blocks += len(ids)
         same = self._ledger.are_journaled(ids) & (self._sums[ids] == expected)
         changed = ids[same & (found != expected)].tolist()
@@ -67,11 +83,11 @@ class Scrubber:
             return None
         return CorruptBlockError(*self._files.place_of(changed[0]), changed)
 
-    def _read(self, ids: BlockIds, expected: Sums) -> Sums:
+    def _read(self, ids: BlockIds, groups: NDArray[np.uint8], expected: Sums) -> Sums:
         """Return the blocks' sums; an unreadable block counts as right, since loads report it."""
         files, offsets = self._files.locate(ids)
         fds = [self._files.fds[file] for file in files.tolist()]
-        found, whole = self._reader.sums(zip(fds, offsets.tolist(), strict=True))
+        found, whole = self._reader.sums(zip(fds, offsets.tolist(), strict=True), groups)
         return np.where(whole, found, expected)
 
     def close(self) -> None:

@@ -85,7 +85,8 @@ class SsdTier:
             return None
         cache, files = self._cache, self._taken.files
         options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)
-        checksummer = PoolChecksummer(arena, sums=sums)
+        block_bytes = self._sizes.block_bytes
+        checksummer = PoolChecksummer(arena, sums=sums, block_bytes=block_bytes)
         kept = KeptSums(files.num_blocks, files.place_of)
         undo.callback(checksummer.close)
         port = open_disk(arena, files, options)
@@ -98,7 +99,7 @@ class SsdTier:
             kept.forget = ledger.forget
             if cache.ssd_scrub_mb_per_s:
                 rate = cache.ssd_scrub_mb_per_s * MB
-                self.scrubber = Scrubber(files, kept.sums, ledger, rate)
+                self.scrubber = Scrubber(files, kept.sums, ledger, rate, block_bytes)
                 undo.callback(self.scrubber.close)
         presence = self._presence = Presence(files, self.ledger, self._unavailable)
         undo.callback(presence.close)
@@ -132,4 +133,5 @@ class SsdTier:
             block_identity(sizes.spaces, secret),
             sizes.block_stride_bytes,
             sizes.max_file_blocks,
+            tuple(sizes.block_bytes),
         )

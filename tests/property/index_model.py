@@ -390,12 +390,12 @@ class Driver:
     def check(self) -> None:
         """Compare everything that can be observed."""
         self.index._table.validate()
-        told = self._all_states()
-        for path in self.names:
-            places = self.blocks.get(path, {})
-            assert not places or len(path) == 2 or path[:-1] in self.blocks, "a hole"
-            states = tuple(places[t].state if t in places else ABSENT for t in TIERS)
-            assert told.get(path, (ABSENT,) * len(TIERS)) == states, path
+        assert self._all_states() == {
+            path: tuple(places[t].state if t in places else ABSENT for t in TIERS)
+            for path, places in self.blocks.items()
+        }
+        for path in self.blocks:
+            assert len(path) == 2 or path[:-1] in self.blocks, "a hole"
         self._check_changes()
         for tier in TIERS:
             counts = self.index.counts(tier)
@@ -416,7 +416,7 @@ class Driver:
                 assert told == self.used_by(tier, space)
 
     def _all_states(self) -> dict[Path, tuple[int, ...]]:
-        """Return the states that the index has for each block that it reports."""
+        """Return the states of each block that the index has anywhere."""
         return {
             ((*prompt[: n + 2], -group) if group else prompt[: n + 2]): states
             for prompt in PROMPTS
@@ -424,6 +424,7 @@ class Driver:
             for states, positions, _ in self.index.survey(
                 keys_of(prompt), 0, DEPTH, False, group
             )
+            if any(states)
             for n in positions
         }  # fmt: skip
 

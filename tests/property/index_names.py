@@ -8,7 +8,7 @@ from operator import xor
 
 from flexkv import _ext
 from flexkv.common.space import GroupRule
-from flexkv.common.terms import LEAF_SALT, Tier
+from flexkv.common.terms import Tier
 
 Path = tuple[int, ...]
 """A block of a chain, named by its whole prompt up to it; the first number is the namespace.
@@ -57,7 +57,7 @@ RULES: list[tuple[GroupRule, ...]] = [
 
 def salt_of(group: int) -> bytes:
     """Return what turns the key of a chain's block into that of its leaf."""
-    return _ext.hash128(LEAF_SALT, group)
+    return _ext.hash128(b"flexkv leaf", group)
 
 
 def salted(key: bytes, group: int) -> bytes:

@@ -8,7 +8,7 @@ import pytest
 
 from flexkv.testing.simulation import simulate
 
-SEEDS = int(os.environ.get("SIMULATION_SEEDS", "1000"))
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "700"))
 FIRST = int(os.environ.get("SIMULATION_FIRST", "0"))
 BATCH = 100
 

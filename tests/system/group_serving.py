@@ -53,9 +53,9 @@ GROUP_MODEL = ModelConfig(
 class GroupDevice:
     """The KV caches of one rank, whose blocks are filled and checked by their keys."""
 
-    def __init__(self, spaces: Sequence[BlockSpace] = GROUP_MODEL.spaces(PER_BLOCK)) -> None:
-        """Allocate the tensors of all layers, with other bytes in each block."""
-        self._spaces = spaces
+    def __init__(self, spaces: Sequence[BlockSpace], rank: int = 0) -> None:
+        """Allocate the tensors of all layers."""
+        self._parts = [space.part_of(rank).number for space in spaces]
         by_layer: dict[int, NDArray[Any]] = {}
         self._rows: list[list[NDArray[np.uint8]]] = []
         """For each group and layer, the bytes of each block: uint8[blocks, planes, bytes]."""
@@ -82,17 +82,23 @@ class GroupDevice:
         """Write the bytes of these keys into device blocks of a group."""
         for block, key in zip(blocks, keys, strict=True):
             for layer, rows in enumerate(self._rows[group]):
-                rows[block] = _content(key, layer, rows[block].shape)
+                rows[block] = self._content(group, key, layer)
 
     def wrong(self, group: int, blocks: Iterable[int], keys: Iterable[bytes]) -> int:
         """Return how many blocks have other bytes than those of their key."""
         return sum(
             any(
-                (rows[block] != _content(key, layer, rows[block].shape)).any()
+                (rows[block] != self._content(group, key, layer)).any()
                 for layer, rows in enumerate(self._rows[group])
             )
             for block, key in zip(blocks, keys, strict=True)
         )
+
+    def _content(self, group: int, key: bytes, layer: int) -> NDArray[np.uint8]:
+        """Return the bytes of this rank's part of a layer of the block that has a key."""
+        seed = int.from_bytes(key, "little"), layer, self._parts[group]
+        shape = self._rows[group][layer][0].shape
+        return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
     def wipe(self) -> None:
         """Overwrite all blocks."""
@@ -105,27 +111,44 @@ class GroupDevice:
         return bool((self.pages[:, STATE_BYTES:] == 0x5A).all())
 
 
-def _content(key: bytes, layer: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    seed = int.from_bytes(key, "little") + layer
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-
-
 class GroupInstance:
-    """An engine's scheduler and its worker, in this process."""
+    """An engine's scheduler and its workers, in this process."""
 
-    def __init__(self, settings: Settings, number: int = 0, drops_last: bool = False) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        number: int = 0,
+        drops_last: bool = False,
+        model: ModelConfig = GROUP_MODEL,
+    ) -> None:
         """Create them; they connect with `begin`."""
-        model, cache = GROUP_MODEL, settings.cache_config
-        self.device = GroupDevice()
-        self.groups = KVGroups(model.spaces(PER_BLOCK), 2 * PER_BLOCK, drops_last)
-        self.agent = Agent(settings.server_recv_port, model, cache, number)
+        cache, spaces, ranks = settings.cache_config, model.spaces(PER_BLOCK), range(model.tp_size)
+        self.devices = [GroupDevice(spaces, rank) for rank in ranks]
+        self.groups = KVGroups(spaces, 2 * PER_BLOCK, drops_last)
+        address = settings.server_recv_port
+        self.agents = [Agent(address, model, cache, number, rank) for rank in ranks]
         self.client = Client(settings, model, number)
         self._ends: dict[int, Done] = {}
 
     def begin(self) -> None:
         """Lend the caches, and wait until requests can be served."""
-        self.agent.start(self.device.caches)
+        for agent, device in zip(self.agents, self.devices, strict=True):
+            agent.start(device.caches)
         self.wait_ready()
+
+    def wipe(self) -> None:
+        """Overwrite all device blocks."""
+        for device in self.devices:
+            device.wipe()
+
+    def ready(self, number: int) -> None:
+        """Report on every rank that a put's blocks are written."""
+        for agent in self.agents:
+            agent.ready([number])
+
+    def _fill(self, group: int, blocks: NDArray[np.int64], keys: Sequence[bytes]) -> None:
+        for device in self.devices:
+            device.fill(group, blocks, keys)
 
     def wait_ready(self) -> None:
         """Return once requests can be served."""
@@ -143,13 +166,13 @@ class GroupInstance:
         It reads device blocks from `at` on; they are filled before.
         """
         ids = np.arange(blocks) + at
-        self.device.fill(CHAIN, ids, _keys_at(keys, CHAIN, range(blocks)))
+        self._fill(CHAIN, ids, keys_at(keys, CHAIN, range(blocks)))
         leaves = []
         for group in LEAVES:
             needed = {place for end in ends for place in self.groups.needed(group, end)}
             if needed:
                 places = np.array(sorted(needed))
-                self.device.fill(group, places + at, _keys_at(keys, group, places))
+                self._fill(group, places + at, keys_at(keys, group, places))
                 leaves.append(LeafBlocks(group, positions_of(places), places + at))
         part = keys[: (blocks + 1) * BLOCK_KEY_BYTES]
         return self.client.put(part, 0, ids, self.client.generation, leaves=leaves)
@@ -157,7 +180,7 @@ class GroupInstance:
     def put(self, keys: bytes, blocks: int, ends: Iterable[int] = (), at: int = 0) -> Done:
         """Run such a put, and return its end."""
         number = self.begin_put(keys, blocks, ends, at)
-        self.agent.ready([number])
+        self.ready(number)
         return self.end_of(number)
 
     def begin_get(self, keys: bytes, matched: Matched, first: int = 0, at: int = 40) -> int:
@@ -184,8 +207,10 @@ class GroupInstance:
                 if group != CHAIN:
                     needed = self.groups.needed(group, end, first)
                 blocks = [place % 40 + at for place in needed]
-                assert self.device.wrong(group, blocks, _keys_at(keys, group, needed)) == 0, group
-        assert self.device.has_whole_padding
+                wanted = keys_at(keys, group, needed)
+                for rank, device in enumerate(self.devices):
+                    assert device.wrong(group, blocks, wanted) == 0, (group, rank)
+        assert all(device.has_whole_padding for device in self.devices)
         return done
 
     def match(self, keys: bytes, first: int = 0) -> Matched:
@@ -209,10 +234,11 @@ class GroupInstance:
     def close(self) -> None:
         """Disconnect."""
         self.client.close()
-        self.agent.close()
+        for agent in self.agents:
+            agent.close()
 
 
-def _keys_at(keys: bytes, group: int, positions: Iterable[int]) -> list[bytes]:
+def keys_at(keys: bytes, group: int, positions: Iterable[int]) -> list[bytes]:
     """Return the keys of a group's blocks at some positions of the chain."""
     own = leaf_keys(keys, group)
     return [own[(at + 1) * 16 : (at + 2) * 16] for at in positions]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.random import default_rng
 from numpy.typing import NDArray
 
 from flexkv.common.config import CacheConfig, LayerGroup, ModelConfig
+from flexkv.common.layout import KVShape
 from flexkv.common.space import BlockSpace
 
 PER_BLOCK = 4
@@ -59,18 +61,23 @@ class GroupCaches:
         tensors: one for each layer, in the model's order.
     """
 
-    def __init__(self, model: ModelConfig = MODEL, seed: int = 0) -> None:
+    def __init__(
+        self, model: ModelConfig = MODEL, seed: int = 0, backing: NDArray[np.uint8] | None = None
+    ) -> None:
+        """Make the tensors of one rank; those of all groups overlay `backing`, if that is given.
+
+        `backing` is uint8[layers of a group, DEVICE_BLOCKS, bytes of the largest layer].
+        """
         self.spaces = model.spaces(PER_BLOCK)
         random, tensors = default_rng(seed), {}
         for space in self.spaces:
-            for layer, shape, dtype in zip(space.layers, space.shapes, space.dtypes, strict=True):
-                if space.kind.label == "state":
-                    size = (DEVICE_BLOCKS, 1, 1, shape.block_bytes)
-                    tensors[layer] = random.integers(0, 128, size, np.int8)
-                    continue
-                size = (shape.kv_dim, DEVICE_BLOCKS, shape.tokens, shape.heads, shape.head_size)
-                raw = random.integers(0, 256, (*size[:-1], shape.head_size * shape.item_bytes))
-                tensors[layer] = raw.astype(np.uint8).view(dtype)
+            layers = zip(space.layers, space.shapes, space.dtypes, strict=True)
+            for number, (layer, shape, dtype) in enumerate(layers):
+                size = shape.block_bytes
+                memory = random.integers(0, 256, (DEVICE_BLOCKS, size)).astype(np.uint8)
+                if backing is not None:
+                    memory = backing[number]
+                tensors[layer] = _tensor(memory, shape, dtype, space.kind.label == "state")
         self.tensors = [tensors[layer] for layer in sorted(tensors)]
 
     def needed(self, group: int, end: int, first: int = 0) -> range:
@@ -83,9 +90,8 @@ class GroupCaches:
         """Return a copy of the content of device blocks of a group, one array for each layer."""
         space, ids = self.spaces[group], list(blocks)
         layers = [self.tensors[layer] for layer in space.layers]
-        if space.kind.label == "state":
-            return [layer[ids].view(np.uint8).copy() for layer in layers]
-        return [layer[:, ids].view(np.uint8).copy() for layer in layers]
+        blocks = [layer[ids] if len(layer) > 2 else layer[:, ids] for layer in layers]
+        return [np.ascontiguousarray(each).view(np.uint8) for each in blocks]
 
     def slots(self, tokens: int, *groups: Ids) -> list[NDArray[np.int64]]:
         """Return the slot mapping of a prompt whose blocks of each group are in these places."""
@@ -101,6 +107,25 @@ class GroupCaches:
             else {}
             for space in self.spaces
         ]
+
+
+def _tensor(memory: NDArray[np.uint8], shape: KVShape, dtype: str, is_state: bool) -> NDArray[Any]:
+    """Return the tensor of a layer over memory, uint8[blocks, at least the bytes of a block]."""
+    blocks = memory[:, : shape.block_bytes]
+    if is_state:
+        return blocks.view(np.int8)[:, None, None]
+    sizes = (shape.kv_dim, shape.tokens, shape.heads, shape.head_size)
+    tensor = np.lib.stride_tricks.as_strided(
+        blocks[:, : shape.item_bytes].view(dtype),
+        (len(memory), *sizes),
+        (memory.strides[0], *_strides(sizes, shape.item_bytes)),
+    )
+    return np.moveaxis(tensor, 0, 1)
+
+
+def _strides(sizes: Sequence[int], item_bytes: int) -> list[int]:
+    """Return the strides of an array without gaps."""
+    return [item_bytes * prod(sizes[number + 1 :]) for number in range(len(sizes))]
 
 
 def _slots(space: BlockSpace, tokens: int, ids: Ids) -> NDArray[np.int64]:

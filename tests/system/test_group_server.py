@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,16 @@ from .group_serving import CHAIN, CHUNK, GROUP_MODEL, LEAVES, STATE, WINDOW, Gro
 from .serving import Peer, eventually, settings_in
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Return settings with room for some prompts in host memory, and for more on SSD."""
-    return settings_in(tmp_path, num_cpu_blocks=96, num_ssd_blocks=512)
+    folder = tmp_path_factory.mktemp("groups")
+    return settings_in(folder, num_cpu_blocks=96, num_ssd_blocks=512)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def launched(settings: Settings) -> Iterator[LaunchedServer]:
-    """Yield a server of the model."""
+    """Yield a server of the model, for all tests that do not end it."""
     server = forked_server(settings, GROUP_MODEL)
     yield server
     server.close()
@@ -44,7 +47,8 @@ def launched(settings: Settings) -> Iterator[LaunchedServer]:
 
 @pytest.fixture
 def instance(settings: Settings, launched: LaunchedServer) -> Iterator[GroupInstance]:
-    """Yield an instance that is connected."""
+    """Yield an instance that is connected to a server that has nothing."""
+    command(settings.server_recv_port, "clear")
     made = GroupInstance(settings)
     made.begin()
     yield made
@@ -56,7 +60,7 @@ def test_bytes_of_all_groups_come_back(instance: GroupInstance) -> None:
     keys = instance.keys(1, 17)
     put = instance.put(keys, 17, ends=[12, 16])
     assert (put.status, put.moved) == ("success", 17)
-    instance.device.wipe()
+    instance.wipe()
     matched = instance.match(keys)
     assert (matched.blocks, matched.chain) == (16, 17)
     assert instance.get(keys, matched).moved == 16
@@ -77,11 +81,34 @@ def test_a_prefix_without_its_leaves_is_not_offered_until_they_are_stored(
     junction, *_ = instance.groups.boundaries(100, matched.chain)
     assert junction == 10
     instance.put(two, 24, ends=[junction, 24])
-    instance.device.wipe()
+    instance.wipe()
     found = instance.match(three)
     assert (found.blocks, found.chain) == (10, 10)
     assert instance.get(three, found).moved == 10
     assert instance.get(one, instance.match(one)).moved == 24
+
+
+@pytest.mark.parametrize("state_heads", [1, 2], ids=["whole states", "sliced states"])
+def test_ranks_divide_each_group_in_their_own_way(tmp_path: Path, state_heads: int) -> None:
+    """With two ranks, a group's block has their heads, or one copy of what both have."""
+    groups = [
+        group.model_copy(update={"num_kv_heads": state_heads} if group.is_state else {})
+        for group in GROUP_MODEL.layer_groups or ()
+    ]
+    model = GROUP_MODEL.model_copy(update={"tp_size": 2, "layer_groups": tuple(groups)})
+    settings = settings_in(tmp_path)
+    server = forked_server(settings, model)
+    instance = GroupInstance(settings, model=model)
+    try:
+        instance.begin()
+        keys = instance.keys(1, 16)
+        assert instance.put(keys, 16, ends=[16]).moved == 16
+        instance.wipe()
+        assert instance.get(keys, instance.match(keys)).moved == 16
+    finally:
+        instance.close()
+        server.close()
+    assert server.exit_status == 0
 
 
 @pytest.mark.parametrize("first", [2, 14, 16])
@@ -89,7 +116,7 @@ def test_what_the_device_has_is_not_loaded(instance: GroupInstance, first: int) 
     """A get from the middle of a prompt brings the leaves behind it, and always the state."""
     keys = instance.keys(1, 18)
     instance.put(keys, 18, ends=[18])
-    instance.device.wipe()
+    instance.wipe()
     matched = instance.match(keys, first)
     assert sum(matched.by_tier.values()) == 18 - first
     assert instance.get(keys, matched, first).moved == 18 - first
@@ -101,14 +128,14 @@ def test_leaves_may_be_put_after_their_chain(instance: GroupInstance) -> None:
     instance.put(keys, 16)
     assert instance.match(keys).blocks == 0
     number = instance.begin_put(keys, 16, ends=[16], at=20)
-    instance.agent.ready([number])
+    instance.ready(number)
     assert instance.end_of(number).status == "success"
     assert instance.get(keys, instance.match(keys)).moved == 16
     other = instance.keys(2, 16)
     leaf = LeafBlocks(STATE, Positions(15, 1), np.array([3]))
     nobody = np.empty(0, np.int64)
     number = client.put(other, 16, nobody, client.generation, leaves=[leaf])
-    instance.agent.ready([number])
+    instance.ready(number)
     assert instance.end_of(number).moved == 0
     assert instance.match(other).chain == 0
 
@@ -120,7 +147,7 @@ def test_a_get_without_a_device_block_for_a_leaf_moves_nothing(
     """If one leaf that the prefix needs is left out of a get, no block of any group is moved."""
     keys, client = instance.keys(1, 16), instance.client
     instance.put(keys, 16, ends=[16])
-    instance.device.wipe()
+    instance.wipe()
     leaves = []
     for group in LEAVES:
         needed = instance.groups.needed(group, 16)
@@ -131,7 +158,7 @@ def test_a_get_without_a_device_block_for_a_leaf_moves_nothing(
     held = instance.match(keys)
     done = instance.end_of(client.get(keys, 0, np.arange(16), held.number, False, leaves))
     assert (done.moved, done.status in ("failed", "notfound")) == (0, True)
-    blank = [rows for group in instance.device._rows for rows in group]
+    blank = [rows for group in instance.devices[0]._rows for rows in group]
     assert all((rows == 0xEE).all() for rows in blank)
     assert command_status(instance)["pinned_blocks"] == 0
 
@@ -151,7 +178,7 @@ def test_groups_share_all_tiers(settings: Settings, instance: GroupInstance) -> 
         command(settings.server_recv_port, "flush")
     hits = 0
     for keys in prompts:
-        instance.device.wipe()
+        instance.wipe()
         matched = instance.match(keys)
         if matched.blocks:
             assert instance.get(keys, matched).moved == 16
@@ -161,8 +188,9 @@ def test_groups_share_all_tiers(settings: Settings, instance: GroupInstance) -> 
 
 
 @pytest.mark.parametrize("ending", ["close", "kill"])
-def test_all_groups_outlive_a_restart(settings: Settings, ending: str) -> None:
+def test_all_groups_outlive_a_restart(tmp_path: Path, ending: str) -> None:
     """What was flushed is found by the next server, chain and leaves; every byte is right."""
+    settings = settings_in(tmp_path, num_cpu_blocks=96)
     server = forked_server(settings, GROUP_MODEL)
     instance = GroupInstance(settings)
     instance.begin()
@@ -177,7 +205,7 @@ def test_all_groups_outlive_a_restart(settings: Settings, ending: str) -> None:
     try:
         instance.wait_ready()
         for keys in prompts:
-            instance.device.wipe()
+            instance.wipe()
             matched = instance.match(keys)
             assert (matched.blocks, set(matched.by_tier)) == (16, {"disk"} | set(matched.by_tier))
             assert instance.get(keys, matched).moved == 16
@@ -191,6 +219,7 @@ def test_all_groups_outlive_a_restart(settings: Settings, ending: str) -> None:
 
 def test_a_draft_drops_the_last_block(settings: Settings, launched: LaunchedServer) -> None:
     """A hit of an engine with a draft ends before the last block that is there."""
+    command(settings.server_recv_port, "clear")
     instance = GroupInstance(settings, drops_last=True)
     instance.begin()
     try:
@@ -223,13 +252,29 @@ def test_a_prefetch_brings_all_groups_to_host_memory(
 # -- ends at any time -----------------------------------------------------------------------------
 
 
+_numbers = count(5)
+"""Each pair is another instance, as the server may still know the one before."""
+
+
+@contextmanager
+def peers(settings: Settings, instance: GroupInstance) -> Iterator[tuple[Peer, Peer]]:
+    """Yield the agent and the client of another instance, which is ready."""
+    number, order = next(_numbers), instance.client.order
+    facts: dict[str, Any] = {"model": GROUP_MODEL, "instance": number, "order": order}
+    with ExitStack() as opened:
+        agent = opened.enter_context(closing(Peer(settings, "agent", **facts)))
+        client = opened.enter_context(closing(Peer(settings, "client", **facts)))
+        client.hear_ready()
+        yield agent, client
+
+
 def test_an_agent_that_leaves_leaves_nothing_behind(
     settings: Settings, instance: GroupInstance
 ) -> None:
     """A put that an agent never ends stores nothing of any group; later ones do."""
     keys = instance.keys(1, 16)
     number = instance.begin_put(keys, 16, ends=[16])  # it waits for the agent's report
-    instance.agent.close()
+    instance.agents[0].close()
     assert instance.end_of(number).status in ("failed", "cancelled")
     assert instance.client.match(keys).chain == 0
     again = GroupInstance(settings, number=1)
@@ -247,37 +292,27 @@ def test_an_agent_that_leaves_leaves_nothing_behind(
 def test_who_ends_in_the_middle_of_a_copy_disturbs_nobody(
     settings: Settings, instance: GroupInstance, role: str, operation: str
 ) -> None:
-    """A peer that vanishes while a leaf is copied fails the request whole, and frees everything."""
-    keys = instance.keys(1, 16)
-    if operation == "get":
-        instance.put(keys, 16, ends=[16])
-    facts: dict[str, Any] = {
-        "model": GROUP_MODEL, "instance": 5, "order": instance.client.order
-    }  # fmt: skip
-    agent, client = Peer(settings, "agent", **facts), Peer(settings, "client", **facts)
-    client.hear_ready()
+    """A peer that vanishes while leaves are copied fails its request, and everything is freed."""
+    keys, theirs = instance.keys(1, 16), instance.keys(2, 16)
+    instance.put(keys, 16, ends=[16])
     leaves = tuple(
         LeafIds(group, needed.start, needed.step, np.arange(len(needed)).tobytes())
         for group in LEAVES
         if (needed := instance.groups.needed(group, 16))
     )
-    ids = np.arange(16).tobytes()
-    client.say(Start(1, operation, keys, 0, ids, client.epoch, leaves=leaves))
-    first = agent.hear(Copy)
-    agent.say(Copied(first.op_id))
-    agent.hear(Copy)
-    (agent if role == "agent" else client).close()
-    if role == "agent":
-        assert client.hear(Done).moved == 0
-    else:
-        agent.close()
-    client.close()
-    if operation == "put":
-        eventually(lambda: command_status(instance)["reserved_blocks"] == 0)
-        matched = instance.match(keys)
-        assert matched.blocks == 0
-        instance.put(keys, 16, ends=[16])
-    instance.device.wipe()
+    names, ids = keys if operation == "get" else theirs, np.arange(16).tobytes()
+    with peers(settings, instance) as (agent, client):
+        client.say(Start(1, operation, names, 0, ids, client.epoch, leaves=leaves))
+        agent.say(Copied(agent.hear(Copy).op_id))
+        agent.hear(Copy)
+        (agent if role == "agent" else client).close()
+        if role == "agent":
+            done = client.hear(Done)
+            assert "the agent is" in done.error
+            assert not done.moved or operation == "put"  # the chain may have arrived
+    eventually(lambda: command_status(instance)["reserved_blocks"] == 0)
+    assert instance.match(theirs).blocks == 0
+    instance.wipe()
     assert instance.get(keys, instance.match(keys)).moved == 16
     eventually(lambda: command_status(instance)["pinned_blocks"] == 0)
 
@@ -290,43 +325,38 @@ def run(group: int, first: int, *ids: int, step: int = 1) -> LeafIds:
     return LeafIds(group, first, step, np.array(ids, np.int64).tobytes())
 
 
-@pytest.mark.parametrize(
-    ("more", "why"),
-    [
-        ({"leaves": (run(4, 0, 1),)}, "leaves[0].group=4: must be less than"),
-        ({"leaves": (run(WINDOW, 16, 1),)}, "positions 16 to 16"),
-        ({"leaves": (run(CHUNK, 2, 1),)}, "every 2 blocks of the chain"),
-        ({"leaves": (run(WINDOW, 3, 1, 1),)}, "twice"),
-        ({"leaves": (run(WINDOW, 3, 96),)}, "leaves of KV group 1=96: is not a device block"),
-        ({"leaves": (run(WINDOW, 3, -7),)}, "must not be negative"),
-        ({"leaves": (run(STATE, 3, 5), run(WINDOW, 3, 5))}, "less than the one before"),
-        ({"by_layer": True}, "by_layer=True: must be false for a model with several KV groups"),
-        ({"operation": "prefetch", "device_ids": b"", "leaves": (run(1, 0, 1),)}, "must be empty"),
-        ({"operation": "put", "drop": 1}, "drop=1: must be 0 for a put"),
-        ({"drop": 17}, "first=0: must be from 0 to the number of blocks, -1"),
-        ({"drop": 2**62}, "first=0: must be from 0"),
-    ],
-)
-def test_what_breaks_a_rule_is_refused_by_name(
-    settings: Settings, instance: GroupInstance, more: dict[str, Any], why: str
-) -> None:
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"leaves": (run(4, 0, 1),)}, "leaves[0].group=4: must be less than"),
+    ({"leaves": (run(WINDOW, 16, 1),)}, "positions 16 to 16"),
+    ({"leaves": (run(CHUNK, 2, 1),)}, "every 2 blocks of the chain"),
+    ({"leaves": (run(WINDOW, 3, 1, 1),)}, "twice"),
+    ({"leaves": (run(WINDOW, 3, 96),)}, "leaves of KV group 1=96: is not a device block"),
+    ({"leaves": (run(WINDOW, 3, -7),)}, "must not be negative"),
+    ({"leaves": (run(STATE, 3, 5), run(WINDOW, 3, 5))}, "less than the one before"),
+    ({"by_layer": True}, "by_layer=True: must be false for a model with several KV groups"),
+    ({"operation": "prefetch", "device_ids": b"", "leaves": (run(1, 0, 1),)}, "must be empty"),
+    ({"operation": "put", "drop": 1}, "drop=1: must be 0 for a put"),
+    ({"drop": 17}, "first=0: must be from 0 to the number of blocks, -1"),
+    ({"drop": 2**62}, "first=0: must be from 0"),
+]
+"""What is wrong with a request, and what its error says."""
+
+
+def test_what_breaks_a_rule_is_refused_by_name(settings: Settings, instance: GroupInstance) -> None:
     """The request fails and says why; the client stays connected."""
     keys = instance.keys(1, 16)
     instance.put(keys, 16, ends=[16])
-    facts: dict[str, Any] = {"model": GROUP_MODEL, "instance": 5, "order": instance.client.order}
-    agent, client = Peer(settings, "agent", **facts), Peer(settings, "client", **facts)
-    client.hear_ready()
-    start = Start(1, "get", keys, 0, np.arange(16).tobytes(), client.epoch)
-    client.say(msgspec.structs.replace(start, **more))
-    done = client.hear(Done)
-    assert (done.status, done.moved) == ("failed", 0)
-    assert why in done.error
-    client.say(Match(2, keys, drop=2**62))
-    assert client.hear(Matched).blocks == 0
-    client.say(Match(3, keys))
-    assert client.hear(Matched).blocks == 16
-    client.close()
-    agent.close()
+    with peers(settings, instance) as (_, client):
+        start = Start(1, "get", keys, 0, np.arange(16).tobytes(), client.epoch)
+        for more, why in WRONG:
+            client.say(msgspec.structs.replace(start, **more))
+            done = client.hear(Done)
+            assert (done.status, done.moved) == ("failed", 0)
+            assert why in done.error
+        client.say(Match(2, keys, drop=2**62))
+        assert client.hear(Matched).blocks == 0
+        client.say(Match(3, keys))
+        assert client.hear(Matched).blocks == 16
 
 
 def test_leaves_of_a_plain_model_are_refused(tmp_path: Path) -> None:
@@ -348,7 +378,7 @@ def test_a_message_with_a_group_that_no_model_has_ends_its_connection(
     settings: Settings, instance: GroupInstance
 ) -> None:
     """A message outside the protocol's own limits is nonsense, and its sender is hung up on."""
-    client = Peer(settings, "client", model=GROUP_MODEL, instance=5)
+    client = Peer(settings, "client", model=GROUP_MODEL, instance=4)
     client.say(Start(1, "get", os.urandom(32), 0, bytes(8), 0, leaves=(LeafIds(32, 0, 1, b""),)))
     with pytest.raises((OSError, ClosedError)):
         client.hear(Done)
@@ -361,8 +391,8 @@ def test_a_message_with_a_group_that_no_model_has_ends_its_connection(
 def test_an_agent_does_not_go_by_layer(instance: GroupInstance) -> None:
     """Layers of a model with several KV groups are refused by name."""
     for call in (
-        lambda: instance.agent.layer_written([1], 0),
-        lambda: instance.agent.wait_for_layer([1], 0),
+        lambda: instance.agents[0].layer_written([1], 0),
+        lambda: instance.agents[0].wait_for_layer([1], 0),
     ):
         with pytest.raises(ConfigError, match=r"layer=0.*several KV groups \(4\)"):
             call()

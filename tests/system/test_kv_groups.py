@@ -3,81 +3,66 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
+from flexkv.common.config import Settings
 from flexkv.common.errors import CapacityError, ConfigError, CorruptBlockError
-from flexkv.common.request import KVResponse, KVResponseStatus, Operation
+from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import Tier
 from flexkv.kvmanager import KVManager
-from flexkv.trace.load import load
 
-from .groups import MODEL, GroupCaches, Ids, cache_config
+from .conftest import CLIENT_FORMS, FORMS
+from .forked import forked_server
+from .group_rig import GROUPS, PROMPT, GroupRig, fill
+from .groups import MODEL, cache_config
 from .test_corrupt import damage
 
-PROMPT = np.arange(1000, 1040)
-"""Ten blocks of the chain, five of the state."""
-GROUPS = range(4)
 
-
-class GroupRig:
-    """A manager with the KV caches of several groups, and a copy of what was put."""
-
-    def __init__(self, manager: KVManager) -> None:
-        self.manager, self.caches = manager, GroupCaches()
-        manager.register_kv_caches(self.caches.tensors)
-        self.stored: dict[tuple[int, int], Any] = {}
-
-    async def put(
-        self, prompt: Any, groups: Sequence[int] = GROUPS, start: int = 0, **more: Any
-    ) -> KVResponse:
-        """Put the blocks of some groups from consecutive device blocks, and keep a copy."""
-        places = self.caches.places(len(prompt), start, groups)
-        for group in groups:
-            for number, block in places[group].items():
-                self.stored[group, number] = self.caches.bytes_of(group, [block])
-        return await self.manager.put(prompt, self.caches.slots(len(prompt), *places), **more)
-
-    async def get(self, prompt: Any, places: Sequence[Ids], **more: Any) -> KVResponse:
-        """Load a prompt into device blocks."""
-        return await self.manager.get(prompt, self.caches.slots(len(prompt), *places), **more)
-
-    def everything(self, prompt: Any) -> Sequence[Ids]:
-        """Return device blocks for every block of every group, other than those of `put`."""
-        return self.caches.places(len(prompt), 30)
-
-    def check(self, places: Sequence[Ids], end: int, first: int = 0) -> None:
-        """Check that each group has in its places what a prefix of `end` tokens needs."""
-        for group in GROUPS:
-            for number in self.caches.needed(group, end, first):
-                loaded = self.caches.bytes_of(group, [places[group][number]])
-                for layer, expected in zip(loaded, self.stored[group, number], strict=True):
-                    assert np.array_equal(layer, expected), (group, number)
-
-
-@pytest.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[GroupRig]:
+@pytest.fixture(params=["loop", "client's loop"])
+async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[GroupRig]:
     """Yield a manager over host memory and SSD, with the caches of several groups."""
-    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
-        yield GroupRig(manager)
+    async with _rig(tmp_path, request.param) as rig:
+        yield rig
 
 
-async def fill(rig: GroupRig, count: int = 6) -> None:
-    """Put other prompts until nothing of earlier ones is left in host memory."""
-    caches = GroupCaches(seed=9)
-    for number in range(count):
-        prompt = np.arange(40) + 100_000 + 1000 * number
-        places = caches.places(len(prompt), 0)
-        await rig.manager.put(prompt, caches.slots(len(prompt), *places))
-        await rig.manager.flush()
+@pytest.fixture(params=[*FORMS, *CLIENT_FORMS])
+async def any_rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[GroupRig]:
+    """Yield such a rig in each form of a manager."""
+    async with _rig(tmp_path, request.param) as rig:
+        yield rig
 
 
-async def test_every_group_comes_back_in_other_blocks(rig: GroupRig) -> None:
+@asynccontextmanager
+async def _rig(folder: Path, form: str) -> AsyncIterator[GroupRig]:
+    cache = cache_config(folder)
+    settings = server = None
+    if form in CLIENT_FORMS:
+        address = f"ipc://{folder}/socket"
+        settings = Settings(server_recv_port=address, server_client_mode=True, cache_config=cache)
+        server = forked_server(settings, MODEL)
+    manager = KVManager(MODEL, cache, settings=settings)
+    if "loop" in form:
+        async with manager:
+            yield GroupRig(manager, form)
+    else:
+        manager.start()
+        try:
+            yield GroupRig(manager, form)
+        finally:
+            manager.shutdown()
+    if server is not None:
+        server.close()
+        assert server.exit_status == 0
+
+
+async def test_every_group_comes_back_in_other_blocks(any_rig: GroupRig) -> None:
     """A get loads what each group needs at the end of the prompt, byte for byte, and no more."""
+    rig = any_rig
     put = await rig.put(PROMPT)
     assert (put.status, put.return_mask.all(), put.error) == (KVResponseStatus.SUCCESS, True, None)
     assert rig.manager.match(PROMPT).tokens == 40
@@ -150,19 +135,21 @@ async def test_a_get_needs_a_device_block_for_each_leaf(rig: GroupRig, missing: 
     assert int(np.count_nonzero(got.return_mask)) == (32 if missing == 2 else 0)
 
 
-async def test_a_masked_get_needs_no_leaf_that_the_device_has(rig: GroupRig) -> None:
+async def test_a_masked_get_needs_no_leaf_that_the_device_has(any_rig: GroupRig) -> None:
     """Blocks before the mask are on the device; only the state is needed whatever it has."""
+    rig = any_rig
     await rig.put(PROMPT)
     mask = np.arange(40) >= 32
     places = rig.everything(PROMPT)
     slots = [each[mask] for each in rig.caches.slots(40, *places)]
-    got = await rig.manager.get(PROMPT, slots, token_mask=mask)
+    got = await rig.request("get", PROMPT, slots, token_mask=mask)
     assert np.array_equal(got.return_mask, mask)
     rig.check(places, 40, first=32)
 
 
-async def test_blocks_evicted_from_host_come_back_from_ssd(rig: GroupRig) -> None:
+async def test_blocks_evicted_from_host_come_back_from_ssd(any_rig: GroupRig) -> None:
     """Leaves go to the SSD with the chain, and come back from it."""
+    rig = any_rig
     await rig.put(PROMPT)
     await fill(rig)
     match = rig.manager.match(PROMPT)
@@ -174,11 +161,12 @@ async def test_blocks_evicted_from_host_come_back_from_ssd(rig: GroupRig) -> Non
     assert rig.manager.statistics().corrupt_blocks == 0
 
 
-async def test_a_prefetch_brings_what_every_group_needs(rig: GroupRig) -> None:
+async def test_a_prefetch_brings_what_every_group_needs(any_rig: GroupRig) -> None:
     """After a prefetch, a get reads nothing from the SSD."""
+    rig = any_rig
     await rig.put(PROMPT)
     await fill(rig)
-    await rig.manager.prefetch(PROMPT)
+    await rig.request("prefetch", PROMPT)
     read = rig.manager.statistics().routes["disk→host"].blocks
     places = rig.everything(PROMPT)
     got = await rig.get(PROMPT, places)
@@ -297,93 +285,16 @@ def several(groups: int = 4) -> str:
     return f"slot_mapping=.*must be a list of {groups} arrays of slots"
 
 
-async def test_bad_slot_mappings_change_nothing(rig: GroupRig) -> None:
+async def test_bad_slot_mappings_change_nothing(any_rig: GroupRig) -> None:
     """One array, too few arrays and wrong slots are refused, and nothing is stored."""
+    rig = any_rig
     slots = rig.caches.slots(40, *rig.caches.places(40, 0))
     for bad in (slots[0], slots[:3], slots[0].tolist(), None):
         with pytest.raises(ConfigError, match=several()):
-            await rig.manager.put(PROMPT, bad)
+            await rig.request("put", PROMPT, bad)
     half = [each.copy() for each in slots]
     half[3][9] = -1
     with pytest.raises(ConfigError, match=r"slot_mapping\[3\]\[9\]=-1: must be -1 for every token"):
-        await rig.manager.put(PROMPT, half)
+        await rig.request("put", PROMPT, half)
     assert rig.manager.match(PROMPT).tokens == 0
     assert rig.manager.statistics().tiers["host"].used_blocks == 0
-
-
-def test_layers_cannot_be_followed(tmp_path: Path) -> None:
-    """Requests that go layer by layer are refused by name."""
-    manager = KVManager(MODEL, cache_config(tmp_path, enable_ssd=False, num_ssd_blocks=0))
-    manager.start()
-    try:
-        rig = GroupRig(manager)
-        slots = rig.caches.slots(40, *rig.caches.places(40, 0))
-        for call in (manager.get_layerwise, manager.put_layerwise):
-            with pytest.raises(ConfigError, match=r"layer_groups=.*4 KV groups.*layer by layer"):
-                call(PROMPT, slots)
-    finally:
-        manager.shutdown()
-
-
-async def test_upkeep_knows_every_group(rig: GroupRig) -> None:
-    """Statistics count by group; clears, quotas, pins and resizing reach the leaves."""
-    manager = rig.manager
-    await rig.put(PROMPT, namespace="a")
-    assert manager.statistics().tiers["host"].group_blocks == (10, 10, 10, 5)
-    report = await manager.flush()
-    assert not report.lacking_blocks
-    assert manager.statistics().tiers["disk"].group_blocks == (10, 10, 10, 5)
-    assert manager.namespace_blocks("a") == {Tier.HOST: 35, Tier.DISK: 35}
-    assert manager.namespace_blocks(None) == {Tier.HOST: 0, Tier.DISK: 0}
-    pin = manager.pin(PROMPT, namespace="a")
-    await fill(rig)
-    assert manager.match(PROMPT, "a").tokens_by_tier[Tier.HOST] == 40
-    assert manager.unpin(pin)
-    manager.set_quota("a", Tier.HOST, 7)
-    assert manager.namespace_blocks("a")[Tier.HOST] <= 7
-    assert manager.match(PROMPT, "a").tokens == 40
-    assert manager.clear(namespace="a") > 0
-    assert manager.match(PROMPT, "a").tokens == 0
-    assert set(manager.namespace_blocks("a").values()) == {0}
-    assert manager.resize(Tier.HOST, 10) == 10
-
-
-async def test_a_suspended_device_serves_groups_again(rig: GroupRig) -> None:
-    """After suspending and resuming the device, every group is loaded into the new tensors."""
-    await rig.put(PROMPT)
-    await rig.manager.suspend_device()
-    rig.caches = GroupCaches(seed=3)
-    rig.manager.resume_device(rig.caches.tensors)
-    places = rig.everything(PROMPT)
-    got = await rig.get(PROMPT, places)
-    assert got.return_mask.all()
-    rig.check(places, 40)
-
-
-async def test_an_explanation_names_the_groups(rig: GroupRig) -> None:
-    """The plan of a get shows what it loads of each group."""
-    await rig.put(PROMPT)
-    told = str(rig.manager.explain("get", PROMPT))
-    for part in (
-        "10 in host",
-        "3 in host of group 1",
-        "2 in host of group 2",
-        "1 blocks of group 3",
-    ):
-        assert part in told
-
-
-async def test_a_trace_tells_the_group_of_each_op(rig: GroupRig, tmp_path: Path) -> None:
-    """Records of plans and ops have the KV group of the blocks, and the header their sizes."""
-    path = tmp_path / "trace.jsonl"
-    rig.manager.trace_start(str(path))
-    await rig.put(PROMPT)
-    await rig.get(PROMPT, rig.everything(PROMPT))
-    rig.manager.trace_stop()
-    trace = load(path)
-    assert trace.header.group_block_bytes == tuple(rig.manager.engine.sizes.block_bytes)
-    loads = [op for op in trace.ops if op.route == "host→device"]
-    assert sorted((op.group, op.block_count) for op in loads) == [(0, 10), (1, 3), (2, 2), (3, 1)]
-    assert all(
-        op.bytes == op.block_count * trace.header.group_block_bytes[op.group] for op in loads
-    )

@@ -77,6 +77,15 @@ async def test_a_masked_get_moves_only_what_is_selected(rig: Rig) -> None:
     assert np.array_equal(bytes_of(rig.caches, range(20, 26)), expected)
 
 
+@pytest.mark.parametrize("operation", ["get", "put"])
+async def test_a_mask_without_a_whole_block_moves_nothing(rig: Rig, operation: str) -> None:
+    """A mask may begin behind the last whole block; no request fails for that, in any form."""
+    mask = np.arange(7) >= 5
+    response = await rig.request(operation, PROMPT[:7], np.array([5, 6]), token_mask=mask)
+    assert response.status.value == {"get": "notfound", "put": "success"}[operation]
+    assert (response.return_mask.any(), response.error) == (False, None)
+
+
 async def test_a_second_put_moves_nothing(rig: Rig) -> None:
     """A second put of the same prompt copies nothing."""
     await rig.request("put", PROMPT, slots_of(range(10)))

@@ -65,9 +65,9 @@ class Bench:
         self.summed: list[list[int]] = []
         submit = self.checksummer.submit
 
-        def noting(op_id: int, host_ids: BlockIds, urgent: bool) -> None:
+        def noting(op_id: int, host_ids: BlockIds, urgent: bool, group: int) -> None:
             self.summed.append(host_ids.tolist())
-            submit(op_id, host_ids, urgent)
+            submit(op_id, host_ids, urgent, group)
 
         vars(self.checksummer)["submit"] = noting
         self.ended: list[Completion] = []

@@ -247,15 +247,15 @@ async def test_what_a_device_brings_is_summed() -> None:
     rig = Rig(ENGINE)
     for layer in rig.layers:
         layer[:] = np.random.default_rng(1).integers(0, 1000, layer.shape)
-    checksummer = PoolChecksummer(rig.arena)
-    checks = BlockChecks(PoolChecksummer(rig.arena, 1, checksummer.sums))
+    sizes = [rig.block_bytes]
+    checksummer = PoolChecksummer(rig.arena, block_bytes=sizes)
+    checks = BlockChecks(PoolChecksummer(rig.arena, 1, checksummer.sums, sizes))
     window, ended, over = Window(1 << 30, 1 << 30), list[Completion](), asyncio.Event()
 
     def report(ends: list[Completion]) -> None:
         ended.extend(ends)
         over.set()
 
-    sizes = [rig.block_bytes]
     actor = TransferActor(Tier.DEVICE, rig.port, (window, window), 1, sizes, checks)
     actor.attach(report)
     checksummer.connect(rig.woken.set)

@@ -286,6 +286,7 @@ def opened(folder: Path, wanted: Superblock) -> journal.Live:
         Superblock(1, {"dtype": "float16"}, 4096, None),
         Superblock(1, WANTED.block_identity, 8192, None),
         Superblock(1, WANTED.block_identity, 4096, 7),
+        Superblock(1, WANTED.block_identity, 4096, None, (100, 50)),
     ],
 )
 def test_blocks_of_another_kind_are_not_believed_in(tmp_path: Path, other: Superblock) -> None:
@@ -299,6 +300,21 @@ def test_blocks_of_another_kind_are_not_believed_in(tmp_path: Path, other: Super
     assert not len(opened(tmp_path, other).rows)
     with ExitStack() as undo:
         assert superblock.read(open_folder(tmp_path, undo)) == other
+
+
+def test_a_directory_of_an_older_version_is_named(tmp_path: Path) -> None:
+    """A superblock without the fields of later versions is read, and refused for its version."""
+    old = (
+        '{"version":2,"blocks_are":{"dtype":"float16"},"block_stride_bytes":4096,"rows_per_file":7}'
+    )
+    opened(tmp_path, WANTED)
+    (tmp_path / superblock.NAME).write_text(old)
+    with pytest.raises(ConfigError, match=r"version was 2, is now 3"):
+        refuse([tmp_path], Superblock(superblock.FORMAT_VERSION, {"dtype": "float16"}, 4096, 7))
+    with ExitStack() as undo:
+        assert superblock.read(open_folder(tmp_path, undo)) == Superblock(
+            2, {"dtype": "float16"}, 4096, 7, ()
+        )
 
 
 def test_a_journal_without_a_superblock_is_not_believed_in(tmp_path: Path) -> None:

@@ -7,80 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv import _ext
 from flexkv.common.errors import InvariantError
 from flexkv.common.space import GroupRule
-from flexkv.common.terms import LEAF_SALT, Positions, Tier
-from flexkv.index.eviction import Eviction
+from flexkv.common.terms import Tier
 from flexkv.index.forest import forest
 from flexkv.index.residency import ABSENT, PENDING, READY, Change, Residency
-
-FULL, WINDOW, CHUNK, STATE = range(4)
-BLOCK = 4
-"""Tokens of a block of the chain."""
-
-
-def rule(group: int, kind: int, window: int = 0, ratio: int = 1) -> GroupRule:
-    """Return the rule of a KV group."""
-    return GroupRule(group, kind, window, ratio, ratio * BLOCK)
-
-
-def key(number: int) -> bytes:
-    """Return the key of a number."""
-    return _ext.hash128(number.to_bytes(8, "little"))
-
-
-def prompt(*numbers: int) -> bytes:
-    """Return the keys of a root and its blocks."""
-    return b"".join(key(number) for number in numbers)
-
-
-KEYS = prompt(*range(13))
-"""Twelve blocks."""
-
-
-def salted(of: bytes, group: int) -> bytes:
-    """Return the key of a leaf."""
-    return bytes(a ^ b for a, b in zip(of, _ext.hash128(LEAF_SALT, group), strict=True))
-
-
-def table(*rules: GroupRule, chain: int = 12, **changes: Any) -> Residency:
-    """Return an index of two tiers with the first blocks of KEYS in host memory."""
-    index = Residency({Tier.HOST: 64, Tier.DISK: 64}, rules=rules, **changes)
-    put(index, range(chain))
-    return index
-
-
-def put(
-    index: Residency, positions: Any, group: int = 0, tier: Tier = Tier.HOST, keys: bytes = KEYS
-) -> Any:
-    """Store blocks, and return their places."""
-    ids = reserved(index, positions, group, tier, keys)
-    index.commit(tier, ids)
-    return ids
-
-
-def reserved(
-    index: Residency, positions: Any, group: int = 0, tier: Tier = Tier.HOST, keys: bytes = KEYS
-) -> Any:
-    """Reserve places for blocks, and return them."""
-    places = np.array(list(positions), np.int64)
-    if not len(places):
-        return places
-    at = Positions(int(places[0]), len(places), places)
-    ids = index.reserve(tier, keys, at, group=group)
-    assert len(ids) == len(places)
-    return ids
-
-
-def leaves(index: Residency, first: int = 0, drop: int = 0) -> dict[int, list[int]]:
-    """Return the positions of the leaves that a search finds, by group."""
-    found = index.find(KEYS, first, drop=drop)
-    return {
-        of.group: sorted(n for placed in of.ready.values() for n in placed.positions)
-        for of in found.leaves
-    }
-
+from tests.unit.leaves import (
+    CHUNK,
+    FULL,
+    KEYS,
+    STATE,
+    WINDOW,
+    key,
+    leaves,
+    prompt,
+    put,
+    reserved,
+    rule,
+    salted,
+    table,
+)
 
 # -- what each kind needs ------------------------------------------------------------------------
 
@@ -302,22 +248,6 @@ def test_changes_name_the_group() -> None:
     assert index.changes() == [
         Change(own, Tier.HOST, True, 2), Change(own, Tier.HOST, False, 2),
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("policy", ["lru", "lfu", "slru"])
-def test_a_use_reaches_the_leaves_that_are_needed(policy: str) -> None:
-    """After a use the needed leaves outlive others; those before the first position, too."""
-    index = Residency({Tier.HOST: 64}, Eviction(policy), rules=[rule(1, WINDOW, 9)])
-    other = prompt(0, *range(100, 112))
-    for keys in (KEYS, other):
-        put(index, range(12), 0, Tier.HOST, keys)
-        put(index, range(12), 1, Tier.HOST, keys)
-    for _ in range(4):
-        assert index.find(KEYS, 11, use=True).last == 12
-    assert index.evict(Tier.HOST, 24) == 24
-    assert index.find(KEYS).last == 12
-    assert index.find(other).last < 12
-    index.validate()
 
 
 # -- keys that another process made up -----------------------------------------------------------

@@ -18,7 +18,7 @@ def test_a_read_that_hangs_does_not_hold_the_close(tmp_path: Path) -> None:
     """Close does not wait for a read that hangs; its memory is released when the read ends."""
     files = StripedFiles.open([tmp_path / "ssd"], 4, 4096)
     no_ledger: Any = None
-    scrubber = Scrubber(files, np.zeros(4, np.uint64), no_ledger, 1e6)
+    scrubber = Scrubber(files, np.zeros(4, np.uint64), no_ledger, 1e6, [4096])
     healed, released = threading.Event(), threading.Event()
     close_reader = scrubber._reader.close
     vars(scrubber._reader)["close"] = lambda: (close_reader(), released.set())

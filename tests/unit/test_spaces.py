@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from numpy.typing import NDArray
 
 from flexkv.actors.actor import TransferActor, Window
@@ -220,25 +221,26 @@ async def test_layers_are_those_of_the_group(device: Device, mode: str) -> None:
         assert np.array_equal(host.array, before)
 
 
-async def test_sums_cover_the_place_of_a_short_block(device: Device) -> None:
-    """A short block's checksum is over its whole place, with what another block left behind it."""
-    ids = np.arange(20)
+async def test_sums_cover_the_bytes_of_a_block_alone(device: Device) -> None:
+    """A short block's checksum leaves out what another block left behind it in its place."""
+    ids, sizes = np.arange(20), [space.block_bytes for space in SPACES]
     with ExitStack() as undo:
-        for group in (0, 1):
-            port = device.port("cpu-pooled", undo)
-            transfer = Transfer(group, 1, TO_HOST, ids, ids + 30 * group, group=group)
-            await Bench(port, 1 << 30).run([transfer])
-        checksummer = PoolChecksummer(device.arena)
+        checksummer = PoolChecksummer(device.arena, block_bytes=sizes)
         undo.callback(checksummer.close)
         woken = asyncio.Event()
         checksummer.connect(woken.set)
-        checksummer.submit(1, np.concatenate([ids, ids + 30]), urgent=True)
-        while not checksummer.reap():
-            await woken.wait()
-            woken.clear()
-        assert device.sums is not None
-        for places in (ids, ids + 30):
-            assert np.array_equal(device.sums[places], checksummer.sums[places])
+        for group, size in enumerate(sizes):
+            port = device.port("cpu-pooled", undo)
+            await Bench(port, 1 << 30).run([Transfer(group, 1, TO_HOST, ids, ids, group=group)])
+            device.arena.array[ids, size:] += 1
+            checksummer.submit(1, ids, urgent=True, group=group)
+            while not checksummer.reap():
+                await woken.wait()
+                woken.clear()
+            expected = [xxhash.xxh3_64_intdigest(block) for block in device.blocks(group)[ids]]
+            assert checksummer.sums[ids].tolist() == expected
+            assert device.sums is not None
+            assert device.sums[ids].tolist() == expected
 
 
 @pytest.mark.parametrize("mode", ["cpu-pooled", "cuda-engine"])

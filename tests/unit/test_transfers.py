@@ -87,7 +87,7 @@ def test_a_load_without_room_is_retried_for_a_while(monkeypatch: pytest.MonkeyPa
     assert rig.step(Done(1, "unready", 0)).received == set()
     rig.step()
     assert len(rig.client.begun) == 1
-    now_s += request_transfers.ROOM_AGAIN_S
+    now_s += request_transfers.AGAIN_S
     rig.step()
     assert len(rig.client.begun) == 2
     now_s += request_transfers.ROOM_S

@@ -57,9 +57,7 @@ def test_it_wins_over_the_file_and_the_environment(tmp_path: Path, extra: dict[s
     assert [str(each) for each in cache.ssd_cache_dir] in (["/c"], list("/c"))
 
 
-@pytest.mark.parametrize(
-    "extra", [None, {}, {"weights_id": "llama"}, {"mixed_local_hits": False}]
-)
+@pytest.mark.parametrize("extra", [None, {}, {"weights_id": "llama"}, {"mixed_local_hits": False}])
 def test_without_keys_the_other_sources_hold(tmp_path: Path, extra: Any) -> None:
     """Without keys of FlexKV's own the other sources hold; `weights_id` and the like are none."""
     file = {"log_level": "error", "cache_config": {"num_cpu_blocks": 5, "ssd_cache_dir": "/b"}}

@@ -111,9 +111,7 @@ def test_the_chain_has_the_smallest_blocks(configured: Any) -> None:
 
 def test_layers_of_two_page_sizes_in_one_group_are_served(configured: Any) -> None:
     """The scheduler's side sees one spec of the group; both sides come to the same shapes."""
-    group_of_two = group(
-        several(a=mla(16), i=mla(4, dtype=torch.uint8), b=mla(16)), "a", "i", "b"
-    )
+    group_of_two = group(several(a=mla(16), i=mla(4, dtype=torch.uint8), b=mla(16)), "a", "i", "b")
     for layout in ("LBHNC", "BLHNC"):
         found = judged(configured, group_of_two, use_mla=True, heads=1, layout=layout)
         assert (found.layers, found.are_several) == (("a", "b", "i"), False)

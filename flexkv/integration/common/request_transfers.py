@@ -29,8 +29,11 @@ from flexkv.server.wire import Done, Matched
 
 ROOM_S = 2.0
 """How long a load for which host memory has no room is retried."""
-ROOM_AGAIN_S = 0.002
-"""Pause before such a load is retried."""
+FILLING_S = 0.5
+"""How long a load of several KV groups is retried that finds nothing: what was offered to it is not
+offered while another request loads some of it."""
+AGAIN_S = 0.002
+"""Pause before a load is retried."""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,7 +50,8 @@ class Load:
     """Whether it counts only if all of it was loaded: the engine has several KV groups."""
     number: int | None = None
     again_s: float = 0.0
-    until_s: float = field(default_factory=lambda: time.monotonic() + ROOM_S)
+    wanted_s: float = field(default_factory=lambda: time.monotonic())
+    """Since when it is wanted."""
 
     @property
     def device_ids(self) -> BlockIds:
@@ -135,15 +139,16 @@ class RequestTransfers:
         return self.load
 
     def retries(self, done: Done) -> bool:
-        """Return whether its load is to begin again: host memory had no room for blocks from SSD.
+        """Return whether its load is to begin again, as other requests will end soon.
 
-        Other requests will end soon.
+        Host memory had no room for blocks from SSD, or another request is loading some of them.
         """
         load, now_s = self.load, time.monotonic()
         assert load is not None
-        if done.status != "unready" or self.finished or now_s >= load.until_s:
+        retried_s = {"unready": ROOM_S, "notfound": FILLING_S if load.is_whole else 0.0}
+        if self.finished or now_s >= load.wanted_s + retried_s.get(done.status, 0.0):
             return False
-        load.number, load.again_s = None, now_s + ROOM_AGAIN_S
+        load.number, load.again_s = None, now_s + AGAIN_S
         return True
 
     def end_load(self, done: Done) -> list[int]:

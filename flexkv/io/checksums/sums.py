@@ -7,7 +7,7 @@ sums blocks that are in host memory already.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -21,20 +21,41 @@ from flexkv.process import forks
 class PoolChecksummer:
     """Sums blocks of an arena in standing threads, without the GIL.
 
-    A sum is over a block's whole stride, and made of XXH3-64 digests: see `_ext.PageMap`.
+    A sum is over the bytes of a block, whatever is behind them in its place, and made of XXH3-64
+    digests: see `_ext.PageMap`.
 
     Attributes:
         sums: uint64[blocks of the arena], the sum of each.
     """
 
-    def __init__(self, arena: Arena, threads: int = 2, sums: Sums | None = None) -> None:
-        """Start the threads. Pass another checksummer's `sums` to share the array."""
+    def __init__(
+        self,
+        arena: Arena,
+        threads: int = 2,
+        sums: Sums | None = None,
+        block_bytes: Sequence[int] | None = None,
+    ) -> None:
+        """Start the threads.
+
+        Args:
+            arena: the host blocks.
+            threads: number of standing threads.
+            sums: another checksummer's, to share the array.
+            block_bytes: the bytes of a block of each KV group; None: one group, with whole places.
+        """
         stride = arena.block_stride_bytes
         self.sums: Sums = np.zeros(arena.num_blocks, np.uint64) if sums is None else sums
-        pieces = np.array([[arena.address, stride, stride, 0]], np.int64)
-        self._pages: PageMap | None = PageMap(
-            pieces, arena.num_blocks, arena.buffer, stride, None, self.sums
-        )
+        self._pages = [
+            PageMap(
+                np.array([[arena.address, stride, size, 0]], np.int64),
+                arena.num_blocks,
+                arena.buffer,
+                stride,
+                None,
+                self.sums,
+            )
+            for size in block_bytes or [stride]
+        ]
         self._pool = CopyPool(threads)
         forks.on_fork(self._let_go_in_child)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -48,24 +69,23 @@ class PoolChecksummer:
         """Return an eventfd that is readable while `reap` has something to return."""
         return self._pool.fileno()
 
-    def submit(self, op_id: int, host_ids: BlockIds, urgent: bool) -> None:
-        """Start to sum host blocks into `sums`."""
-        assert self._pages is not None
-        self._pool.checksum(op_id, self._pages, host_ids, urgent)
+    def submit(self, op_id: int, host_ids: BlockIds, urgent: bool, group: int = 0) -> None:
+        """Start to sum host blocks of a KV group into `sums`."""
+        self._pool.checksum(op_id, self._pages[group], host_ids, urgent)
 
     def reap(self) -> list[int]:
         """Return the ids of the ops that ended since the last call."""
         return self._pool.reap()
 
     def _let_go_in_child(self) -> None:
-        if self._pages is not None:
+        if self._pages:
             forks.replace(self._pool.fileno())
 
     def close(self) -> None:
         """Detach from the loop, join the threads, release the arena. Idempotent."""
-        if self._pages is None:
+        if not self._pages:
             return
         if self._loop is not None:
             self._loop.remove_reader(self._pool.fileno())
-        self._pages = None
+        self._pages = []
         self._pool.close()

@@ -32,10 +32,17 @@ from flexkv.io.ssd.file_calls import KERNEL, FileCalls
 NAME, NEW_NAME = "journal.flexkv", "journal.new.flexkv"
 RECORD_BYTES = BLOCK_RECORD_BYTES
 """The bytes of one block's record, as the index exports it."""
+_GROUP_AT = 33
+"""Where in a record the KV group is: the second byte of its flags, which are a uint32."""
 FRAME_ROWS_MAX = 1 << 20
 
 _HEAD = struct.Struct("<II")
 _INT64_MAX = (1 << 63) - 1
+
+
+def groups_of(blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the KV groups of blocks, uint8[n], from their records, uint8[n, 36]."""
+    return blocks[:, _GROUP_AT]
 
 
 class Stored(msgspec.Struct, frozen=True, array_like=True, tag=1):

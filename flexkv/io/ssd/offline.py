@@ -20,7 +20,7 @@ from flexkv.io.ssd import superblock
 from flexkv.io.ssd.file_calls import KernelCalls
 from flexkv.io.ssd.files import FILE_PATTERN, Striping, file_name
 from flexkv.io.ssd.folders import lock_folder, open_folder, open_ours
-from flexkv.io.ssd.journal import Journal, cleared, erased
+from flexkv.io.ssd.journal import Journal, cleared, erased, groups_of
 from flexkv.io.ssd.verify import BlockVerifier
 
 BATCH_BYTES = 64 << 20
@@ -88,10 +88,11 @@ class OfflineSsd:
         """Read every row that the journal names, compare its checksum, and yield the results."""
         order = np.argsort(self.live.rows)
         rows, sums = self.live.rows[order], self.live.sums[order]
+        groups, stride = groups_of(self.live.blocks[order]), self.superblock.block_stride_bytes
         with ExitStack() as closing:
-            reader = BlockVerifier(self.superblock.block_stride_bytes, BATCH_BYTES)
+            reader = BlockVerifier(stride, BATCH_BYTES, self.superblock.block_bytes or [stride])
             closing.callback(reader.close)
-            stride, count = self.superblock.block_stride_bytes, len(rows)
+            count = len(rows)
             striping = Striping(1, count, self.superblock.rows_per_file or 1 << 62)
 
             @cache
@@ -107,7 +108,8 @@ class OfflineSsd:
                 files, places = striping.file_of(batch)
                 at_bytes = (places * stride).tolist()
                 fds = map(fd_of, files.tolist())
-                found, whole = reader.sums(zip(fds, at_bytes, strict=True))
+                of_batch = groups[at : at + reader.num_blocks]
+                found, whole = reader.sums(zip(fds, at_bytes, strict=True), of_batch)
                 bad = (found != sums[at : at + reader.num_blocks]) | ~whole
                 yield Checked(batch, batch[bad])
 

@@ -19,7 +19,8 @@ from flexkv.io.private import Folder, NotPrivateError, open_file, replace_file
 NAME = "superblock.flexkv"
 _BYTES_MAX = 1 << 20
 """The most bytes that a superblock may have."""
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""3: a checksum is over the bytes of a block; before, it was over its whole place."""
 
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -34,6 +35,8 @@ class Superblock(msgspec.Struct, frozen=True):
     block_stride_bytes: _Count
     rows_per_file: _Count | None
     """None: all rows are in one file."""
+    block_bytes: tuple[_Count, ...] = ()
+    """Of each KV group, which checksums are over; before version 3, whole places."""
 
 
 _DECODER = msgspec.json.Decoder(Superblock)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,25 +21,38 @@ class BlockVerifier:
         num_blocks: the most blocks that are read at once.
     """
 
-    def __init__(self, stride_bytes: int, batch_bytes: int) -> None:
-        """Allocate memory for as many blocks as `batch_bytes` holds, at least one."""
+    def __init__(self, stride_bytes: int, batch_bytes: int, block_bytes: Sequence[int]) -> None:
+        """Allocate memory for as many blocks as `batch_bytes` holds, at least one.
+
+        Args:
+            stride_bytes: the bytes of a place.
+            batch_bytes: the most memory to use.
+            block_bytes: the bytes of a block of each KV group, which are summed.
+        """
         self.num_blocks = max(1, batch_bytes // stride_bytes)
         self._stride = stride_bytes
         self._memory = Arena.open(self.num_blocks, stride_bytes)
-        self._checksummer = PoolChecksummer(self._memory)
+        self._checksummer = PoolChecksummer(self._memory, block_bytes=block_bytes)
+        self._groups = len(block_bytes)
 
-    def sums(self, places: Iterable[tuple[int | None, int]]) -> tuple[Sums, NDArray[np.bool_]]:
+    def sums(
+        self, places: Iterable[tuple[int | None, int]], groups: NDArray[np.uint8]
+    ) -> tuple[Sums, NDArray[np.bool_]]:
         """Read blocks, and return the sum of each, and whether it could be read whole.
 
         Args:
             places: descriptor, None for a missing file, and byte offset of each block.
+            groups: uint8[n], the KV group of each block; one of an unknown group is not whole.
         """
         whole = np.array([self._read(n, *place) for n, place in enumerate(places)], np.bool_)
-        self._checksummer.submit(0, np.arange(len(whole)), urgent=False)
+        whole &= groups < self._groups
         ended = select.poll()
         ended.register(self._checksummer.fileno(), select.POLLIN)
-        ended.poll()
-        self._checksummer.reap()
+        for group in np.unique(groups[whole]).tolist():
+            ids = np.flatnonzero(whole & (groups == group))
+            self._checksummer.submit(0, ids, urgent=False, group=group)
+            ended.poll()
+            self._checksummer.reap()
         return self._checksummer.sums[: len(whole)].copy(), whole
 
     def _read(self, number: int, fd: int | None, offset_bytes: int) -> bool:

@@ -8,6 +8,7 @@ one. All groups overlay one allocation, so a block of another group in the wrong
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,15 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.utils import allocate_kv_cache
 
+from flexkv.integration.vllm.stats import Counts
+
 from .stand import CONNECTORS, PER_BLOCK, TOKEN, Stand, _Row, _values
 
 SHAPE: dict[str, Any] = {
     "block_size": PER_BLOCK, "num_kv_heads": 2, "head_size": 8, "dtype": torch.float16,
 }  # fmt: skip
 PAGE = PER_BLOCK * 2 * 16 * 2
-WINDOW, CHUNK = 40, 64
+WINDOW, CHUNK = 48, 64
 
 
 def _full(**more: Any) -> FullAttentionSpec:
@@ -104,6 +107,14 @@ class HybridStand(Stand):
         self._retained = more.pop("retained", 0)
         self._use_eagle = more.pop("use_eagle", False)
         more.setdefault("kv_load_failure_policy", "recompute")
+        self._counted: Counter[str] = Counter()
+        count = Counts.count
+
+        def counted(counts: Counts, name: str, by: int = 1) -> None:
+            self._counted[name] += by
+            count(counts, name, by)
+
+        monkeypatch.setattr(Counts, "count", counted)
         super().__init__(folder, monkeypatch, CONNECTORS["own"], **more)
 
     def _allocated(self, num_blocks: int) -> tuple[dict[str, torch.Tensor], Any]:
@@ -158,10 +169,15 @@ class HybridStand(Stand):
         """End a request, if it has not ended."""
         self.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> Counter[str]:
         """Return what the connector has counted since the last call."""
-        told = self.side.take_stats()
-        return {} if told is None else dict(told.data)
+        counted, self._counted = self._counted, Counter()
+        return counted
+
+    def check_freed(self) -> None:
+        """Check that neither vLLM's scheduler nor our side keeps anything."""
+        self.scheduler.kv_cache_manager.block_pool.null_block.ref_cnt = 0  # vLLM counts it down
+        super().check_freed()
 
     def tables(self, request: Request) -> list[list[int]]:
         """Return the device blocks of a request, by vLLM's groups."""
@@ -210,9 +226,7 @@ class HybridStand(Stand):
         assert block > 0, f"{where}: no block for the state after {row.end} tokens"
         bits[block] = int(mark[row.end - 1])
 
-    def _attend(
-        self, row: _Row, name: str, tensor: Any, mark: Any, table: Any, spec: Any
-    ) -> None:
+    def _attend(self, row: _Row, name: str, tensor: Any, mark: Any, table: Any, spec: Any) -> None:
         """Read the tokens that the step's tokens attend to, and write the step's own."""
         start, size = row.end - row.count, spec.block_size
         first = 0
