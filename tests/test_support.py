@@ -42,7 +42,7 @@ def test_every_figure_names_its_run() -> None:
 def test_the_support_table_is_what_the_tests_declare() -> None:
     """Each line of the support table is declared by a test or as not tried.
 
-    `make test-vllm` writes the table.
+    `make test-vllm` writes the table, with the soak tests.
     """
     assert support.written() == support.lines(support.declared())
 

@@ -48,6 +48,8 @@ class Plan(Sizes):
     """Arguments of vLLM's `LLM` that override the usual ones."""
     corrupt_loads: bool = False
     """Whether loaded blocks are overwritten, as a negative control."""
+    layers: str = ""
+    """A part of the names of the only layers that are overwritten; all have the empty one."""
     failed_loads: float = 0.0
     """The probability that a copy to the device fails."""
     cut_links: float = 0.0
@@ -234,6 +236,8 @@ def run(plan: Plan) -> dict[str, Any]:
         "seconds": time.monotonic() - begin,
         "leaked_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
         "preemptions": counted(llm, "vllm:num_preemptions"),
+        "drafted": counted(llm, "vllm:spec_decode_num_draft_tokens"),
+        "accepted": counted(llm, "vllm:spec_decode_num_accepted_tokens"),
         "layer_loads": len(LAYER_LOADS),
     }
     if plan.has_server:

@@ -7,7 +7,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from flexkv._ext import needed
+from flexkv.common.space import Kind
 from flexkv.testing.tiny_hybrids import RECIPES, make_tiny_hybrid
+
+from .conversations import Sizes
 
 CHUNKED = {"VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE": "1"}
 
@@ -21,6 +25,14 @@ class Group(NamedTuple):
     page_bytes: int
     """Bytes of one block of one layer."""
     layers: tuple[int, ...]
+    window: int = 0
+    """Tokens of the window or of a chunk."""
+
+
+KINDS = {
+    "FullAttention": Kind.FULL, "MLAAttention": Kind.FULL, "SlidingWindow": Kind.WINDOW,
+    "ChunkedLocalAttention": Kind.CHUNK, "Mamba": Kind.STATE,
+}  # fmt: skip
 
 
 class Hybrid(NamedTuple):
@@ -41,18 +53,18 @@ class Hybrid(NamedTuple):
 
 HYBRIDS = {
     "gemma3": Hybrid((
-        Group("SlidingWindow", 32, 16384, (0, 3)),
-        Group("SlidingWindow", 32, 16384, (1, 4)),
+        Group("SlidingWindow", 32, 16384, (0, 3), 64),
+        Group("SlidingWindow", 32, 16384, (1, 4), 64),
         Group("FullAttention", 32, 16384, (2, 5)),
     ), blocks=160),
     "gpt_oss": Hybrid((
-        Group("SlidingWindow", 32, 16384, (0, 2)),
+        Group("SlidingWindow", 32, 16384, (0, 2), 64),
         Group("FullAttention", 32, 16384, (1, 3)),
     )),
     "llama4": Hybrid((
-        Group("ChunkedLocalAttention", 32, 16384, (0,)),
-        Group("ChunkedLocalAttention", 32, 16384, (1,)),
-        Group("ChunkedLocalAttention", 32, 16384, (2,)),
+        Group("ChunkedLocalAttention", 32, 16384, (0,), 128),
+        Group("ChunkedLocalAttention", 32, 16384, (1,), 128),
+        Group("ChunkedLocalAttention", 32, 16384, (2,), 128),
         Group("FullAttention", 32, 16384, (3,)),
     ), environment=CHUNKED),
     "qwen3_next": Hybrid((
@@ -113,6 +125,34 @@ def groups_of(kv_cache_config: Any) -> list[Group]:
             group.kv_cache_spec.block_size,
             group.kv_cache_spec.page_size_bytes,
             tuple(int(name.split(".")[2]) for name in group.layer_names),
+            window_of(group.kv_cache_spec),
         )
         for group in kv_cache_config.kv_cache_groups
     ]
+
+
+def window_of(spec: Any) -> int:
+    """Return the tokens of a group's window or chunk, or 0."""
+    told = getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
+    return told or 0
+
+
+def reachable_blocks(name: str, sizes: Sizes) -> int:
+    """Return how many blocks of all groups some prompt of the conversations can hit.
+
+    Its prefixes end where the prompt itself may be hit, or where its answer ends; a state is
+    offered at the first of these only.
+    """
+    groups = HYBRIDS[name].groups
+    alignment = max(group.block_tokens for group in groups)
+    found = set[tuple[int, int]]()
+    for turn in range(sizes.turns):
+        prompt = sizes.first_tokens + turn * (sizes.turn_tokens + sizes.answer_tokens)
+        for tokens in (prompt - 1, prompt + sizes.answer_tokens - 1):
+            for number, (kind, block_tokens, _, _, window) in enumerate(groups):
+                if KINDS[kind] is Kind.STATE and tokens >= prompt:
+                    continue
+                end = tokens // alignment * alignment
+                first, last = needed(KINDS[kind], window, block_tokens, end)
+                found |= {(number, block) for block in range(first, last)}
+    return sizes.conversations * len(found)

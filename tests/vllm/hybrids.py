@@ -49,8 +49,7 @@ class Hybrids:
         """
         if why_not(name):
             pytest.skip(why_not(name))
-        sizes = replace(SIZES, answer_tokens=HYBRIDS[name].answer_tokens)
-        plan = {**asdict(sizes), "environment": dict(HYBRIDS[name].environment), **plan}
+        plan = {**asdict(sizes_of(name)), "environment": dict(HYBRIDS[name].environment), **plan}
         plan["engine"] = {**engine_of(name), **plan.get("engine", {})}
         whole = planned(str(self._folder / name), folder, plan)
         process = Forked(folder_of(whole["settings"]) / "engine.log", run_plan, whole)
@@ -112,6 +111,11 @@ class Hybrids:
                         break
         assert compared >= sum(map(len, told["answers"])) // 3
         return wrong
+
+
+def sizes_of(name: str) -> Sizes:
+    """Return the sizes of a model's conversations."""
+    return replace(SIZES, answer_tokens=HYBRIDS[name].answer_tokens)
 
 
 def alone(name: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ def sabotage(plan: Plan) -> None:
     waited = Agent.wait_for_layer
 
     def start(self: Any, kv_caches: Any, layout: str | None = None) -> None:
-        self.lent = list(kv_caches.values())
+        self.lent = dict(kv_caches)
         started(self, kv_caches, layout)
 
     def end(self: Any, op_id: int, error: str) -> None:
@@ -62,16 +61,18 @@ def spoil(agent: Any, transfer: Any, plan: Plan) -> None:
         return
     if transfer.route.target is Tier.DEVICE:
         if plan.corrupt_loads:
-            for tensor in of_group(agent, group):
-                corrupt(tensor, transfer.target_ids)
+            for name, tensor in of_group(agent, group).items():
+                if plan.layers in name:
+                    corrupt(tensor, transfer.target_ids)
     elif plan.flip_files and plan.group is not None:
-        note_stored(next(iter(of_group(agent, group))), transfer.source_ids)
+        note_stored(next(iter(of_group(agent, group).values())), transfer.source_ids)
 
 
-def of_group(agent: Any, group: int) -> Iterable[Any]:
+def of_group(agent: Any, group: int) -> dict[str, Any]:
     """Return the tensors of a group's layers. Those of other groups lie over the same memory."""
     layers = agent._cache.sized(agent._model).spaces[group].layers
-    return [agent.lent[layer] for layer in layers] if layers else agent.lent
+    lent = list(agent.lent.items())
+    return dict([lent[layer] for layer in layers] if layers else lent)
 
 
 def corrupt(tensor: Any, ids: Any) -> None:

@@ -64,7 +64,8 @@ class Crude(Nothing):
     """A connector that keeps every block of every group for ever, in a dict of this process.
 
     `kv_connector_extra_config` may have `corrupt_group` and `failed_group`, numbers of vLLM's
-    groups, and `fail_every`: every n-th load of blocks of the failed group fails.
+    groups, `corrupt_layers`, a part of the names of layers, and `fail_every`: every n-th load of
+    blocks of the failed group fails.
     """
 
     kept: ClassVar[dict[Key, list[Any]]] = {}
@@ -74,6 +75,7 @@ class Crude(Nothing):
         super().__init__(vllm_config, role, kv_cache_config)
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         self._corrupt, self._failing = extra.get("corrupt_group"), extra.get("failed_group")
+        self._corrupt_layers = extra.get("corrupt_layers", "nothing")
         self._fail_every, self._failures = extra.get("fail_every", 1), 0
         self._unit = kv_cache_config.hash_block_size
         self._alignment = kv_cache_config.cache_hit_alignment_tokens
@@ -105,7 +107,7 @@ class Crude(Nothing):
             if name not in self._failed or key[1] != self._failing:
                 for layer, data in zip(self._layers[key[1]], self.kept[key], strict=True):
                     self._tensors[layer][block].copy_(data)
-                    if key[1] == self._corrupt:
+                    if key[1] == self._corrupt or self._corrupt_layers in layer:
                         corrupt(self._tensors[layer], [block])
 
     def wait_for_save(self) -> None:

@@ -3,8 +3,8 @@
 A test that proves a row has the mark `support(kind, name, status, note)`, where the kind is one
 of `KINDS` and the status "served" or "refused". `NOT_TRIED` has the rows that no test proves.
 
-    make test-vllm ARGS=--write-support      writes the table: rows whose tests have passed
-    pytest tests/test_support.py             compares it with what the tests declare, without vLLM
+    make test-vllm ARGS='--write-support -m ""'   writes the table: rows whose tests have passed
+    pytest tests/test_support.py                  compares it with what the tests declare
 """
 
 from __future__ import annotations

@@ -141,7 +141,10 @@ def test_answers_over_http_are_equal_and_a_killed_engine_is_warm(
     assert counted(engine, "flexkv_connector_failed_blocks_total") == 0
 
 
-@pytest.mark.parametrize("connector", [SHIM, OWN], ids=["shim", "own"])
+@pytest.mark.parametrize(
+    "connector",
+    [pytest.param(SHIM, id="shim", marks=pytest.mark.soak), pytest.param(OWN, id="own")],
+)
 def test_an_engine_that_is_terminated_leaves_what_it_had_on_ssd(
     serve: Serve, connector: dict[str, Any]
 ) -> None:
@@ -174,6 +177,7 @@ def until_idle(engine: VllmServe) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.soak
 @pytest.mark.support("feature", "data parallelism", "served")
 def test_engines_of_one_vllm_share_a_server(serve: Serve, expected: dict[str, Any]) -> None:
     """Two data-parallel engines answer like one, and hit each other's blocks."""
