@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from flexkv.graph.draft import PlanLimits
 
 from flexkv.common.request import Operation, Request, Span
 from flexkv.common.terms import BlockIds, Positions, Tier
+from flexkv.graph.draft import PlanLimits
 from flexkv.index.residency import Residency
 
 LIMITS = PlanLimits(chunk_blocks=2, write_behind_blocks_max=8)

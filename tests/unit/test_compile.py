@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import networkx as nx
 import pytest
-from flexkv.graph.draft import PlanLimits, chunk_count
 
 from flexkv.common.errors import InvariantError
 from flexkv.common.request import Operation
 from flexkv.common.terms import Route, Tier
 from flexkv.graph import passes
 from flexkv.graph.compile import build, check, compile_shape
+from flexkv.graph.draft import PlanLimits, chunk_count
 from flexkv.graph.explain import Explanation, hypothetical
 from flexkv.graph.ops import CHUNKS_MAX, Leg, Node, Shape
 
