@@ -134,13 +134,3 @@ def check_sound(told: Told) -> None:
     statistics = told["server"]["statistics"]
     assert statistics["claims"] == 0
     assert statistics["runs_in_flight"] == 0
-
-
-def needs_several() -> None:
-    """Skip a test of FlexKV's own connector while it serves models with one KV group only."""
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import SupportsHMA
-
-    from flexkv.integration.vllm.connector import FlexKVConnector
-
-    if not issubclass(FlexKVConnector, SupportsHMA):
-        pytest.skip("FlexKV's connector does not serve models with several KV groups")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from .hybrid_models import HYBRIDS
-from .hybrids import SEVERAL, Hybrids, check_sound, needs_several
+from .hybrids import SEVERAL, Hybrids, check_sound
 
 pytestmark = pytest.mark.soak
 
@@ -29,7 +29,6 @@ def test_corrupt_blocks_of_one_group_change_answers(
     hybrids: Hybrids, tmp_path: Path, name: str, group: int
 ) -> None:
     """The negative control: answers depend on every group's bytes."""
-    needs_several()
     plan = hybrids.small(name)
     told = hybrids.run(name, tmp_path, connector="own", corrupt_loads=True, group=group, **plan)
     assert hybrids.wrong(name, told) >= 10
@@ -53,7 +52,6 @@ def test_failed_loads_of_one_group_fail_whole(
     hybrids: Hybrids, tmp_path: Path, name: str, group: int
 ) -> None:
     """If a load fails in one group only, its request is computed, and every answer is right."""
-    needs_several()
     plan = hybrids.small(name)
     told = hybrids.run(
         name, tmp_path, connector="own", failed_loads=0.2, group=group, aborts=0.2, **plan
@@ -69,7 +67,6 @@ def test_flipped_bits_of_one_group_are_never_loaded(
     hybrids: Hybrids, tmp_path: Path, name: str, group: int
 ) -> None:
     """If every block of one group on SSD has a flipped bit, every answer is right."""
-    needs_several()
     cache = {"num_cpu_blocks": 160, "num_ssd_blocks": 4096}
     faults = {"flip_files": str(tmp_path), "flush": True, "group": group}
     plan = hybrids.small(name)
@@ -85,7 +82,6 @@ def test_preempted_requests_answer_the_same(
     hybrids: Hybrids, tmp_path: Path, name: str, faults: dict[str, Any]
 ) -> None:
     """Requests that are preempted in a small pool give the same answers."""
-    needs_several()
     engine = {"max_model_len": 900}
     (tmp_path / "without").mkdir()
     expected = hybrids.run(name, tmp_path / "without", engine=engine, **LONG_ANSWERS)
@@ -102,7 +98,6 @@ def test_an_engine_that_was_killed_is_warm_from_ssd(
     hybrids: Hybrids, tmp_path: Path, name: str
 ) -> None:
     """After `kill -9` of engine and server a new engine is warm from SSD, in every group."""
-    needs_several()
     plan = {"connector": "own", "flush": True, **hybrids.small(name)}
     first = hybrids.start(name, tmp_path, **plan)
     told = first.told()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from .hybrid_models import HYBRIDS, reachable_blocks
-from .hybrids import SEVERAL, Hybrids, check_sound, needs_several, sizes_of
+from .hybrids import SEVERAL, Hybrids, check_sound, sizes_of
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -38,7 +38,6 @@ def test_answers_are_equal_and_later_turns_hit(hybrids: Hybrids, tmp_path: Path,
 
     Hits are as long as those of an endless device cache, and hardly more is stored than can be hit.
     """
-    needs_several()
     reachable = reachable_blocks(name, sizes_of(name))
     cache = {"num_cpu_blocks": reachable // 3, "num_ssd_blocks": 4096}
     plan = hybrids.small(name)
