@@ -19,7 +19,7 @@ from flexkv.common.space import GroupRule
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Positions, Route, Tier
 from flexkv.graph.draft import ONWARD, Draft
 from flexkv.index.claims import Holding
-from flexkv.index.found import Found, Group, Placement
+from flexkv.index.found import AlikeBlocks, Found, Placement
 from flexkv.index.residency import ALL, READY, Residency
 
 TRIES_MAX = 16
@@ -112,7 +112,7 @@ class LeafFinder:
             draft.add((Route(tier, Tier.HOST), *onward), positions, ids, group=group)
         return 0
 
-    def to_store(self, request: Request, leaves: LeafBlocks, use: bool = True) -> list[Group]:
+    def to_store(self, request: Request, leaves: LeafBlocks, use: bool = True) -> list[AlikeBlocks]:
         """Return where the leaves that a put brings are now, grouped by states.
 
         Those whose block of the chain is nowhere are left out, as no prefix could use them.
@@ -122,7 +122,8 @@ class LeafFinder:
             return []
         first, last = wanted.first, wanted.at(wanted.block_count - 1) + 1
         found = self._residency.survey(request.keys, first, last, use, leaves.group)
-        return [group for each in found if (group := _within(each, wanted)).positions.block_count]
+        within = [_within(alike, wanted) for alike in found]
+        return [alike for alike in within if alike.positions.block_count]
 
     def parents(self, request: Request, leaves: LeafBlocks) -> list[Holding]:
         """Return the blocks of the chain on which leaves hang or will, to be pinned meanwhile."""
@@ -131,7 +132,7 @@ class LeafFinder:
             return []
         last = positions.at(positions.block_count - 1) + 1
         chain = self._residency.survey(request.keys, positions.first, last, False)
-        return [holding for group in chain for holding in self._nearest(group)]
+        return [holding for alike in chain for holding in self._nearest(alike)]
 
     def lacking_from(self, request: Request) -> int:
         """Return the first block of a put that host memory lacks for the longest prefix.
@@ -149,15 +150,15 @@ class LeafFinder:
             )
             lacking += [(each, rule.ratio) for each in found]
         starts = [
-            max(first, group.positions.first - ratio + 1)
-            for group, ratio in lacking
-            if group.states[0] != READY
+            max(first, alike.positions.first - ratio + 1)
+            for alike, ratio in lacking
+            if alike.states[0] != READY
         ]
         return min(starts, default=last)
 
-    def _nearest(self, group: Group) -> Iterator[Holding]:
+    def _nearest(self, alike: AlikeBlocks) -> Iterator[Holding]:
         for tier, state, ids in zip(
-            self._residency.tiers, group.states, group.block_ids, strict=True
+            self._residency.tiers, alike.states, alike.block_ids, strict=True
         ):
             if state == READY and ids is not None:
                 yield Holding(tier, ids)
@@ -216,15 +217,15 @@ def _readable(found: Found, unreadable: Set[Tier]) -> int:
     return reach
 
 
-def _within(group: Group, wanted: Positions) -> Group:
-    """Return the blocks of a group that are at wanted positions."""
-    states, positions, block_ids = group
+def _within(alike: AlikeBlocks, wanted: Positions) -> AlikeBlocks:
+    """Return those of the blocks that are at wanted positions."""
+    states, positions, block_ids = alike
     if wanted.places is None:  # and the blocks are among them: only that range was looked at
-        return group
+        return alike
     which = np.isin(positions.array, wanted.array, assume_unique=True)
     if which.all():
-        return group
+        return alike
     ids: tuple[BlockIds | None, ...] = tuple(
         [None if each is None else each[which] for each in block_ids]
     )
-    return Group(states, positions.chosen(which), ids)
+    return AlikeBlocks(states, positions.chosen(which), ids)

@@ -35,7 +35,7 @@ from flexkv.graph.ops import CHUNKS_MAX
 from flexkv.graph.plan import OPS_MAX, LegFill, Plan
 from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
 from flexkv.index.claims import Claim, Holding
-from flexkv.index.found import Found, Group, Placement
+from flexkv.index.found import AlikeBlocks, Found, Placement
 from flexkv.index.owed import Taken
 from flexkv.index.residency import ABSENT, PREFIX, READY, WORTHY, Residency
 
@@ -163,11 +163,11 @@ class Planner:
             ]
             return sum(lacking)
         first, last = request.span.first_block, request.span.last_block
-        groups = self._residency.survey(request.keys, first, last, use=False)
+        surveyed = self._residency.survey(request.keys, first, last, use=False)
         if self._leaves is not None:
             for leaves in request.leaves:
-                groups += self._leaves.to_store(request, leaves, use=False)
-        return sum(group.positions.block_count for group in groups if group.states[0] == ABSENT)
+                surveyed += self._leaves.to_store(request, leaves, use=False)
+        return sum(alike.positions.block_count for alike in surveyed if alike.states[0] == ABSENT)
 
     def lacking_from(self, request: Request) -> int:
         """Return the position of the first block that a put would have to store."""
@@ -312,19 +312,19 @@ class Planner:
         parent = residency.parent(request.keys, span.first_block)
         if parent is None:
             return None
-        groups = residency.survey(request.keys, span.first_block, span.last_block)
-        if len(groups) > 1:
-            groups.sort(key=_first_position)
+        found = residency.survey(request.keys, span.first_block, span.last_block)
+        if len(found) > 1:
+            found.sort(key=_first_position)
         held = [
-            Holding(Tier.HOST, group.block_ids[0])
-            for group in groups
-            if group.states[0] == READY
+            Holding(Tier.HOST, alike.block_ids[0])
+            for alike in found
+            if alike.states[0] == READY
             # Otherwise a lower tier has the block and none lacks it: its host place is not read.
-            and (READY not in group.states[1:] or ABSENT in group.states[1:])
-            and group.block_ids[0] is not None
+            and (READY not in alike.states[1:] or ABSENT in alike.states[1:])
+            and alike.block_ids[0] is not None
         ]
         with residency.holding([*parent, *held]):
-            stores, shortfall = self._in_host(request, groups)
+            stores, shortfall = self._in_host(request, found)
             for store in stores:
                 self._behind(request, draft, store)
             for leaves in request.leaves:
@@ -338,21 +338,21 @@ class Planner:
         residency, finder = self._residency, self._leaves
         assert finder is not None, "the model has one KV group"
         with residency.holding(finder.parents(request, leaves)):
-            groups = finder.to_store(request, leaves)
-            there = [group.block_ids[0] for group in groups if group.states[0] == READY]
+            found = finder.to_store(request, leaves)
+            there = [alike.block_ids[0] for alike in found if alike.states[0] == READY]
             with residency.holding([Holding(Tier.HOST, ids) for ids in there if ids is not None]):
-                stores, shortfall = self._in_host(request, groups, leaves.group)
+                stores, shortfall = self._in_host(request, found, leaves.group)
                 for store in stores:
                     self._behind(request, draft, store)
         return shortfall
 
     def _in_host(
-        self, request: Request, groups: list[Group], group: int = 0
+        self, request: Request, found: list[AlikeBlocks], group: int = 0
     ) -> tuple[list[_Store], CapacityError | None]:
         """Return new blocks, with host places reserved, and host blocks that lower tiers lack."""
         stores: list[_Store] = []
         shortfall = None
-        for states, positions, block_ids in groups:
+        for states, positions, block_ids in found:
             lacking = tuple([tier for number, tier in self._lower if states[number] == ABSENT])
             host_ids = block_ids[0]
             if states[0] == READY and host_ids is not None and lacking:
@@ -451,8 +451,8 @@ class _Store(NamedTuple):
     group: int
 
 
-def _first_position(group: Group) -> int:
-    return group.positions.first
+def _first_position(alike: AlikeBlocks) -> int:
+    return alike.positions.first
 
 
 @cache

@@ -46,8 +46,11 @@ class Placement(msgspec.Struct, frozen=True):
         return Placement(self.positions.part(0, count), self.block_ids[:count])
 
 
-class Group(NamedTuple):
-    """Blocks of a prompt that have equal states; `states` and ids are by tier, nearest first."""
+class AlikeBlocks(NamedTuple):
+    """Blocks of one KV group of a prompt that have the same state in each tier.
+
+    `states` and `block_ids` are by tier, nearest first. Positions may have gaps.
+    """
 
     states: tuple[int, ...]
     positions: Positions

@@ -23,7 +23,7 @@ from flexkv.common.terms import BLOCK_KEY_BYTES, BLOCK_RECORD_BYTES, BlockIds, P
 from flexkv.index.claims import Claims, Holding
 from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
-from flexkv.index.found import Found, Group, LeafFound, Placement
+from flexkv.index.found import AlikeBlocks, Found, LeafFound, Placement
 
 ABSENT, PENDING, READY = 0, 1, 2
 """State of a block in one tier: nowhere, being filled, there."""
@@ -212,14 +212,14 @@ class Residency:
 
     def survey(
         self, keys: bytes, first: int, last: int, use: bool = True, group: int = 0
-    ) -> list[Group]:
+    ) -> list[AlikeBlocks]:
         """Return the blocks from `first` to `last`, grouped by where they are; count their use.
 
         For a KV group of leaves these are the leaves at positions in the range, except where the
         chain's block is nowhere.
         """
         return [
-            Group(
+            AlikeBlocks(
                 self._states[pattern],
                 Positions(begin, count, _array(places)),
                 tuple([_array(blob) for blob in ids]),

@@ -83,9 +83,9 @@ class SimulatedGroups:
         last = len(keys) // BLOCK_KEY_BYTES - 1
         for space in self.spaces:
             of_group = block_keys(leaf_keys(keys, space.group))
-            for group in residency.survey(keys, 0, last, False, space.group):
-                if READY in group.states:
-                    yield from ((position, of_group[position]) for position in group.positions)
+            for alike in residency.survey(keys, 0, last, False, space.group):
+                if READY in alike.states:
+                    yield from ((position, of_group[position]) for position in alike.positions)
 
     def wanted(self, space: BlockSpace, request: Request, end: int) -> range:
         """Return which of a group's blocks a request's longest prefix up to `end` needs."""
