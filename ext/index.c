@@ -279,7 +279,7 @@ static CALL(call_, agreeing, BlockIndex, 1, READ("keys", read_bytes))
 
 static PyMethodDef index_methods[] = {
     FAST("survey", call_survey, "Return where blocks are."),
-    FAST("reach", call_reach, "Return the longest prefix of which every KV group is ready."),
+    FAST("reach", call_reach, "Return the longest prefix that every KV group can load."),
     FAST("group_blocks", call_group_blocks, "Count a tier's READY places by KV group."),
     FAST("reserve", call_reserve, "Take places."),
     FAST("reserve_copies", call_reserve_copies, "Take places for what another tier holds."),

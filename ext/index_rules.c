@@ -76,8 +76,8 @@ static int rule_fit(struct block_index *index, unsigned group, const int64_t fie
                            (long long)chain_tokens);
     alignment = alignment / common_divisor(alignment, ratio) * ratio;
     if (alignment > ALIGNMENT_MAX)
-        return raise_value("rules[%u].ratio=%lld: no prefix could end on a block's end in every "
-                           "group before block %llu",
+        return raise_value("rules[%u].ratio=%lld: no prefix could end before block %llu, where the "
+                           "blocks of all groups end together",
                            group - 1, (long long)fields[3], (unsigned long long)alignment);
     index->alignment = (size_t)alignment;
     return 0;

@@ -39,7 +39,7 @@ def doctor(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(help="JSON file that describes a model: tell what its blocks waste."),
+        typer.Option(help="JSON file of a model: report how much of each place its blocks waste."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -32,7 +32,7 @@ def kv_groups(model: ModelConfig, tokens_per_block: int) -> Iterator[Finding]:
         if wasted > WASTED_SHARE_MAX:
             advice = f"each place has room for a block of KV group {largest.group}, the largest"
             if space is largest:
-                advice = "places have whole pages of memory: set tokens_per_block higher"
+                advice = "places are whole pages of memory: set tokens_per_block higher"
         yield Finding(f"KV group {space.group}: {_named(space)}", found, not advice, advice)
 
 

@@ -38,8 +38,8 @@ def replay_hits(
     groups: Annotated[
         str,
         typer.Option(
-            help="KV groups beside the prefix chain, such as window:1024*5,state: show what share "
-            "of hits and bytes each rule of what to store gives.",
+            help="KV groups beside the prefix chain, such as window:1024*5,state: compare the hit "
+            "rates and the stored blocks of several rules for what to store.",
             metavar="KIND[:TOKENS][*COUNT],…",
         ),
     ] = "",
@@ -153,7 +153,7 @@ def _print_groups(
         told = {"capacities": capacities, "hit_rate": rates, "stored_share": shares}
         typer.echo(json.dumps(told, indent=2))
         return
-    table = Table("stored", title="hit rate, and bytes written, by capacity in blocks of any group")
+    table = Table("stored", title="hit rate, and share of all blocks stored, by capacity in blocks")
     for capacity in capacities:
         table.add_column(f"{capacity:,}", justify="right")
     for name, values in rates.items():

@@ -113,7 +113,7 @@ class LayerGroup(PlainValues):
     )
     head_size: int = key(
         None,
-        f"Elements of one head; at most {HEADS_MAX} but for a state.",
+        f"Elements of one head; at most {HEADS_MAX} except for a state.",
         ge=1,
         le=STATE_BYTES_MAX,
         shown_default="required; `state_bytes` for a state",
@@ -125,7 +125,7 @@ class LayerGroup(PlainValues):
     )
     dtype: DTypeName | None = key(
         None,
-        "Element type. For a state only part of its identity.",
+        "Element type. For a state, only a part of its identity.",
         shown_default="the model's",
     )
     compress_ratio: int = key(1, "Tokens that share one vector.", ge=1, le=HEADS_MAX)

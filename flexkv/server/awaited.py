@@ -108,7 +108,7 @@ class Awaited:
         """
         asked = self._blocks.pop(number, 0)
         if any(count > asked for count in blocks):
-            raise ProtocolError(f"it answered {max(blocks)} blocks, {asked} were asked for")
+            raise ProtocolError(f"it answered {max(blocks)} blocks, but {asked} were asked for")
 
 
 _STATUSES = frozenset(status.value for status in KVResponseStatus)

@@ -108,7 +108,7 @@ def _joined(group: int, runs: Sequence[LeafIds]) -> LeafBlocks:
     given = ids != NO_BLOCK
     ids, at = ids[given], at[given]
     if len(ids) and ids.min() < 0:
-        why = f"must not be negative, but for {NO_BLOCK} where there is no block"
+        why = f"must not be negative, except {NO_BLOCK} where there is no block"
         raise ConfigError("leaves", int(ids.min()), why)
     if has_twice(ids):
         why = f"must not name a device block of KV group {group} twice"

@@ -290,7 +290,7 @@ def _check(group: Any, first: Any) -> None:
 
 def _check_spec(layer: str, spec: Any, kind: str) -> None:
     if not getattr(spec, "prefix_cacheable", True):
-        raise _refusal(layer, spec, "vLLM itself does not keep prefixes of it")
+        raise _refusal(layer, spec, "vLLM itself does not cache prefixes of it")
     if getattr(spec, "non_causal", False):
         raise _refusal(layer, spec, "it attends to later tokens")
     if kind == "state" and (mode := spec.mamba_cache_mode) != "align":
@@ -323,7 +323,7 @@ def _check_blocks(told: Sequence[Any], served: Mapping[int, Any], tokens: int, c
     alignment = lcm(*(int(spec.block_size) for spec in served.values()))
     hits = getattr(config, "cache_hit_alignment_tokens", None)
     if hits and alignment % hits:
-        why = f"FlexKV: hits end on multiples of {alignment} tokens, the engine's on other ones"
+        why = f"FlexKV: must divide {alignment}: its hits end on multiples of that many tokens"
         raise ConfigError("cache_hit_alignment_tokens", hits, why)
 
 

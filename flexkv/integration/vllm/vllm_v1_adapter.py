@@ -171,7 +171,7 @@ def _warn_of_failures(transfer: Any) -> None:
         log.warning(
             "loads_may_fail_requests",
             kv_load_failure_policy="fail",
-            reason="a request of which a block cannot be loaded ends with an error",
+            reason="a request ends with an error if one of its blocks cannot be loaded",
             remedy='set "kv_load_failure_policy": "recompute": its blocks are computed again',
         )
 
