@@ -38,7 +38,7 @@ int scratch_take(BlockIndex *self, size_t count);
 int range_read(const struct value *values, size_t range[2]);
 int group_read(const BlockIndex *self, const struct value *value, unsigned *group);
 
-/* Return bytes for so many int64, and where they are. */
+/* Return a bytes object for `count` int64, and set `items` to them. */
 static inline PyObject *int64s_new(size_t count, int64_t **items)
 {
     PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(count * sizeof(int64_t)));

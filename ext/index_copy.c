@@ -62,7 +62,7 @@ static void copies_take(struct block_index *index, struct copies *copies, const 
     for (size_t i = 0; i < n; i++) {
         ref number = copy_node(index, copies, at[i]);
 
-        if (is_leaf(index, number)) /* it comes back as often as the chain's block */
+        if (is_leaf(index, number)) /* it is taken to be used as often as its parent */
             number = node_at(index, number)->parent;
         memcpy(keys + (i + 1) * INDEX_KEY_BYTES, &node_at(index, number)->key, INDEX_KEY_BYTES);
         positions[i] = (int64_t)i;

@@ -118,8 +118,8 @@ struct rule {
     enum group_kind kind;
     int64_t window, block_tokens;
     uint32_t ratio;              /* how many blocks of the chain one of its blocks covers */
-    struct key salt;             /* a leaf's key is that of its parent, XOR this */
-    uint32_t bucket;             /* and so is its bucket */
+    struct key salt;             /* a leaf's key is its parent's, XOR this */
+    uint32_t bucket;             /* a leaf's bucket is its parent's, XOR this */
 };
 
 struct block_index {
@@ -149,9 +149,8 @@ static inline struct node *node_at(const struct block_index *index, ref node)
     return (struct node *)(index->nodes + (size_t)node * index->node_bytes);
 }
 
-/* Return a node's last word: for a leaf its group, LEAF, and SPENT once it was passed over; for any
- * other node a bit for each group of which it has a leaf, in whatever state. Only where the model
- * has leaves. */
+/* Return a node's last word: for a leaf its group, LEAF, and SPENT if it is; for any other node a
+ * bit for each group of which it has a leaf, in whatever state. Only for models that have leaves. */
 static inline uint32_t *node_word(const struct block_index *index, ref node)
 {
     return &node_at(index, node)->place[index->tiers];
@@ -172,7 +171,7 @@ static inline unsigned group_of(const struct block_index *index, ref node)
 
 /* -- index_table.c: memory, keys, families ----------------------------------------------------- */
 
-/* Allocate the memory, for a model with so many KV groups. Return false with errno set if that
+/* Allocate the memory for a model with `groups` KV groups. Return false with errno set if that
  * fails. */
 bool index_open(struct block_index *index, unsigned tiers, const uint32_t *capacities,
                 unsigned groups);
@@ -254,7 +253,7 @@ struct key leaf_key(const struct block_index *index, struct key parent, unsigned
 /* Return the leaf of a chain's block in a group, or NONE; `guess` may be any number. */
 ref leaf_find(const struct block_index *index, ref parent, unsigned group, ref guess);
 
-/* Do the same, but add the leaf if there is none. */
+/* Do the same as leaf_find, but add the leaf if there is none. */
 ref leaf_take(struct block_index *index, ref parent, unsigned group, ref guess);
 
 static inline bool is_spent(const struct block_index *index, ref node)
@@ -262,11 +261,11 @@ static inline bool is_spent(const struct block_index *index, ref node)
     return is_leaf(index, node) && *node_word(index, node) & SPENT;
 }
 
-/* Handle that a leaf became READY: those of its group which the prefix up to it does not need are
- * spent, as far up as nobody branches. They are the next to go. */
+/* After a leaf became READY, mark as spent the leaves of its group that the prefix up to it does
+ * not need, as far up as no other prompt branches off. They are evicted next. */
 void leaves_spend(struct block_index *index, ref leaf);
 
-/* How far the blocks of one request can be loaded, and what of each group that needs. */
+/* How far the blocks of one request can be loaded, and which leaves that needs. */
 struct reach {
     const ref *chain;            /* the nodes of the chain, by position, up to `ready` */
     size_t first;                /* leaves before this position are not needed */
@@ -280,8 +279,8 @@ struct reach {
     } leaves[GROUPS_MAX];
 };
 
-/* Find the longest prefix of which every group has what it needs, ready; the chain must be ready
- * for `drop` blocks more. */
+/* Find the longest prefix for which all needed blocks of every group are ready; the chain must be
+ * ready for `drop` blocks more. */
 void reach_find(const struct block_index *index, struct reach *reach, size_t drop);
 
 /* Return the leaf at a position that the prefix needs, or NONE. It may be before `first`. */
@@ -328,7 +327,7 @@ void policy_remove(struct tier *tier, ref place);
 /* Put a place back at the end of the list from which the next victim is taken. */
 void policy_return(struct tier *tier, ref place);
 
-/* Make a place one that was never used, and the next victim; under LFU the next of its list. */
+/* Make a place the next victim, as if it was never used; under LFU only the next of its list. */
 void policy_spend(struct tier *tier, ref place);
 
 /* Append all of one list to another. */

@@ -68,7 +68,7 @@ void density_age(struct density *density);
 void density_foresee(struct density *density, const struct batch *batch, int64_t *uses);
 void density_class(const struct density *density, struct place *place, uint32_t uses, bool last);
 
-/* Make a place one that was never used and came long ago. */
+/* Treat a place as one that was never used and was filled long ago. */
 void density_forget(const struct density *density, struct place *place);
 float density_of_new(const struct density *density, uint32_t uses, bool last);
 const char *density_check(const struct density *density);

@@ -267,7 +267,7 @@ void policy_return(struct tier *tier, ref place)
         link_oldest(tier, 0, place);
 }
 
-/* LFU asks for nothing but the number of uses, so the place stays in its list. */
+/* LFU goes by the number of uses alone, so the place stays in its list. */
 void policy_spend(struct tier *tier, ref place)
 {
     struct place *at = &tier->places[place];
@@ -279,7 +279,7 @@ void policy_spend(struct tier *tier, ref place)
         at->uses = 0;
     if (tier->density)
         density_forget(tier->density, at);
-    else /* as long ago as the number can tell */
+    else /* as long ago as `epoch` can say */
         at->epoch = newest_goes(tier) ? now : (uint16_t)(now - (1u << 15));
     if (list >= LIST_PARKED)
         return;

@@ -1,4 +1,4 @@
-/* Takes places for blocks: makes room, and adds the nodes of those that are new. */
+/* Taking places for blocks: makes room, and adds the nodes of blocks that are new. */
 #include "index_core.h"
 #include "index_density.h"
 
@@ -114,7 +114,7 @@ static int64_t refuse(struct block_index *index, unsigned t, const int64_t *ids,
     return -1;
 }
 
-/* Take the first `n` blocks of a batch of a chain; they are in `ids` then. */
+/* Take places for the first `n` blocks of a batch of a chain, and write them to `ids`. */
 static int64_t chain_reserve(struct block_index *index, unsigned t, const struct batch *batch,
                              unsigned quota, size_t n, int64_t *ids)
 {

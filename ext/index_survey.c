@@ -215,7 +215,7 @@ static PyObject *alikes_list(BlockIndex *self, const struct strip *strip, struct
     return result;
 }
 
-/* Let the tiers with LHD learn from a prompt that is asked for. */
+/* Make the tiers with LHD learn from a prompt that is asked for. */
 static void prompt_asked(BlockIndex *self, const struct batch *prompt, size_t known,
                          const struct reach *reach)
 {

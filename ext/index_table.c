@@ -206,7 +206,7 @@ static ALWAYS_INLINE size_t chain_find(const struct block_index *index, const un
     return range[1] - range[0];
 }
 
-/* There is one loop for models without leaves, which has nothing to ask about them. */
+/* Models without leaves have a loop of their own, which does not check for leaves. */
 size_t nodes_find(const struct block_index *index, const unsigned char *keys, size_t begin,
                   size_t end, ref *nodes)
 {
@@ -314,7 +314,7 @@ static void node_join_behind(struct block_index *index, ref number, ref before)
     *link = number;
 }
 
-/* A leaf is never the first child where there is another: walks along the chain look there. */
+/* Leaves go behind the first child, which walks along the chain look at. */
 static void leaf_join(struct block_index *index, ref number)
 {
     ref parent = node_at(index, number)->parent;

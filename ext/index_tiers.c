@@ -136,7 +136,7 @@ bool index_commit(struct block_index *index, unsigned t, const int64_t *ids, siz
         ready_count(index, tier, place->node, 1);
         place->state = PLACE_READY;
         policy_insert(tier, (ref)ids[n], index->clock_s);
-        if (t && is_spent(index, place->node)) /* into the first tier it comes because of a use */
+        if (t && is_spent(index, place->node)) /* a leaf enters the first tier because it is used */
             policy_spend(tier, (ref)ids[n]);
         unpark(index, node_at(index, place->node));
     }

@@ -289,8 +289,8 @@ class BlockIndex:
     `keys` are those of one request: the root of its namespace, then a key for each block, 16 bytes
     each. `ids` are places in a tier, int64[n]. Arrays are returned as bytes of int64.
 
-    KV group 0 is that of the prefix chain. A block of another group is a leaf: it is named by the
-    position and the key of the chain's block on which it hangs.
+    KV group 0 is the prefix chain. A block of another group is a leaf: calls name it by the
+    position and the key of its parent, the chain's block that ends where it ends.
 
     Every call may raise `broken_error`: the caller broke a law of the index.
     """
@@ -307,8 +307,8 @@ class BlockIndex:
             tiers: (blocks, policy, its parameter, blocks per eviction) of each.
             broken_error: the exception for a broken law.
             rules: (group, kind, window, ratio, block_tokens) of each KV group but the chain's, in
-                the order of their numbers; see `needed`. `ratio` says how many blocks of the chain
-                a block of the group covers, of whose positions it has the last.
+                the order of their numbers; see `needed`. A block of the group covers
+                `ratio` blocks of the chain, and has the position of the last of them.
 
         Raises:
             ValueError: a rule is impossible, or contradicts those before it.
@@ -327,15 +327,15 @@ class BlockIndex:
                 while that is being filled; stop before the first block that has no such tier.
             use: 1: count a use of each block found from the root on, in every tier; 2: the same,
                 for blocks that are stored after they were asked for; 0: count none.
-            group: of a group of leaves, those positions in the range at which it may have a leaf
-                are reported, up to the first where the chain has no block; `nearest` is ignored.
-                Only the reported leaves are used.
+            group: 0 for the chain. For a group of leaves, the positions in the range at which it
+                may have a leaf are reported, up to the first where the chain has no block;
+                `nearest` is ignored, and only uses of the reported leaves are counted.
         """
 
     def reach(
         self, keys: bytes, begin: int, end: int, drop: int, use: bool
     ) -> tuple[int, int, list[Alike], list[tuple[int, list[Alike]]]]:
-        """Return the longest prefix that ends before `end` and that every KV group can load.
+        """Return the longest prefix up to `end` that every KV group can load.
 
         Blocks are reported in their nearest tier, like those of `survey`; all of them are ready
         there. Leaves before `begin` are not needed.
@@ -344,7 +344,7 @@ class BlockIndex:
             keys: the keys of the request.
             begin: first position.
             end: last position, exclusive.
-            drop: how many blocks of the chain must be ready behind the prefix.
+            drop: how many more blocks of the chain must be ready behind the prefix.
             use: whether to count a use of the blocks of the chain from the root on, and of the
                 leaves that the prefix needs.
 
@@ -467,7 +467,7 @@ class BlockIndex:
         """Return the changes since the last call, 20 bytes each; None if too many, and so lost.
 
         A change is a block's key (16 bytes), then in a byte each its tier, whether it is READY now,
-        its KV group, and nothing.
+        its KV group, and padding.
         """
 
     def evict(self, tier: int, count: int, /) -> int:

@@ -13,8 +13,8 @@ from flexkv.graph.run import Run
 def response_of(request: Request, planned: Planned, run: Run) -> KVResponse:
     """Return the response of a run whose answering ops are all over.
 
-    A get of several KV groups that lacks anything moved nothing: a prefix is of no use without
-    what it needs of each group.
+    A get of several KV groups that lacks any block counts as having moved nothing: a prefix is of
+    no use without what it needs of each group.
     """
     first = request.span.first_block
     if request.operation is Operation.GET and not run.errors and not run.cancelled:

@@ -9,7 +9,7 @@ from flexkv.common.config import ModelConfig
 from flexkv.common.space import BlockSpace, Kind
 
 WASTED_SHARE_MAX = 0.25
-"""A group that leaves more of its places unused could do better."""
+"""A KV group that wastes a larger share of its places gets advice."""
 
 
 def kv_groups(model: ModelConfig, tokens_per_block: int) -> Iterator[Finding]:

@@ -75,10 +75,10 @@ _ALWAYS_SHOWN = (
 
 
 class LayerGroup(PlainValues):
-    """Layers of one model that have one KV shape, which its other layers do not have.
+    """Layers of one model with the same KV shape, of the same kind.
 
     Layer groups with the same `kv_group` are one KV group: their blocks are kept and found
-    together. `kind` says which of them a prefix needs: see `flexkv.common.space.Kind`.
+    together. `kind` says which of their blocks a prefix needs: see `flexkv.common.space.Kind`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -159,7 +159,7 @@ class LayerGroup(PlainValues):
     @field_validator("num_kv_heads", "head_size", mode="before")
     @classmethod
     def _of_a_state(cls, value: Any, info: ValidationInfo) -> Any:
-        """Return what a state has instead of heads, where it is left out."""
+        """Return what a state has instead of heads, if the field is left out."""
         if value is not None:
             return value
         if info.data.get("kind") != "state":
@@ -210,9 +210,10 @@ class LayerGroup(PlainValues):
         return self
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        """Return what `repr` shows, from which keys are derived: later fields only if they are set.
+        """Return the fields that `repr` shows, a text from which block keys are derived.
 
-        So the keys of models that do not set them stay what they were.
+        Fields that came later are shown only if they are set: so the keys of models that do not set
+        them stay what they were.
         """
         values = dict(super().__repr_args__())
         defaults = type(self).model_fields

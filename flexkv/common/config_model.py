@@ -153,11 +153,11 @@ class ModelConfig(ConfigModel):
 
     @property
     def parts(self) -> int:
-        """Return the number of parts into which the TP ranks divide a block of the prefix."""
+        """Return the number of parts into which the TP ranks divide a block of group 0."""
         return self._parts_of(self._groups[0])
 
     def spaces(self, tokens_per_block: int) -> tuple[BlockSpace, ...]:
-        """Return what a block of each KV group is, where one of the prefix has this many tokens.
+        """Return the block space of each KV group, if a block of group 0 has this many tokens.
 
         Raises:
             ConfigError: the blocks of two groups, or the tokens that share one vector, do not fit.
@@ -222,7 +222,7 @@ class ModelConfig(ConfigModel):
 
 
 def _check_kv_groups(groups: Sequence[LayerGroup]) -> None:
-    """Check that KV groups are numbered without a gap, from one with full attention on.
+    """Check that KV groups are numbered from 0 without a gap, and that group 0 has full attention.
 
     Raises:
         ConfigError: they are not, or layers of one KV group differ in what all must share.
@@ -266,7 +266,7 @@ def _check_tokens(group: LayerGroup, tokens_per_block: int, field: str) -> None:
 
 
 def _leaf_facts(space: BlockSpace) -> dict[str, int | str]:
-    """Return what the bytes of a group's blocks depend on, beside the facts of group 0."""
+    """Return the facts of a group's space on which its bytes depend, beside those of group 0."""
     return {
         "kind": space.kind.label,
         "window": space.window,

@@ -50,7 +50,7 @@ NATURAL = ("kv", "tokens", "heads", "dim")
 
 
 def is_order(text: str) -> bool:
-    """Return whether a text is made of the axes of blocks, as an order is."""
+    """Return whether a text could be an order: whether it consists of axes of a block."""
     return set(re.split("[;|·]", text.replace(" ", ";"))) <= {*NATURAL, ""}
 
 
@@ -188,7 +188,7 @@ def infer_layout(
 
 
 def same_blocks(counts: Mapping[str, int]) -> int:
-    """Return the number of blocks that all layers have; `counts` has it by field.
+    """Return the number of blocks, which all layers must share; `counts` has each layer's by field.
 
     Raises:
         ConfigError: the numbers differ.

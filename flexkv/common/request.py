@@ -71,15 +71,15 @@ class Span(NamedTuple):
 
 
 class LeafBlocks(NamedTuple):
-    """Device blocks of one leaf group.
+    """The device blocks that a request has for the leaves of one KV group.
 
-    They may be fewer than a get needs, or a put could store: a get that lacks one is shorter, and a
-    put stores those that are there.
+    There may be fewer than the group could have: a get loads the longest prefix for which it has
+    all, and a put stores those that it has.
     """
 
     group: int
     positions: Positions
-    """The positions of the chain's blocks on which they hang, ascending."""
+    """The positions of the leaves, which are those of their parents in the chain, ascending."""
     device_ids: BlockIds
     """int64, one for each position; NO_BLOCK where the caller has none."""
 
@@ -116,7 +116,7 @@ class Request(msgspec.Struct, frozen=True):
     leaves: tuple[LeafBlocks, ...] = ()
     """The device blocks of the other KV groups, at most one entry for each, by ascending group."""
     drop: int = 0
-    """How many blocks of the chain behind a prefix must be there as well, for a draft model that
+    """How many blocks of the chain behind a prefix must be resident as well, for a draft model that
     drops the last ones of a hit."""
 
     @property

@@ -29,7 +29,7 @@ class Kind(Labelled):
     FULL = 0
     """Every block."""
     WINDOW = 1
-    """Those with tokens that the window before the next token reaches."""
+    """Those with tokens in the window that ends with the next token."""
     CHUNK = 2
     """Those of the chunk that the next token is in."""
     STATE = 3
@@ -56,7 +56,7 @@ class GroupRule(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockSpace:
-    """What a block of one KV group is, and which of them a prefix needs.
+    """What a block of one KV group is, and which blocks of the group a prefix needs.
 
     Attributes:
         tokens_per_block: how many tokens a block covers.
@@ -85,7 +85,7 @@ class BlockSpace:
     layers: tuple[int, ...] = ()
 
     def needed(self, end: int) -> tuple[int, int]:
-        """Return the first and the last (exclusive) of the group's blocks that a prefix needs.
+        """Return which of the group's own blocks a prefix needs: first, and last (exclusive).
 
         Args:
             end: the tokens of the prefix, a multiple of the tokens of a block.

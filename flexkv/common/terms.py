@@ -105,13 +105,13 @@ class Positions(msgspec.Struct, frozen=True):
 
     @property
     def array(self) -> NDArray[np.int64]:
-        """Return them as int64[n]."""
+        """Return the positions as int64[n]."""
         if self.places is None:
             return np.arange(self.first, self.first + self.block_count)
         return self.places
 
     def chosen(self, which: NDArray[np.bool_]) -> Positions:
-        """Return those for which `which`, bool[n], is True."""
+        """Return the positions for which `which`, bool[n], is True."""
         return positions_of(self.array[which])
 
     def __iter__(self) -> Iterator[int]:
@@ -121,7 +121,7 @@ class Positions(msgspec.Struct, frozen=True):
 
 
 def positions_of(places: BlockIds) -> Positions:
-    """Return ascending positions, int64[n]."""
+    """Return the positions in `places`, which is int64[n] and ascending."""
     count = len(places)
     first = int(places[0]) if count else 0
     if not count or int(places[-1]) - first + 1 == count:

@@ -48,7 +48,7 @@ class TierStatistics(msgspec.Struct, frozen=True):
     hung, if I/O does not end."""
     writes: str = "up"
     group_blocks: tuple[int, ...] = ()
-    """The blocks that are there, by KV group."""
+    """READY blocks by KV group."""
 
     @property
     def used_blocks(self) -> int:

@@ -54,7 +54,7 @@ class Draft:
         self._fills: list[LegFill] = []
         self._leaf_keys: dict[int, bytes] = {}
         self.reserved: list[BlockIds] = []
-        """Host places that are reserved for it."""
+        """Host places that are reserved for this plan."""
         self.owed: list[Owed] = []
         self.declined: list[tuple[Tier, int]] = []
 
@@ -66,7 +66,7 @@ class Draft:
         owed_to: tuple[Tier, ...] = (),
         group: int = 0,
     ) -> None:
-        """Add a leg over blocks that are there; the draft takes over `ids`."""
+        """Add a leg that waits for no other request; the draft takes over `ids`."""
         if group:
             self._add_leaves(hops, positions, ids, owed_to, group)
             return

@@ -1,7 +1,7 @@
 """Finds and loads prefixes of models with several KV groups, and finds the leaves of a put.
 
-Such a prefix is loaded whole or not at all: each group has what the prefix needs of it, and the
-device has a block for it. See `common/space.py` for what a group is.
+Such a prefix is loaded whole or not at all: every group must have all blocks that the prefix needs,
+and the request a device block for each. See `common/space.py` for which blocks these are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flexkv.index.found import AlikeBlocks, Found, Placement
 from flexkv.index.residency import ALL, READY, Residency
 
 TRIES_MAX = 16
-"""How many shorter prefixes are tried before a load finds nothing."""
+"""How many prefixes, each shorter than the last, are tried before a load finds nothing."""
 
 
 class Prefix(NamedTuple):
@@ -32,9 +32,9 @@ class Prefix(NamedTuple):
     Attributes:
         keys: root and block keys, up to `drop` blocks behind the prefix.
         first: the first block that the device lacks.
-        last: where the prefix ends at most.
-        drop: how many blocks of the chain behind it must be there as well.
-        leaves: the device blocks of the other groups; None if it needs none.
+        last: the furthest position at which the prefix may end.
+        drop: how many blocks of the chain behind the prefix must be resident as well.
+        leaves: the device blocks of the other groups; None if nothing is moved to a device.
     """
 
     keys: bytes
@@ -45,14 +45,14 @@ class Prefix(NamedTuple):
 
 
 def prefix_of(request: Request) -> Prefix:
-    """Return the prefix that a get or prefetch asks for; only one with device blocks needs all."""
+    """Return the prefix that a get or prefetch asks for; a prefetch needs no device blocks."""
     leaves = None if request.device_ids is None else request.leaves
     last = min(request.span.last_block, request.block_count - request.drop)
     return Prefix(request.keys, request.span.first_block, last, request.drop, leaves)
 
 
 class LeafFinder:
-    """Finds what a model's prefixes need of its KV groups."""
+    """Finds the blocks that prefixes need of each KV group of a model."""
 
     def __init__(self, residency: Residency, rules: tuple[GroupRule, ...]) -> None:
         self._residency, self._rules = residency, rules
@@ -66,7 +66,7 @@ class LeafFinder:
         Args:
             prefix: what is asked for.
             unreadable: tiers that must not be used.
-            before: the prefix ends before this position.
+            before: the prefix must end before this position.
             use: count a use of the blocks that are found.
         """
         keys, first, last, drop, leaves = prefix
@@ -88,7 +88,7 @@ class LeafFinder:
         return found.before(first)
 
     def load(self, request: Request, found: Found, draft: Draft) -> int:
-        """Draft the loads of everything found, or return how many blocks find no place."""
+        """Draft the loads of all that was found; return 0, or how many blocks found no place."""
         missing = self._load(request, found.ready, draft, 0)
         for leaves in found.leaves:
             missing = missing or self._load(request, leaves.ready, draft, leaves.group)
@@ -113,9 +113,9 @@ class LeafFinder:
         return 0
 
     def to_store(self, request: Request, leaves: LeafBlocks, use: bool = True) -> list[AlikeBlocks]:
-        """Return where the leaves that a put brings are now, grouped by states.
+        """Return in which tiers the leaves of a put are already, grouped by their states.
 
-        Those whose block of the chain is nowhere are left out, as no prefix could use them.
+        Leaves whose parent is nowhere are left out, as no prefix could use them.
         """
         wanted = leaves.positions.chosen(leaves.device_ids >= 0)
         if not wanted.block_count:
@@ -126,7 +126,7 @@ class LeafFinder:
         return [alike for alike in within if alike.positions.block_count]
 
     def parents(self, request: Request, leaves: LeafBlocks) -> list[Holding]:
-        """Return the blocks of the chain on which leaves hang or will, to be pinned meanwhile."""
+        """Return the part of the chain that has the leaves' parents, to be pinned meanwhile."""
         positions = leaves.positions
         if not positions.block_count:
             return []
@@ -135,9 +135,9 @@ class LeafFinder:
         return [holding for alike in chain for holding in self._nearest(alike)]
 
     def lacking_from(self, request: Request) -> int:
-        """Return the first block of a put that host memory lacks for the longest prefix.
+        """Return the position of the first block that host memory lacks of a put's longest prefix.
 
-        It lacks a block of the chain, or a leaf that the prefix needs.
+        What it lacks there may be the block of the chain, or a leaf that the prefix needs.
         """
         first, last = request.span.first_block, request.span.last_block
         if first == last:  # perhaps behind the prompt's last whole block
@@ -166,12 +166,12 @@ class LeafFinder:
 
 
 class _DeviceLeaves:
-    """The leaves for which the device has blocks."""
+    """The leaves for which a request has device blocks."""
 
     def __init__(
         self, rules: tuple[GroupRule, ...], leaves: tuple[LeafBlocks, ...], last: int
     ) -> None:
-        """Take the device blocks of leaves before position `last`."""
+        """Count the device blocks of leaves before position `last`."""
         self._rules = rules
         self._number_before: dict[int, NDArray[np.int64]] = {}
         """For each group, how many leaves before each position have a device block."""
@@ -184,9 +184,9 @@ class _DeviceLeaves:
             self._number_before[group] = has.cumsum()
 
     def cover(self, first: int, last: int) -> bool:
-        """Return whether the device has a block for each leaf that it lacks of a prefix.
+        """Return whether there is a device block for each leaf that must be loaded for a prefix.
 
-        It has those of the blocks before `first`.
+        The device has the leaves before `first` already.
         """
         for rule in self._rules:
             begin, end = needed(rule, first, last)
@@ -208,7 +208,7 @@ def needed(rule: GroupRule, first: int, last: int) -> tuple[int, int]:
 
 
 def _readable(found: Found, unreadable: Set[Tier]) -> int:
-    """Return where a prefix may end at most so that tiers that must not be used are not."""
+    """Return an upper bound of the end of a prefix that uses none of the unreadable tiers."""
     reach = found.last
     for tier in unreadable & found.ready.keys():
         reach = min(reach, found.ready[tier].positions.first)
@@ -220,7 +220,7 @@ def _readable(found: Found, unreadable: Set[Tier]) -> int:
 def _within(alike: AlikeBlocks, wanted: Positions) -> AlikeBlocks:
     """Return those of the blocks that are at wanted positions."""
     states, positions, block_ids = alike
-    if wanted.places is None:  # and the blocks are among them: only that range was looked at
+    if wanted.places is None:  # no gaps, and only that range was surveyed
         return alike
     which = np.isin(positions.array, wanted.array, assume_unique=True)
     if which.all():

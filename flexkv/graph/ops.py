@@ -23,7 +23,7 @@ LEAF_CHUNKS_MAX = 4
 """Most chunks of one leg of a KV group other than the chain's."""
 
 LEGS_MAX = 8
-"""A shape has at most LEGS_MAX legs for each KV group, and CHUNKS_MAX more for the chain's."""
+"""A shape has at most LEGS_MAX legs for each KV group, and CHUNKS_MAX more for the chain."""
 
 
 class Leg(NamedTuple):

@@ -137,8 +137,8 @@ class Planner:
     def find(self, keys: bytes, first: int = 0, drop: int = 0) -> Found:
         """Return where a prompt's blocks from `first` on are, and count a use of them.
 
-        Behind what is found, `drop` more blocks are there. With several KV groups, it is the
-        longest prefix for which every group has what it needs.
+        `drop` more blocks of the chain are resident behind what is found. With several KV groups,
+        that is the longest prefix for which every group has what it needs.
         """
         if self._leaves is None:
             return self.visible(self._residency.find(keys, first, True, drop))
@@ -146,7 +146,7 @@ class Planner:
         return self._leaves.find(Prefix(keys, first, last, drop), self._unreadable, use=True)
 
     def most_places(self, request: Request) -> int:
-        """Return a number of host places that a request never exceeds, at little cost."""
+        """Return an upper bound, cheap to compute, of the host places that a request needs."""
         span, leaves = request.span, sum([len(each.device_ids) for each in request.leaves])
         return (span.last_block - span.first_block) * self.groups + leaves
 
@@ -334,7 +334,7 @@ class Planner:
     def _store_leaves(
         self, request: Request, leaves: LeafBlocks, draft: Draft
     ) -> CapacityError | None:
-        """Draft the stores of leaves whose block of the chain is there, or is being stored."""
+        """Draft the stores of leaves whose parents are resident, or are being stored."""
         residency, finder = self._residency, self._leaves
         assert finder is not None, "the model has one KV group"
         with residency.holding(finder.parents(request, leaves)):

@@ -85,9 +85,9 @@ class Found(msgspec.Struct, frozen=True):
     pending: Placement | None = None
     """Host blocks that are being filled; None where the model has leaves."""
     leaves: tuple[LeafFound, ...] = ()
-    """The needed leaves from `first` on; no group without any."""
+    """The needed leaves from `first` on, without groups that need none."""
     chain: int = 0
-    """Where the chain of ready blocks ends that begins at `first`."""
+    """Where the chain's run of ready blocks from `first` on ends, whatever leaves are there."""
 
     @property
     def host_only(self) -> bool:
@@ -98,9 +98,10 @@ class Found(msgspec.Struct, frozen=True):
         return not self.leaves or all(leaf.ready.keys() == {Tier.HOST} for leaf in self.leaves)
 
     def before(self, last: int) -> Found:
-        """Return the part of the run before a position: nothing of a run with leaves.
+        """Return the part of the run before a position.
 
-        A shorter prefix needs other leaves, so it must be searched for.
+        A run with leaves can only be cut to nothing: a shorter prefix needs other leaves, so it
+        must be searched for.
         """
         if last >= self.last:
             return self

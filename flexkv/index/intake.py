@@ -27,7 +27,7 @@ class Intake:
         clears: ClearHistory | None = None,
         spaces: Sequence[BlockSpace] = (),
     ) -> None:
-        """Derive keys by `keys`; `spaces` are those of all KV groups, by default only its own."""
+        """Derive keys with `keys`; `spaces` are those of all KV groups, by default of one."""
         self.tokens_per_block = keys.tokens_per_block
         self._keys = keys
         per_block = [space.tokens_per_block for space in spaces] or [keys.tokens_per_block]
@@ -77,7 +77,7 @@ class Intake:
         """Return a request with its device blocks.
 
         Args:
-            request: the request.
+            request: a request without device blocks.
             slot_mapping: one slot for each selected token, or a list of such arrays, one for each
                 KV group: see `SlotReader.read`.
             device_blocks: how many blocks the device has in each group.

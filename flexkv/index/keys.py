@@ -13,11 +13,12 @@ The fingerprint holds the facts of the block space: everything that changes the 
 that two models never share one. The same prompt has the same keys in every process and after every
 restart.
 
-A block of a KV group g > 0 is a leaf of the chain's block that ends where it ends:
+A block of a KV group g > 0 is a leaf. Its parent is the chain's block that ends where it ends:
 
-    leaf key = key of that block XOR XXH3-128("flexkv leaf", seed g)     in canonical byte order
+    leaf key = key of the parent XOR XXH3-128("flexkv leaf", seed g)     in canonical byte order
 
-What the groups of a model are is in the fingerprint, so their numbers tell their leaves apart.
+The fingerprint describes all groups of a model, so a group's number is enough to tell its leaves
+from those of others.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def leaf_keys(keys: bytes, group: int) -> bytes:
 
 @lru_cache(GROUPS_MAX)
 def leaf_salt(group: int) -> NDArray[np.uint64]:
-    """Return what turns the key of a block into that of a group's leaf, by XOR: uint64[2]."""
+    """Return what a block's key is XORed with to get the key of its leaf: uint64[2]."""
     salt = _ext.hash128(_LEAF, group) if group else bytes(BLOCK_KEY_BYTES)
     return np.frombuffer(salt, np.uint64)
 

@@ -86,9 +86,9 @@ _CHANGE = struct.Struct("=16sB?Bx")
 class Residency:
     """Every tier's blocks, nearest first, and the claims on them. The one source of truth.
 
-    The blocks of KV group 0 form the prefix chains. A block of any other group is a leaf: it hangs
-    on the chain's block at its position, and both positions and keys in calls are the chain's. A
-    leaf that covers several blocks of the chain hangs on the last of them.
+    The blocks of KV group 0 form the prefix chains. A block of any other group is a leaf. Its
+    parent is the chain's block that ends where it ends: the last one if it covers several. Calls
+    name a leaf by its group and by its parent's position and key.
 
     Only the scheduler changes it. A call that breaks a law raises InvariantError.
 
@@ -108,8 +108,8 @@ class Residency:
 
         Args:
             capacities: blocks of each tier.
-            eviction: holds for every tier.
-            clears: when what was cleared.
+            eviction: the policy of every tier.
+            clears: the history of clears.
             rules: what a prefix needs of each KV group but the chain's; group n is rules[n - 1].
         """
         eviction = eviction or Eviction()
@@ -151,7 +151,7 @@ class Residency:
             first: where the run starts. Leaves before it are not needed.
             use: count a use of every block of the chain from the root to the end of the run, and of
                 the leaves that are needed there, in every tier.
-            drop: how many blocks behind the run the chain must have as well.
+            drop: how many more blocks the chain must have behind the run.
         """
         blocks = len(keys) // BLOCK_KEY_BYTES - 1
         if self.groups > 1 and blocks > first:
@@ -181,7 +181,7 @@ class Residency:
         return Found(first, last, ready, pending, chain=chain)
 
     def _reach(self, keys: bytes, wanted: range, use: bool, drop: int) -> Found:
-        """Return the longest run of which every KV group is ready; `wanted` is not empty."""
+        """Return the longest run that every KV group can load; `wanted` is not empty."""
         last, chain, told, leaves = self._table.reach(keys, wanted.start, wanted.stop, drop, use)
         found = [LeafFound(group, self._by_tier(of)) for group, of in leaves]
         return Found(wanted.start, last, self._by_tier(told), None, tuple(found), chain)
@@ -215,8 +215,7 @@ class Residency:
     ) -> list[AlikeBlocks]:
         """Return the blocks from `first` to `last`, grouped by where they are; count their use.
 
-        For a KV group of leaves these are the leaves at positions in the range, except where the
-        chain's block is nowhere.
+        Of a group other than 0, these are the leaves that have a parent in that range.
         """
         return [
             AlikeBlocks(
@@ -315,8 +314,6 @@ class Residency:
         self, tier: Tier, keys: bytes, positions: Positions, how: int = PREFIX, group: int = 0
     ) -> BlockIds:
         """Reserve places for blocks whose parents are there, evicting others as needed.
-
-        The parent of a leaf is the chain's block at its position.
 
         Return the places, int64[n]: for as many of the first blocks as `how` allows.
         """

@@ -1,7 +1,8 @@
 """Reads slot mappings: which device blocks the blocks of a prompt are in.
 
 A model with one KV group has one array of slots. A model with several has one array for each group,
-in group order: its slots count the tokens of the group's own blocks.
+in group order. A slot is the id of a device block, times the tokens of the group's own block,
+plus an offset.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class SlotReader:
         return ids
 
     def _leaves(self, slots: Any, group: int, span: Span, device_blocks: int) -> LeafBlocks:
-        """Return the device blocks of one of the other groups, those that the caller has."""
+        """Return those device blocks of one of the other groups that the caller has."""
         field, per_block = f"{_FIELD}[{group}]", self._tokens_per_block[group]
         slots = _of_length(field, slots, span)
         first = -(-span.first_token // per_block)

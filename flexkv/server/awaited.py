@@ -35,15 +35,15 @@ class Awaited:
         self._blocks[number] = blocks
 
     def asked_s(self, number: int) -> float | None:
-        """Return from when a match's timeout counts; None if nothing is awaited for it."""
+        """Return the time from which a match's timeout counts; None if it awaits no answer."""
         return self._asked.get(number)
 
     def restart(self) -> None:
-        """Let the timeouts of all matches count from now on."""
+        """Restart the timeouts of all matches."""
         self._asked = dict.fromkeys(self._asked, time.monotonic())
 
     def answer(self, number: int) -> Matched | None:
-        """Return the answer to a match, once; None if there is none."""
+        """Return the answer to a match, and forget it; None if there is none."""
         return self._matched.pop(number, None)
 
     def release(self, number: int) -> None:
@@ -54,7 +54,7 @@ class Awaited:
     # -- requests -------------------------------------------------------------------------------
 
     def begin(self, number: int, blocks: int) -> None:
-        """Record that a request begins that names `blocks` blocks."""
+        """Record the begin of a request that names `blocks` blocks."""
         self.requests.add(number)
         self._blocks[number] = blocks
 

@@ -96,10 +96,10 @@ class ChangeFeed:
 
 
 def _chain_key(key: bytes, group: int) -> bytes:
-    """Return the key of the chain's block on which a block hangs, if it is a leaf; else its own."""
+    """Return the key of a leaf's parent, or a chain block's own key."""
     if not group:
         return key
-    return leaf_keys(_NO_ROOT + key, group)[BLOCK_KEY_BYTES:]  # a leaf's key is made by XOR
+    return leaf_keys(_NO_ROOT + key, group)[BLOCK_KEY_BYTES:]  # XOR undoes itself
 
 
 _NO_ROOT = bytes(BLOCK_KEY_BYTES)

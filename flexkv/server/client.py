@@ -240,8 +240,8 @@ class Client:
         """Begin a get; arguments as for `start` and `ask`.
 
         If the model has several KV groups, `leaves` are the device blocks of all leaves that the
-        prefix needs from `first` on, by ascending group. Unless all blocks of all groups can be
-        loaded, none is.
+        prefix needs from `first` on, by ascending group. Either all blocks of all groups are
+        loaded, or none is.
         """
         more = {"when_ready": when_ready, "held": held, "leaves": leaf_ids(leaves)}
         return self._start(Operation.GET, keys, first, device_ids, **more)
@@ -266,8 +266,8 @@ class Client:
             generation: the client's `generation` when computing the blocks began. If the cache
                 was cleared since then, nothing is stored, and the `Done` has `is_stale`.
             by_layer: whether each layer is copied once written: see `Agent.layer_written`.
-            leaves: the device blocks of leaves to store, by ascending group. They may hang on any
-                block of `keys`; those whose block of the chain is not stored are left out.
+            leaves: the device blocks of leaves to store, by ascending group, at any positions of
+                `keys`; those whose parent is not stored are left out.
         """
         more: dict[str, Any] = {"when_ready": True, "generation": generation, "by_layer": by_layer}
         more["leaves"] = leaf_ids(leaves)

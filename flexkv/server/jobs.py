@@ -115,7 +115,7 @@ class Jobs:
             raise ConfigError("keys", f"{len(keys)} bytes", why)
         keys = keys_within(engine, keys)
         blocks, has_leaves = len(keys) // BLOCK_KEY_BYTES - 1, len(engine.sizes.spaces) > 1
-        # Leaves that hang on blocks which the client has are not needed.
+        # Leaves at positions that the client has are not needed.
         begin = min(message.first, blocks) if message.from_first or has_leaves else 0
         drop = min(message.drop, blocks)
         found = engine.find(keys, begin, drop)
@@ -136,7 +136,7 @@ class Jobs:
             engine.requests.holds.hold(self._instance, message.number, found.holdings)
 
     def _host_run(self, keys: bytes, found: Found, message: Match) -> int:
-        """Return how many blocks from the match's first one on a put would not have to store."""
+        """Return how many blocks, from the match's first one on, a put need not store."""
         engine, first = self._engine, message.first
         blocks = len(keys) // BLOCK_KEY_BYTES - 1
         if len(engine.sizes.spaces) == 1 or first >= blocks:

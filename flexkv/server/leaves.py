@@ -14,7 +14,7 @@ from flexkv.common.terms import BlockIds, positions_of
 from flexkv.server.wire import LEAVES_MAX, LeafIds
 
 GAP = 64
-"""A run goes on over up to this many positions that have no block, rather than end there."""
+"""A run does not end at a gap of up to this many positions without a block."""
 
 
 def leaf_ids(leaves: Sequence[LeafBlocks]) -> tuple[LeafIds, ...]:
@@ -26,7 +26,7 @@ def leaf_ids(leaves: Sequence[LeafBlocks]) -> tuple[LeafIds, ...]:
 
 
 def _runs_of(leaves: LeafBlocks, gap: int | None) -> Iterator[LeafIds]:
-    """Return the runs of one group, which end at gaps of more than `gap` positions, if given."""
+    """Yield the runs of one group, split at gaps of more than `gap` positions; None: one run."""
     group, positions, ids = leaves
     count, places = positions.block_count, positions.places
     if places is None or count < 2:
@@ -98,7 +98,7 @@ def _check_run(
 
 
 def _joined(group: int, runs: Sequence[LeafIds]) -> LeafBlocks:
-    """Return the runs of one group that have a block.
+    """Return the blocks in the runs of one group.
 
     Raises:
         ConfigError: a device block is named twice, or is negative.

@@ -169,9 +169,9 @@ class Matched(Message, tag="matched", frozen=True):
     """How many of the blocks are being filled."""
     host_run: Number = 0
     """How many blocks, from `first` on and without a gap, host memory has. With several KV groups,
-    it has the leaves of the longest prefix there, too; that is told only with `from_first`."""
+    it has the leaves of the longest prefix there, too; this is reported only with `from_first`."""
     chain: Number = 0
-    """How many blocks are ready, whether or not the leaves are that a prefix of them needs."""
+    """How many blocks of the chain are ready, with or without the leaves that a prefix needs."""
 
 
 class LeafIds(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -250,8 +250,7 @@ class Changed(Message, tag="changed", frozen=True):
     """What became resident or no longer is, in that order; a `Done` follows its changes."""
 
     changes: tuple[tuple[bytes, str, bool, int], ...]
-    """Block key, tier, whether it is there now, KV group. The key of a leaf is that of the chain's
-    block on which it hangs."""
+    """Block key, tier, whether it is there now, KV group. A leaf is named by its parent's key."""
     lost: bool = False
     """Whether some changes before these are unknown, so that earlier reports are void."""
 

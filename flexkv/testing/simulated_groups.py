@@ -71,7 +71,7 @@ class SimulatedGroups:
         return {*block_keys(keys), *[key for each in leaves for key in each]}
 
     def leaves_of(self, keys: bytes, blocks: int) -> list[BlockKey]:
-        """Return the keys of all leaves that can hang on the first blocks of a prompt."""
+        """Return the keys of all leaves that the first blocks of a prompt can have."""
         leaves = []
         for space in self.spaces:
             ratio = space.tokens_per_block // TOKENS_PER_BLOCK

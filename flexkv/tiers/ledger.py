@@ -163,7 +163,7 @@ class Ledger:
         return self._journaled[block_ids]
 
     def groups_of(self, block_ids: BlockIds) -> NDArray[np.uint8]:
-        """Return the KV groups of blocks in which a later run would believe: uint8[n]."""
+        """Return the KV groups, uint8[n], of blocks that a journal names."""
         return self._groups[block_ids]
 
     # -- notes ----------------------------------------------------------------------------------

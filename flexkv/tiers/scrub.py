@@ -45,8 +45,8 @@ class Scrubber:
         Args:
             files: the block files.
             sums: uint64[blocks], kept by the tier's actor.
-            ledger: knows for which blocks the sums hold, and of which KV groups these are.
-            bytes_per_s: the most that is read.
+            ledger: knows which blocks have valid sums, and the KV groups of these blocks.
+            bytes_per_s: the most that is read, in bytes per second.
             block_bytes: the bytes of a block of each KV group.
         """
         self.checked_blocks = 0

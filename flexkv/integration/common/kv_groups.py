@@ -1,8 +1,9 @@
 """What a prefix needs of each KV group of an engine, and which boundaries are worth keeping.
 
-The blocks of group 0 are the prefix chain. The blocks of any other group are leaves: each hangs on
-a block of the chain, at its position. A prefix can be offered only where every group has what it
-needs, so leaves are stored only where a later prompt can end its hit: the same rule decides both.
+The blocks of group 0 are the prefix chain. The blocks of any other group are leaves: the parent of
+each is the chain's block at its position. A prefix can be offered only where every group has what
+it needs, so leaves are stored only at *boundaries*, where a later prompt can end its hit: the same
+rule decides both.
 
 The device blocks of a request come as one list of block ids for each group, in the order of our
 group numbers. A list has the group's own blocks from the prompt's first one on. An id of 0 or less,
@@ -70,13 +71,13 @@ class KVGroups:
         return blocks if self.drop else self._aligned(blocks)
 
     def needed(self, group: int, blocks: int, local: int = 0) -> range:
-        """Return on which positions of the chain a prefix has the blocks of a group that it needs.
+        """Return the positions in the chain of those blocks of a group that a prefix needs.
 
         Args:
             group: the group's number; not 0, the chain.
             blocks: the length of the prefix, in blocks of the chain.
-            local: how many of them the device has; what hangs on these is left out, but never a
-                state: that of the shorter prefix is not that of the longer one.
+            local: how many of them the device has; their leaves are left out, except states: a
+                longer prefix has another state.
         """
         space, ratio = self._leaf_spaces[group], self._ratio(group)
         first, last = space.needed(blocks * self._per_block)
@@ -88,12 +89,12 @@ class KVGroups:
         """Return where hits of later prompts can end, in blocks of the chain, ascending.
 
         Leaves are worth storing there: for the same prompt once more, for one that continues it,
-        and for one that shares the blocks that another prompt has shared with it.
+        and for one that parts from it at the junction, where it parted from an earlier prompt.
 
         Args:
             prompt_tokens: the tokens of the prompt, or all tokens of a request that is over.
-            junction_blocks: how many blocks of the chain were there when the prompt was matched, if
-                the leaves allowed a shorter hit only; 0 if they did not.
+            junction_blocks: how many blocks of the chain were resident when the prompt was matched,
+                if missing leaves made its hit shorter; 0 if they did not.
         """
         replayed = self.wanted(prompt_tokens)
         continued = max(0, prompt_tokens) // self._per_block
@@ -104,7 +105,7 @@ class KVGroups:
         return tuple(sorted(end for end in ends if end > 0))
 
     def to_load(self, ids: GroupIds, blocks: int, local: int) -> tuple[LeafBlocks, ...] | None:
-        """Return the leaves that a prefix needs, and into which device blocks they are loaded.
+        """Return the leaves that a prefix needs, with the device blocks that they are loaded into.
 
         Args:
             ids: the request's device blocks, by group.
@@ -137,7 +138,7 @@ class KVGroups:
     def state(self, group: int, end_tokens: int, device_id: int | None) -> tuple[LeafBlocks, ...]:
         """Return the state that the engine offers for a prefix of `end_tokens` tokens.
 
-        It is empty if no hit can end there, or the block is a null block.
+        The result is empty if no hit can end there, or the block is a null block.
         """
         is_kept = end_tokens > 0 and end_tokens % (self._alignment * self._per_block) == 0
         if self._leaf_spaces[group].kind != Kind.STATE or not is_kept:

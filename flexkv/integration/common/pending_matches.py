@@ -95,7 +95,7 @@ class PendingMatches:
             request: a request that is tried, whose `local_blocks` the device has. Its
                 `junction_blocks` are set.
             blocks: how many blocks the match must be about.
-            part_of: returns so many first blocks of its prompt.
+            part_of: returns a part of its prompt: this many of the first blocks.
         """
         found = self._found(request, blocks, part_of)
         if found is not None:

@@ -30,8 +30,8 @@ from flexkv.server.wire import Done, Matched
 ROOM_S = 2.0
 """How long a load for which host memory has no room is retried."""
 FILLING_S = 0.5
-"""How long a load of several KV groups is retried that finds nothing: what was offered to it is not
-offered while another request loads some of it."""
+"""How long a load of several KV groups that finds nothing is retried: what it was offered cannot be
+found while another request loads a part of it."""
 AGAIN_S = 0.002
 """Pause before a load is retried."""
 
@@ -51,7 +51,7 @@ class Load:
     number: int | None = None
     again_s: float = 0.0
     wanted_s: float = field(default_factory=lambda: time.monotonic())
-    """Since when it is wanted."""
+    """When it was first wanted, in seconds of the monotonic clock."""
 
     @property
     def device_ids(self) -> BlockIds:
@@ -89,8 +89,8 @@ class RequestTransfers:
     group_ids: list[list[int]] = field(default_factory=list)
     """Its device blocks by KV group, if there are several: see `kv_groups.GroupIds`."""
     junction_blocks: int = 0
-    """How many first blocks of its prompt others have stored without the leaves that a hit there
-    needs; 0 if its hit was not shortened by that. The request stores these leaves."""
+    """How many of its first blocks are stored without the leaves that a hit there needs; 0 if no
+    missing leaf made its hit shorter. The request stores these leaves."""
     stored_blocks: int = 0
     found: Matched | None = None
     """The match that is offered to it, with a hold on its blocks."""
@@ -181,7 +181,7 @@ class RequestTransfers:
     # -- puts -----------------------------------------------------------------------------------
 
     def begin_put(self, number: int, blocks: int, block_ids: BlockIds) -> None:
-        """Record that a put has begun of its blocks up to `blocks`, and perhaps of leaves there.
+        """Record that a put has begun, of its blocks up to `blocks` and perhaps of leaves.
 
         `block_ids` are the device blocks of all groups that the put reads.
         """

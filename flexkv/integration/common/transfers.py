@@ -56,7 +56,7 @@ class StepTransfers:
             blocks of each.
         failed_blocks: device blocks that should have been loaded and were not, if the engine has
             one KV group.
-        failed: ids of requests of whose loads nothing counts, if it has several. They are in
+        failed: if it has several, ids of requests whose loads failed as a whole. They are in
             `received`, too.
         dropped: numbers of puts of requests some of whose blocks could not be loaded.
         settle: numbers of failed puts and gets: the worker waits until none of their copies is
@@ -154,8 +154,8 @@ class Transfers(Generic[Step]):
         Args:
             request: has an offer, and a number of blocks that the device has.
             group_ids: all its device blocks, by KV group; those of the chain come first.
-            blocks: where the load ends, in blocks of the chain. A load of an engine with several
-                groups fails if the request lacks a device block that a prefix of this length needs.
+            blocks: where the load ends, in blocks of the chain. With several groups, the load fails
+                if the request lacks a device block that a prefix of this length needs.
         """
         block_ids = [block or 0 for block in group_ids[0]]
         load = request.accept(block_ids, blocks)
@@ -218,12 +218,12 @@ class Transfers(Generic[Step]):
     def may_put(
         self, request: RequestTransfers, blocks: int, leaves: Sequence[LeafBlocks] = ()
     ) -> bool:
-        """Return whether a put of a request's first `blocks` blocks would store anything, and may.
+        """Return whether a put of a request's first `blocks` blocks is allowed and stores anything.
 
         Args:
             request: the request.
             blocks: how many of its first blocks are whole after the step.
-            leaves: what else would be stored.
+            leaves: leaves that would be stored as well.
         """
         if request.is_stale or not self._client.is_ready:
             return False
@@ -241,9 +241,9 @@ class Transfers(Generic[Step]):
         Args:
             request: the request.
             part: the first blocks of its prompt; those that are stored already are left out.
-            leaves: blocks of other KV groups on positions of the part, which the request has now
-                and until after the next step. Those without a device block are left out; if a
-                position of a group is named twice, the last entry counts.
+            leaves: blocks of other KV groups at positions of the part; the request keeps them until
+                after the next step. Those without a device block are left out; if a position of a
+                group is named twice, the last entry counts.
         """
         first, blocks = min(request.stored_blocks, part.blocks), part.blocks
         ids, leaves = ids_of(request.block_ids[first:blocks]), joined(leaves)
@@ -275,7 +275,7 @@ class Transfers(Generic[Step]):
     def _wait_for_readers(self, ids: BlockIds) -> None:
         """Return once no put of an earlier step reads these blocks, which the next step writes.
 
-        Such puts are cancelled, with several KV groups after a little time in which they may end.
+        Such puts are cancelled, with several KV groups only after `grace_s`.
         If they do not end soon, the client disconnects: the server stores nothing that they have
         read without checking that the client is still connected.
         """

@@ -80,7 +80,7 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1, SupportsHMA):
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """Return the requests that are done with sending and receiving, and whose load failed.
 
-        Of an engine with several KV groups, a load fails as a whole: vLLM cannot be told blocks.
+        With several KV groups, a load fails as a whole: vLLM has no place for single blocks then.
         """
         sent, received = self.get_finished(finished_req_ids)
         module = sys.modules[KVConnectorBase_V1.__module__]

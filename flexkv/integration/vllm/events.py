@@ -6,7 +6,7 @@ block's tokens (another engine or an earlier run stored it), it is announced whe
 is looked up.
 
 With several KV groups, each event names its group, as vLLM's own events do. The blocks of further
-groups are announced behind the block of the prefix chain on which they hang.
+groups are announced behind their parent, the block of the prefix chain at their position.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Facts(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """What events say about a KV group, and how many blocks of the chain one of its blocks has."""
+    """What events say about a KV group; one of its blocks covers `ratio` blocks of the chain."""
 
     number: int | None
     kind: str | None
@@ -59,11 +59,11 @@ Place = tuple[int, str]
 
 
 class _Block:
-    """A block of a prompt that this engine has seen, and what hangs on it.
+    """A block of the chain of a prompt that this engine has seen, with its leaves.
 
     Attributes:
         source: the request that made it known, and its number there; None once there are facts.
-        there: the media in which it is, of each group.
+        there: where the block or a leaf of it is: its group, and a medium.
         announced: those in which it has been announced.
         children: the keys of the blocks that continue it.
         requests: how many running requests have it.
@@ -88,7 +88,7 @@ class _Block:
 
 
 def _facts(request: Any, number: int, block_size: int, hashes: int) -> _Facts:
-    """Return the facts of a request's block, for which vLLM has so many hashes."""
+    """Return the facts of a request's block, to which belong `hashes` of vLLM's hashes."""
     convert = maybe_convert_block_hash
     first, last = number * block_size, (number + 1) * block_size
     extra_keys, _ = generate_block_hash_extra_keys(request, first, last, 0)

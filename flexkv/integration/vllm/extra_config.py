@@ -54,7 +54,7 @@ def with_extra(settings: Settings, transfer: Any) -> Settings:
 
 
 def mixed_local_hits(transfer: Any) -> bool | None:
-    """Return what the user says about loads that continue what the device has; None if nothing.
+    """Return whether loads may continue what the device has; None if the user says nothing.
 
     Raises:
         ConfigError: it is neither true nor false.

@@ -47,7 +47,7 @@ KINDS = {
 may keep something else, so only these very classes count."""
 MIXED_STATES = ("MAMBA2",)
 """vLLM's names of the kinds of states for which tests show that a load may continue a prefix that
-the device has; for others only prompts are loaded of which the device has nothing."""
+the device has. A prompt with other states is loaded only if the device has nothing of it."""
 _WHY = {
     "CircularBufferSpec": "its ring holds only tokens that are still being compressed",
     "CrossAttentionSpec": "cross attention depends on more than the tokens before",
@@ -79,7 +79,7 @@ class EngineGroups:
         tokens_per_block: of group 0.
         alignment_tokens: every hit ends on a multiple of it.
         drops_last: whether the engine computes the last block of each hit again, for its drafts.
-        retained_tokens: the engine keeps what a hit needs once in so many tokens; 0: only where a
+        retained_tokens: the engine keeps what a hit needs once in this many tokens; 0: only where a
             prompt ends.
         hash_tokens: the tokens of each of the engine's own hashes.
         mixes: whether what is loaded may continue what the device has.
@@ -124,7 +124,7 @@ class EngineGroups:
         return self.shape(group).tokens_per_block or self.tokens_per_block
 
     def fit(self, plain: ModelConfig) -> bool:
-        """Return whether all layers are one group of one shape, and the one of this model."""
+        """Return whether all layers are in one group and have this model's shape."""
         shape, *others = self.layer_groups
         names = "num_layers", "num_kv_heads", "head_size", "kv_dim"
         is_same = all(getattr(shape, name) == getattr(plain, name) for name in names)
@@ -132,7 +132,7 @@ class EngineGroups:
         return not others and is_same and same_items and shape.compress_ratio == 1
 
     def model(self, tp_size: int, use_mla: bool, model_id: str) -> ModelConfig:
-        """Return the model as FlexKV has to know it, of this name and number of ranks."""
+        """Return the configuration of the model, with this name and number of ranks."""
         first = self.layer_groups[0]
         return ModelConfig(
             num_layers=len(self.layers),
@@ -370,9 +370,10 @@ class _Shapes:
             yield Span(layers, shape, is_opaque=at > 0)
 
     def _pages(self, told: Any) -> list[tuple[tuple[str, ...], int]]:
-        """Return the layers of a group by shape, with the bytes of a page; the first's is 0.
+        """Return the layers of a group by shape, each with the bytes of a page.
 
-        Layers that share the cache of another one are placed nowhere, and left out.
+        It is 0 for the first shape, whose spec is known. Layers that share the cache of another one
+        have no place, and are left out.
         """
         names = set(told.layer_names)
         placed = [
@@ -400,7 +401,7 @@ class _Shapes:
     def _parts(self, spec: Any, are_alike: bool) -> int:
         """Return into how many different parts the ranks divide the layers of a group.
 
-        What ranks share counts as different wherever that is not known of all its layers.
+        Each rank has a part of its own unless all layers of the group are known to share theirs.
         """
         if KINDS[type(spec).__name__] == "state":
             return 1 if getattr(spec, "tp_replicated", False) else self._ranks
@@ -453,7 +454,7 @@ def _heads_of(spec: Any) -> int:
 
 
 def _window(spec: Any) -> int:
-    """Return the tokens of a window or chunk; those that vLLM keeps longer belong to it."""
+    """Return the tokens of a window or chunk, with those that vLLM keeps beyond a window."""
     match KINDS[type(spec).__name__]:
         case "sliding_window":
             return int(spec.sliding_window) + int(getattr(spec, "extra_retained_tokens", 0))

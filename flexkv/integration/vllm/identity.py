@@ -103,7 +103,7 @@ def model_id(vllm_config: Any, computation: str = "", layers: Sequence[str] = ()
     Args:
         vllm_config: vLLM's `VllmConfig`.
         computation: what `computation_of` returned before the model was loaded, if it was called.
-        layers: the names of the layers in the order of their KV in a block, if it is not the usual.
+        layers: the names of the layers in the order of their KV in a block, unless it is usual.
     """
     name = _name_of(vllm_config.model_config)
     facts = [name, computation or computation_of(vllm_config), _weights(vllm_config)]
@@ -178,7 +178,7 @@ def _config_of(model: Any) -> Any:
 
 
 def _drafts(vllm_config: Any) -> dict[str, Any]:
-    """Return how drafts are made, if they have KV of their own; it is kept with the model's."""
+    """Return how drafts are made, if they have KV of their own: it is stored with the model's."""
     told = _told_drafts(vllm_config)
     if told is None:
         return {}

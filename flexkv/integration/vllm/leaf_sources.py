@@ -30,22 +30,22 @@ class LeafSources:
         self._offers: dict[str, list[tuple[int, int, int]]] = {}
 
     def ids(self, ids: Sequence[Sequence[int]]) -> GroupIds:
-        """Return device blocks by FlexKV's groups, of blocks by vLLM's."""
+        """Return device blocks by FlexKV's groups, given them by vLLM's."""
         return [ids[number] for number in self._engine.engine_ids]
 
     def written(self, ids: Sequence[Sequence[int]], computed: int = 0) -> Iterator[int]:
         """Yield the blocks of all groups but FlexKV's first that the next step writes.
 
         Args:
-            ids: the blocks of a request, by vLLM's groups, or those that it has more than before.
-            computed: how many of its tokens the first of these blocks have.
+            ids: all blocks of a request, or its new ones, by vLLM's groups.
+            computed: how many of their tokens are computed already.
         """
         for group, number in enumerate(self._engine.engine_ids):
             if group:
                 yield from ids[number][computed // self._engine.block_tokens(group) :]
 
     def begin(self, state: RequestState) -> None:
-        """Find out at which ends of prefixes a request that is scheduled stores its leaves."""
+        """Set the boundaries at which a request that is scheduled stores its leaves."""
         request = state.request
         tokens = getattr(request, "num_prompt_tokens", request.num_tokens)
         shared = getattr(request, "shared_prefix_boundary", 0) // self._per_block
@@ -64,7 +64,7 @@ class LeafSources:
 
     @property
     def offered(self) -> list[str]:
-        """Return the requests whose states vLLM offers, and that were not looked at."""
+        """Return the requests not handled yet whose states vLLM offers in this step."""
         return list(self._offers)
 
     def of_step(self, state: RequestState, computed: int, blocks: int) -> tuple[LeafBlocks, ...]:
@@ -96,9 +96,10 @@ class LeafSources:
     def of_end(
         self, state: RequestState, ids: Sequence[Sequence[int]], tokens: int
     ) -> tuple[int, tuple[LeafBlocks, ...]]:
-        """Return the leaves at the last prefix of a request that is over, and its blocks.
+        """Return the last boundary of a request that is over, in blocks, and leaves to store.
 
-        They are nothing if the device does not have all of them any more.
+        These are the states that vLLM offered at the end. If the model has no states, they are the
+        leaves that a prefix to the boundary needs, or none if the device has not kept them all.
 
         Args:
             state: the request.
@@ -106,7 +107,7 @@ class LeafSources:
             tokens: how many tokens have KV.
         """
         ends, tails = self._groups.boundaries(tokens), state.tails
-        if not ends or self._engine.have_states:  # no state is known of an end that nobody offered
+        if not ends or self._engine.have_states:  # without a state, other leaves are of no use
             return ends[-1] if ends else 0, tails
         leaves = self._groups.to_store(self.ids(ids), ends[-1])
         needed = sum(

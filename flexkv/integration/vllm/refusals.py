@@ -20,7 +20,7 @@ DTYPES = ("auto", "float16", "bfloat16", "float32", "half", "float", "fp8", "fp8
 ATTENTION = {"attention", "full_attention", "global_attention", "sliding_attention"}
 """Kinds of layers in models' own configurations; windows are checked by a rule of their own."""
 PACKED = ("fp8_ds_mla",)
-"""Further ones whose blocks are plain bytes to a connector that knows the KV caches."""
+"""Further `kv_cache_dtype`s whose blocks are plain bytes if the KV caches are known."""
 OTHER_DOOR = (
     "vLLM's built-in connector does not say what its KV caches are; FlexKV's own may serve it:"
     ' "kv_connector": "FlexKVConnector",'

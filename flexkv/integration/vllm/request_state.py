@@ -26,9 +26,9 @@ class RequestState:
         self.noted = 0
         """How many of its blocks the KV events know."""
         self.ends: tuple[int, ...] = ()
-        """The prefixes, in blocks, whose leaves it stores when a step reaches their ends."""
+        """The boundaries, in blocks, whose leaves it stores when a step reaches them."""
         self.tails: tuple[LeafBlocks, ...] = ()
-        """The states that vLLM has offered of it since it ended."""
+        """The states that vLLM has offered at its end."""
 
 
 class RequestStates:

@@ -81,7 +81,7 @@ class SchedulerSide:
         self._leaves = (
             LeafSources(groups, setup.groups) if setup.groups and groups.several else None
         )
-        """Where the leaves of further KV groups are; None without any."""
+        """Finds leaves that are worth storing; None with one KV group."""
         self.engine_groups = setup.groups
         self._chain = setup.groups.engine_ids[0] if setup.groups else 0
         self._mixes = setup.groups is None or setup.groups.mixes
@@ -171,7 +171,7 @@ class SchedulerSide:
         self.transfers.load(state.transfers, ids, last)
 
     def _by_group(self, ids: Any) -> GroupIds:
-        """Return device blocks by FlexKV's KV groups, of blocks by vLLM's."""
+        """Return device blocks by FlexKV's KV groups, given them by vLLM's."""
         return ids if self._leaves is None else self._leaves.ids(ids)
 
     # -- puts, and each step --------------------------------------------------------------------

@@ -121,7 +121,7 @@ def _names_media(vllm_config: Any) -> bool:
 
 
 def _model(vllm_config: Any, computation: str, groups: EngineGroups | None) -> ModelConfig:
-    """Return the model; by its KV groups only if it is not of equal layers in one group."""
+    """Return the model; it has layer groups unless all layers are equal and in one KV group."""
     if groups is None or len(groups.spans) == 1:
         plain = _plain_model(vllm_config, computation)
         if groups is None or groups.fit(plain):

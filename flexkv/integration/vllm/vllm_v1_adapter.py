@@ -163,7 +163,7 @@ class FlexKVConnectorV1Impl:
 
 
 def _warn_of_failures(transfer: Any) -> None:
-    """Log what it costs if vLLM ends requests whose blocks cannot be loaded, as it does by default.
+    """Warn if vLLM ends requests whose blocks cannot be loaded, which is its default policy.
 
     Earlier versions of vLLM have no such policy.
     """

@@ -36,7 +36,7 @@ class Superblock(msgspec.Struct, frozen=True):
     rows_per_file: _Count | None
     """None: all rows are in one file."""
     block_bytes: tuple[_Count, ...] = ()
-    """Of each KV group, which checksums are over; before version 3, whole places."""
+    """Bytes of a block of each KV group, which checksums cover; before version 3: whole places."""
 
 
 _DECODER = msgspec.json.Decoder(Superblock)
