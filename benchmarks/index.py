@@ -129,7 +129,7 @@ LEAVES = (
 
 
 def _matches_with_leaves(resident: int, rounds: int) -> Figures:
-    """Time matches of long prompts by turns without leaves, and with those of five groups."""
+    """Time matches of long prompts, in turns without leaves and with those of five groups."""
     took: dict[str, list[float]] = {}
     for use in (False, True):
         indexes = {}

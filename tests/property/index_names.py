@@ -25,7 +25,7 @@ So its own leaf in that group has its parent's key.
 """
 
 BRANCHES = ((0, 1), (0, HOSTILE), (0,), (0, 1), (0,), (0,))
-"""By which numbers a prompt goes on, at each depth."""
+"""The numbers that a prompt may continue with, at each depth."""
 
 DEPTH = len(BRANCHES)
 PATHS = [

@@ -28,7 +28,7 @@ from .group_serving import CHAIN, GROUP_MODEL, LEAVES, STATE, keys_at
 from .serving import PER_BLOCK, eventually
 
 UNIT = 2
-"""Hits and steps end on multiples of so many blocks of the chain."""
+"""Hits and steps end on multiples of this many blocks of the chain."""
 
 
 class SharedPages:
@@ -159,7 +159,7 @@ class GroupEngine:
     # -- scheduling -----------------------------------------------------------------------------
 
     def _schedule(self, request: Running) -> int | None:
-        """Give a request blocks, and return where its chunk ends; None if it does not compute."""
+        """Allocate blocks to a request; return where its chunk ends, None if it does not compute."""
         if not request.computed and request.transfers.may_load and self._load(request):
             return None
         self._free_unneeded(request)

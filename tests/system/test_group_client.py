@@ -118,7 +118,7 @@ def _act(chance: random.Random) -> Any:
 
 
 def test_put_match_asks_for_what_any_group_lacks(tmp_path: Path) -> None:
-    """Only the leaves are missing: a client is asked for the tokens of the blocks they hang on."""
+    """If only leaves are missing, a client is asked for the tokens from the first of them on."""
     with started_client(tmp_path, MODEL, **SIZES) as manager:
         user = GroupUser(manager)
         places = user.caches.places(40, 0, [0])

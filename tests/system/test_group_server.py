@@ -404,7 +404,7 @@ def test_an_agent_does_not_go_by_layer(instance: GroupInstance) -> None:
 def test_changes_name_the_group_and_the_block_of_the_chain(
     settings: Settings, instance: GroupInstance
 ) -> None:
-    """A client that watches hears of every leaf by the key of the block on which it hangs."""
+    """A client that watches is told of every leaf by the key of its parent in the chain."""
     watcher = Client(settings, GROUP_MODEL, 1, watches=True)
     eventually(lambda: watcher.poll() or watcher.connection)
     keys = instance.keys(1, 16)

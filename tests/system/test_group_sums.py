@@ -47,7 +47,7 @@ def bad_rows(directory: Path) -> list[int]:
 
 
 async def test_a_stopped_tier_is_checked_by_group(tmp_path: Path) -> None:
-    """A changed byte of any group's block is found; one behind a block is nobody's."""
+    """A changed byte of any group's block is found; one behind a block is not."""
     rows = await stored(tmp_path)
     assert {group: len(each) for group, each in rows.items()} == {0: 10, 1: 10, 2: 10, 3: 5}
     assert bad_rows(tmp_path) == []

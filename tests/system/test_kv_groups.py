@@ -136,7 +136,7 @@ async def test_a_get_needs_a_device_block_for_each_leaf(rig: GroupRig, missing: 
 
 
 async def test_a_masked_get_needs_no_leaf_that_the_device_has(any_rig: GroupRig) -> None:
-    """Blocks before the mask are on the device; only the state is needed whatever it has."""
+    """Leaves before the mask are on the device and not needed; a state always is."""
     rig = any_rig
     await rig.put(PROMPT)
     mask = np.arange(40) >= 32

@@ -395,7 +395,7 @@ DAMAGES = int(os.environ.get("DAMAGES", "300"))
 async def test_damaged_files_never_give_wrong_bytes(tmp_path: Path) -> None:
     """After DAMAGES flips, swaps and cuts no get has a wrong byte, and each counts the damage.
 
-    What is behind a block in its place is nobody's: a change there is no damage.
+    The bytes behind a block in its place belong to no block: a change there is no damage.
     """
     random = np.random.default_rng(1)
     file, stride = tmp_path / "blocks-0000.flexkv", 4096

@@ -1,4 +1,4 @@
-"""An index with one chain, on which tests hang leaves of several KV groups."""
+"""An index with one chain, to which tests add leaves of several KV groups."""
 
 from __future__ import annotations
 

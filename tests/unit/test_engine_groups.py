@@ -184,7 +184,7 @@ def test_an_alignment_that_does_not_fit_is_refused(
 
 
 def test_a_plain_model_has_no_leaves() -> None:
-    """With one group a match asks for whole blocks, and there is nothing to load or store else."""
+    """With one group a match asks for whole blocks, and there is nothing else to load or store."""
     groups = groups_of()
     assert (groups.several, groups.wanted(13), groups.to_load([[1, 2]], 2, 0)) == (False, 3, ())
     assert groups.to_store([[1, 2]], 2) == ()

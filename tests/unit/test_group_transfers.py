@@ -68,7 +68,7 @@ def test_a_load_writes_what_the_prefix_needs_of_each_group(local: int) -> None:
     ids=["failed", "short", "nothing", "cancelled", "late"],
 )
 def test_a_load_that_is_not_whole_has_failed_whole(end: dict[str, Any]) -> None:
-    """The request is told as failed, no block is, and it does not load again."""
+    """The request is reported as failed, its blocks are not, and it does not load again."""
     rig, request = rig_with(), request_with()
     rig.load_groups(request, IDS, 3)
     step = rig.step(Done(1, **end))

@@ -194,7 +194,7 @@ def test_blocks_that_do_not_fit_the_chain_are_refused(
 
 
 def test_ranks_must_divide_layers_of_one_kv_group_alike() -> None:
-    """Layers whose blocks are one place have the same parts; other groups may have others."""
+    """Layers of one KV group have the same parts; other groups may have others."""
     wide = {**WINDOW, "num_kv_heads": 8}
     model_of(FULL, wide, tp_size=4)
     with pytest.raises(ConfigError, match="other layers of kv_group 1 into 4: the numbers must"):

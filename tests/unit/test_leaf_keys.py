@@ -1,4 +1,4 @@
-"""Keys of the blocks of KV groups: one key a place in a prompt and group, and no group's other."""
+"""Keys of leaves: each position of a prompt has another key in each KV group."""
 
 from __future__ import annotations
 

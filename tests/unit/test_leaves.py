@@ -379,7 +379,7 @@ def test_a_rule_that_cannot_be_is_named(rules: list[GroupRule], message: str) ->
 
 
 def test_as_many_groups_as_there_may_be() -> None:
-    """Thirty-one groups of leaves hang on one chain."""
+    """A chain can have leaves of thirty-one groups."""
     index = Residency({Tier.HOST: 400}, rules=[rule(n, STATE) for n in range(1, 32)])
     put(index, range(12))
     for group in range(1, 32):

@@ -28,7 +28,8 @@ GROUPS = [
     {**STATE, "kv_group": 2, "layer_indices": (3,)},
     {**STATE, "num_kv_heads": RANKS, "kv_group": 3, "layer_indices": (2,)},
 ]  # fmt: skip
-"""A window with more heads than the chain, a state that each rank has, one of which it has a part.
+"""A chain, a window with more heads, a state that each rank has whole, and one in slices.
+
 Every page has 128 bytes: all but those of the chain are padded."""
 
 

@@ -76,7 +76,7 @@ def test_slots_that_break_a_rule_are_named_with_their_group(second: Any, why: st
 
 @pytest.mark.parametrize("first", [slots_of(0, -1, 2, 3), slots_of(-1, 1, 2, 3)])
 def test_the_chain_has_a_slot_for_every_token(first: Any) -> None:
-    """The first group's blocks are what is asked for, so that none may be missing."""
+    """The first group's blocks are what is asked for, so none may be missing."""
     with pytest.raises(ConfigError, match=r"slot_mapping\[0\]\[\d\]=-1: is not a slot"):
         SlotReader([4, 4]).read([first, slots_of(0, 1, 2, 3)], WHOLE, 10)
 

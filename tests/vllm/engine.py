@@ -49,7 +49,7 @@ class Plan(Sizes):
     corrupt_loads: bool = False
     """Whether loaded blocks are overwritten, as a negative control."""
     layers: str = ""
-    """A part of the names of the only layers that are overwritten; all have the empty one."""
+    """Only layers whose names contain this are overwritten; "" for all."""
     failed_loads: float = 0.0
     """The probability that a copy to the device fails."""
     cut_links: float = 0.0

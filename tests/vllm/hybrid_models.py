@@ -111,7 +111,7 @@ def patch_vllm() -> None:
 
 
 def make(folder: str) -> Generator[str, Any, None]:
-    """Write every model into a folder of its name: a process's work, since it needs vLLM's venv."""
+    """Write every model into a folder of its name. To be run in a process with vLLM's venv."""
     for name in RECIPES:
         make_tiny_hybrid(name, Path(folder) / name)
     yield "made"

@@ -93,7 +93,7 @@ class Hybrids:
     def wrong(self, name: str, told: Told) -> int:
         """Return how many answers are not those of an engine without a connector.
 
-        If the numbers of a model hang on how many tokens are computed at once (bf16), answers are
+        If a model's numbers depend on how many tokens are computed at once (bf16), answers are
         compared with those after a local hit of the same length, or without one. Answers after
         hits of other lengths count as right; at least a third must be comparable.
         """

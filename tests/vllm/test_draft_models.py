@@ -21,7 +21,7 @@ BOTH = pytest.mark.parametrize("connector", [pytest.param("crude", marks=pytest.
 
 @pytest.fixture
 def drafted(run: Run, model: str) -> Run:
-    """Return a function that runs a plan with drafts, over a device cache of so many blocks."""
+    """Return a function that runs a plan with drafts, over a device cache of a given size."""
 
     def once(blocks: int, **plan: Any) -> dict[str, Any]:
         drafts = {"method": "draft_model", "model": model, "num_speculative_tokens": 3}

@@ -59,7 +59,7 @@ def test_it_wins_over_the_file_and_the_environment(tmp_path: Path, extra: dict[s
 
 @pytest.mark.parametrize("extra", [None, {}, {"weights_id": "llama"}, {"mixed_local_hits": False}])
 def test_without_keys_the_other_sources_hold(tmp_path: Path, extra: Any) -> None:
-    """Without keys of FlexKV's own the other sources hold; `weights_id` and the like are none."""
+    """Without keys of FlexKV's own the other sources hold; `weights_id` is not such a key."""
     file = {"log_level": "error", "cache_config": {"num_cpu_blocks": 5, "ssd_cache_dir": "/b"}}
     with_it = settled(tmp_path, extra, file)
     assert with_it == load_settings({"FLEXKV_CONFIG_PATH": str(tmp_path / "flexkv.json")})

@@ -332,7 +332,7 @@ def test_models_without_full_attention_are_refused() -> None:
 
 
 def test_more_groups_than_flexkv_counts_are_refused() -> None:
-    """A model has at most so many groups."""
+    """More KV groups than FlexKV can count are refused."""
     groups = [group(full(), f"layer {number}") for number in range(33)]
     with pytest.raises(ConfigError, match="at most 32"):
         groups_of(SimpleNamespace(kv_cache_groups=groups), engine())
