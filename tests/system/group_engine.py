@@ -159,7 +159,7 @@ class GroupEngine:
     # -- scheduling -----------------------------------------------------------------------------
 
     def _schedule(self, request: Running) -> int | None:
-        """Allocate blocks to a request; return where its chunk ends, None if it does not compute."""
+        """Allocate blocks to a request; return where its chunk ends, None if it has none."""
         if not request.computed and request.transfers.may_load and self._load(request):
             return None
         self._free_unneeded(request)
