@@ -150,7 +150,7 @@ static inline struct node *node_at(const struct block_index *index, ref node)
 }
 
 /* Return a node's last word: for a leaf its group, LEAF, and SPENT if it is; for any other node a
- * bit for each group of which it has a leaf, in whatever state. Only if there are several groups. */
+ * bit for each group of which it has a leaf, in whatever state. Models without leaves lack it. */
 static inline uint32_t *node_word(const struct block_index *index, ref node)
 {
     return &node_at(index, node)->place[index->tiers];
