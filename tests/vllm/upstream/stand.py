@@ -29,6 +29,7 @@ from vllm.distributed.kv_transfer.kv_transfer_state import (
     ensure_kv_transfer_shutdown,
 )
 from vllm.forward_context import set_forward_context
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
@@ -117,7 +118,7 @@ class Stand:
         self.kv_caches, caches = self._allocated(num_blocks)
         self.scheduler = create_scheduler(self.config, num_blocks, **self._of_caches(caches))
         try:
-            ensure_kv_transfer_initialized(self.config, caches or self.scheduler.kv_cache_config)
+            ensure_kv_transfer_initialized(self.config, caches)
             self.worker = get_kv_transfer_group()
             self.worker.register_kv_caches(self.kv_caches)
             self.until(self.side._ready)
@@ -126,14 +127,18 @@ class Stand:
             raise
 
     def _allocated(self, num_blocks: int) -> tuple[dict[str, torch.Tensor], Any]:
-        """Return the KV tensors by layer, and vLLM's `KVCacheConfig` if it is not the usual one."""
+        """Return the KV tensors by layer, and vLLM's `KVCacheConfig`."""
         shape = (num_blocks, HEADS, PER_BLOCK, 2 * HEAD_SIZE)
         tensors = [torch.zeros(shape, dtype=torch.float16) for _ in range(LAYERS)]
-        return {f"layer.{i}": tensor for i, tensor in enumerate(tensors)}, None
+        by_layer = {f"layer.{i}": tensor for i, tensor in enumerate(tensors)}
+        spec = FullAttentionSpec(
+            block_size=PER_BLOCK, num_kv_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.float16
+        )
+        return by_layer, KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(list(by_layer), spec)])
 
     def _of_caches(self, caches: Any) -> dict[str, Any]:
         """Return further arguments of vLLM's `create_scheduler`."""
-        return {}
+        return {"kv_cache_config": caches}
 
     @property
     def side(self) -> Any:
