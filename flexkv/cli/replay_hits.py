@@ -39,7 +39,7 @@ def replay_hits(
         str,
         typer.Option(
             help="KV groups beside the prefix chain, such as window:1024*5,state: compare the hit "
-            "rates and the stored blocks of several rules for what to store.",
+            "rates and the bytes written of several rules for what to store.",
             metavar="KIND[:TOKENS][*COUNT],…",
         ),
     ] = "",
@@ -153,7 +153,7 @@ def _print_groups(
         told = {"capacities": capacities, "hit_rate": rates, "stored_share": shares}
         typer.echo(json.dumps(told, indent=2))
         return
-    table = Table("stored", title="hit rate, and share of all blocks stored, by capacity in blocks")
+    table = Table("stored", title="hit rate, bytes written (first row: 100 %), by capacity in blocks")
     for capacity in capacities:
         table.add_column(f"{capacity:,}", justify="right")
     for name, values in rates.items():

@@ -113,7 +113,7 @@ class LeafFinder:
         return 0
 
     def to_store(self, request: Request, leaves: LeafBlocks, use: bool = True) -> list[AlikeBlocks]:
-        """Return in which tiers the leaves of a put are already, grouped by their states.
+        """Return the leaves that a put brings, grouped by their present states in the tiers.
 
         Leaves whose parent is nowhere are left out, as no prefix could use them.
         """
