@@ -153,7 +153,7 @@ def _print_groups(
         told = {"capacities": capacities, "hit_rate": rates, "stored_share": shares}
         typer.echo(json.dumps(told, indent=2))
         return
-    table = Table("stored", title="hit rate, bytes written (first row: 100 %), by capacity in blocks")
+    table = Table("stored", title="hit rate, bytes written (first row: 100 %), by number of blocks")
     for capacity in capacities:
         table.add_column(f"{capacity:,}", justify="right")
     for name, values in rates.items():
