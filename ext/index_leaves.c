@@ -74,16 +74,17 @@ static int64_t most_needed(const struct rule *rule)
     }
 }
 
-/* Return whether a block of the chain is the only one that continues its parent. */
+/* Return whether a block of the chain is the only one that continues its parent, which may have
+ * leaves before and behind it. */
 static bool is_only_child(const struct block_index *index, ref number)
 {
-    const struct node *node = node_at(index, number);
+    ref before = node_at(index, number)->before, after = node_at(index, number)->after;
 
-    if (node->before != NONE)
-        return false;
-    while (node->after != NONE && is_leaf(index, node->after))
-        node = node_at(index, node->after);
-    return node->after == NONE;
+    while (before != NONE && is_leaf(index, before))
+        before = node_at(index, before)->before;
+    while (after != NONE && is_leaf(index, after))
+        after = node_at(index, after)->after;
+    return before == NONE && after == NONE;
 }
 
 void leaves_spend(struct block_index *index, ref last)

@@ -99,6 +99,28 @@ def test_leaves_where_prompts_branch_stay() -> None:
     assert [list(g.positions) for g in index.survey(KEYS, 0, 12, False, 1)][-1] == [3, 7, 11]
 
 
+@pytest.mark.parametrize("leaf_comes", [0, 1, 2])
+@pytest.mark.parametrize("stays", [0, 1])
+def test_leaves_where_prompts_branched_once_go_first_again(leaf_comes: int, stays: int) -> None:
+    """When only one of the branches is left, the leaf before them is like those of a chain."""
+    index = Residency({Tier.HOST: 64}, rules=[rule(1, STATE)])
+    branches = [KEYS, KEYS[: 16 * 9] + prompt(20, 21, 22, 23)]
+    put(index, range(2), 0, Tier.HOST, prompt(50, 51, 52))
+    put(index, range(8))
+    for number in range(3):
+        if number == leaf_comes:
+            put(index, [7], 1)
+        if number < 2:
+            put(index, range(8, 12), 0, Tier.HOST, branches[number])
+    (gone,) = index.survey(branches[1 - stays], 8, 12, use=False)
+    assert gone.block_ids[0] is not None
+    index.forget(Tier.HOST, gone.block_ids[0])
+    put(index, [11], 1, Tier.HOST, branches[stays])
+    assert index.evict(Tier.HOST, 1) == 1
+    assert index.find(KEYS[: 16 * 9]).last == 0
+    index.validate()
+
+
 def test_a_spent_leaf_that_is_used_again_is_as_good_as_others() -> None:
     """A use brings a leaf back into the order of uses, for good."""
     index = table(rule(1, STATE))
