@@ -15,7 +15,8 @@ typedef struct {
     ref *nodes;             /* scratch for one request, like `kinds` */
     uint8_t *kinds;
     size_t scratch;
-    uint8_t nearest[PATTERNS_MAX]; /* a pattern reduced to its nearest usable tier */
+    /* A pattern reduced to its nearest usable tier, by the set of tiers that must not be used. */
+    uint8_t nearest[1 << TIERS_MAX][PATTERNS_MAX];
 } BlockIndex;
 
 /* Which use a survey counts: that blocks are asked for, or that they are stored after that. */

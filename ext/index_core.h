@@ -271,6 +271,10 @@ struct reach {
     size_t first;                /* leaves before this position are not needed */
     size_t ready;                /* where the ready chain ends that begins at `first` */
     size_t end;                  /* the result: where the prefix ends, at least `first` */
+    unsigned unusable;           /* a bit for each tier that must not be used */
+    const uint8_t *device;       /* by group and position: whether the device has a block for the
+                                    leaf; NULL if none is needed */
+    size_t device_blocks;        /* positions of each group in `device`; behind them it has none */
     struct {
         ref *nodes;              /* leaves by the group's own blocks; memory for `ready` / ratio */
         size_t needed;           /* the first of its own blocks that the prefix needs */
@@ -279,8 +283,8 @@ struct reach {
     } leaves[GROUPS_MAX];
 };
 
-/* Find the longest prefix for which all needed blocks of every group are ready; the chain must be
- * ready for `drop` blocks more. */
+/* Find the longest prefix for which all needed blocks of every group can be loaded; the chain must
+ * be ready for `drop` blocks more. */
 void reach_find(const struct block_index *index, struct reach *reach, size_t drop);
 
 /* Return the leaf at a position that the prefix needs, or NONE. It may be before `first`. */
@@ -360,8 +364,9 @@ void place_free(struct tier *tier, ref place);
 bool ready_elsewhere(const struct block_index *index, const struct node *node, unsigned tier);
 bool has_place(const struct block_index *index, const struct node *node);
 
-/* Return whether a block is ready in the first tier, or is not there and ready in another. */
-bool is_loadable(const struct block_index *index, ref number);
+/* Return whether a block is ready in the first tier, or is not there and ready in another. A tier
+ * whose bit is set in `unusable` does not count. */
+bool is_loadable(const struct block_index *index, ref number, unsigned unusable);
 
 /* Count a place that became READY (1) or is no longer (-1). */
 static inline void ready_count(const struct block_index *index, struct tier *tier, ref node,

@@ -121,8 +121,22 @@ static size_t align(const struct block_index *index, size_t blocks)
     return blocks - blocks % index->alignment;
 }
 
-/* Look for the leaves of a group that a prefix of `end` blocks needs, the last first. Return `end`
- * or, if one is not ready, the end of the longest prefix that may not need it.
+/* Return the leaf at a position, or NONE if it cannot be loaded. */
+static ref leaf_to_load(const struct block_index *index, const struct reach *reach, unsigned group,
+                        size_t position, ref guess)
+{
+    ref leaf;
+
+    if (reach->device && (position >= reach->device_blocks ||
+                          !reach->device[(group - 1) * reach->device_blocks + position]))
+        return NONE;
+    leaf = leaf_find(index, reach->chain[position], group, guess);
+    return leaf != NONE && is_loadable(index, leaf, reach->unusable) ? leaf : NONE;
+}
+
+/* Return the end of the longest prefix of at most `end` blocks of which all leaves of a group can
+ * be loaded. They are looked at from the last one backwards; if one is missing, the next prefix is
+ * the longest that may not need it.
  *
  * A shorter prefix never begins to need leaves later than a longer one (see needs.h). So each leaf
  * is looked at once, whatever the number of prefixes that are tried. */
@@ -130,25 +144,27 @@ static size_t group_reach(const struct block_index *index, struct reach *reach, 
                           size_t end)
 {
     const struct rule *rule = &index->rule[group];
-    size_t count = end / rule->ratio, before_first = reach->first / rule->ratio;
+    size_t before_first = reach->first / rule->ratio, low = reach->leaves[group].low;
     ref *nodes = reach->leaves[group].nodes, last = NONE;
-    size_t low = reach->leaves[group].low < count ? reach->leaves[group].low : count;
-    size_t needed = (size_t)group_needed_from(rule->kind, rule->window, rule->block_tokens,
-                                              (int64_t)count * rule->block_tokens);
-    size_t from = needed > before_first ? needed : before_first;
 
-    while (low > from) {
-        size_t position = low * rule->ratio - 1;
+    while (end > reach->first) {
+        size_t count = end / rule->ratio;
+        size_t needed = (size_t)group_needed_from(rule->kind, rule->window, rule->block_tokens,
+                                                  (int64_t)count * rule->block_tokens);
+        size_t from = needed > before_first ? needed : before_first;
 
-        last = leaf_find(index, reach->chain[position], group, last - 1);
-        if (last == NONE || !is_loadable(index, last)) {
-            reach->leaves[group].low = low - 1;
-            return (low - 1) * rule->ratio;
+        for (low = low < count ? low : count; low > from; nodes[--low] = last) {
+            last = leaf_to_load(index, reach, group, low * rule->ratio - 1, last - 1);
+            if (last == NONE)
+                break;
         }
-        nodes[--low] = last;
+        if (low <= from) {
+            reach->leaves[group].needed = needed;
+            reach->leaves[group].from = from;
+            break;
+        }
+        end = align(index, --low * rule->ratio);
     }
-    reach->leaves[group].needed = needed;
-    reach->leaves[group].from = from;
     reach->leaves[group].low = low;
     return end;
 }
@@ -162,7 +178,7 @@ void reach_find(const struct block_index *index, struct reach *reach, size_t dro
     do {
         tried = end;
         for (unsigned group = 1; group < index->groups && end > reach->first; group++)
-            end = align(index, group_reach(index, reach, group, end));
+            end = group_reach(index, reach, group, end);
     } while (end < tried && end > reach->first);
     reach->end = end > reach->first ? end : reach->first;
     for (unsigned group = 1; group < index->groups && end <= reach->first; group++)

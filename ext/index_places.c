@@ -55,13 +55,21 @@ bool has_place(const struct block_index *index, const struct node *node)
     return false;
 }
 
-bool is_loadable(const struct block_index *index, ref number)
+static bool is_ready_in(const struct block_index *index, const struct node *node, unsigned t)
+{
+    return node->place[t] != NONE && index->tier[t].places[node->place[t]].state == PLACE_READY;
+}
+
+bool is_loadable(const struct block_index *index, ref number, unsigned unusable)
 {
     const struct node *node = node_at(index, number);
 
     if (node->place[0] != NONE)
-        return index->tier[0].places[node->place[0]].state == PLACE_READY;
-    return ready_elsewhere(index, node, 0);
+        return !(unusable & 1) && is_ready_in(index, node, 0);
+    for (unsigned t = 1; t < index->tiers; t++)
+        if (!(unusable >> t & 1) && is_ready_in(index, node, t))
+            return true;
+    return false;
 }
 
 /* Make the block's parked places candidates for eviction again. */

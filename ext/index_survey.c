@@ -7,6 +7,7 @@ struct strip {
     const ref *nodes;              /* NONE: nowhere */
     uint8_t *kinds;                /* the pattern of each */
     size_t count, first, step;
+    unsigned unusable;             /* a bit for each tier that must not be used */
 };
 
 /* Those blocks of a strip that have one pattern, by their numbers in the strip. */
@@ -29,22 +30,25 @@ static unsigned pattern_of(const struct block_index *index, ref number)
 }
 
 /* Reduce a pattern to the nearest usable tier: the first unless absent, else the first ready. */
-static unsigned nearest_of(unsigned pattern, unsigned tiers)
+static unsigned nearest_of(unsigned pattern, unsigned tiers, unsigned unusable)
 {
     unsigned digit = 1;
 
     if (pattern % 3)
-        return pattern % 3;
+        return unusable & 1 ? 0 : pattern % 3;
     for (unsigned t = 0; t < tiers; t++, digit *= 3)
-        if (pattern / digit % 3 == 2)
+        if (pattern / digit % 3 == 2 && !(unusable >> t & 1))
             return 2 * digit;
     return 0;
 }
 
 void nearest_tell(BlockIndex *self)
 {
-    for (unsigned pattern = 0; pattern < PATTERNS_MAX; pattern++)
-        self->nearest[pattern] = (uint8_t)nearest_of(pattern, self->index.tiers);
+    unsigned tiers = self->index.tiers;
+
+    for (unsigned unusable = 0; unusable < 1U << tiers; unusable++)
+        for (unsigned pattern = 0; pattern < PATTERNS_MAX; pattern++)
+            self->nearest[unusable][pattern] = (uint8_t)nearest_of(pattern, tiers, unusable);
 }
 
 static void run_begin(struct alike *alike, size_t number)
@@ -75,6 +79,7 @@ static inline __attribute__((always_inline)) size_t
 patterns_tell_as(BlockIndex *self, const struct strip *strip, enum told told,
                  struct alike *alikes)
 {
+    const uint8_t *nearest = self->nearest[strip->unusable];
     unsigned last = PATTERNS_MAX;
     struct alike *alike = NULL;
     size_t number = 0;
@@ -84,7 +89,7 @@ patterns_tell_as(BlockIndex *self, const struct strip *strip, enum told told,
         unsigned pattern = told == TOLD_SPARSE && node == NONE ? 0 : pattern_of(&self->index, node);
 
         if (told >= TOLD_NEAREST) {
-            pattern = self->nearest[pattern];
+            pattern = nearest[pattern];
             if (told == TOLD_READY ? pattern < 2 : !pattern)
                 break;
         }
@@ -228,7 +233,8 @@ static void prompt_asked(BlockIndex *self, const struct batch *prompt, size_t kn
 static struct strip leaves_find(BlockIndex *self, unsigned group, size_t begin, size_t known)
 {
     size_t ratio = self->index.rule[group].ratio;
-    struct strip strip = {self->nodes, self->kinds, 0, (begin + ratio) / ratio * ratio - 1, ratio};
+    struct strip strip = {self->nodes, self->kinds, 0, (begin + ratio) / ratio * ratio - 1, ratio,
+                          0};
     ref leaf = NONE;
 
     for (size_t position = strip.first; position < known; position += ratio) {
@@ -279,7 +285,7 @@ static PyObject *survey(BlockIndex *self, struct value *values)
     if (group)
         return survey_leaves(self, group, range, known, use);
     strip = (struct strip){self->nodes + range[0], self->kinds + range[0],
-                           known > range[0] ? known - range[0] : 0, range[0], 1};
+                           known > range[0] ? known - range[0] : 0, range[0], 1, 0};
     result = strip_list(self, &strip, nearest ? TOLD_NEAREST : TOLD_WHOLE,
                         nearest ? 0 : range[1] - range[0] - strip.count);
     if (!result)
@@ -324,7 +330,7 @@ static PyObject *reach_group(BlockIndex *self, const struct reach *reach, unsign
     size_t ratio = self->index.rule[group].ratio, from = reach->leaves[group].from;
     size_t count = reach->end / ratio - from;
     struct strip strip = {reach->leaves[group].nodes + from, self->kinds, count,
-                          (from + 1) * ratio - 1, ratio};
+                          (from + 1) * ratio - 1, ratio, reach->unusable};
     PyObject *alikes = strip_list(self, &strip, TOLD_NEAREST, 0);
 
     return alikes ? Py_BuildValue("(IN)", group, alikes) : NULL;
@@ -347,6 +353,35 @@ static PyObject *reach_leaves(BlockIndex *self, const struct reach *reach)
     return result;
 }
 
+/* Read a buffer, or None: there is none. */
+static int read_device(PyObject *self, const struct parameter *parameter, struct value *value)
+{
+    return Py_IsNone(value->object) ? 0 : read_bytes(self, parameter, value);
+}
+
+/* Read what must not be used: a set of tiers, and leaves without a block of the device, both of
+ * which may be left out. Return 0 or -1. */
+static int limits_read(const BlockIndex *self, const struct value *unusable,
+                       const struct value *device, struct reach *reach)
+{
+    static const uint8_t nothing[1];
+    bool is_given = device->view.buffer.obj != NULL;
+    Py_ssize_t bytes = is_given ? device->view.buffer.len : 0;
+    Py_ssize_t groups = (Py_ssize_t)self->index.groups - 1;
+    int64_t tiers = 0;
+
+    if (unusable->object && integer_read(unusable->object, "unusable", 0,
+                                         (INT64_C(1) << self->index.tiers) - 1, &tiers) < 0)
+        return -1;
+    if (groups ? bytes % groups : bytes)
+        return raise_value("device has %zd bytes, must be as many for each of %zd groups", bytes,
+                           groups);
+    reach->unusable = (unsigned)tiers;
+    reach->device = bytes ? device->view.buffer.buf : is_given ? nothing : NULL;
+    reach->device_blocks = groups ? (size_t)(bytes / groups) : 0;
+    return 0;
+}
+
 static PyObject *reach(BlockIndex *self, struct value *values)
 {
     const unsigned char *keys = values[0].view.buffer.buf;
@@ -357,12 +392,13 @@ static PyObject *reach(BlockIndex *self, struct value *values)
     PyObject *chain, *leaves;
     ref *used;
 
-    if (range_read(values, range) < 0 || reach_open(self, &reach, range[1], &used) < 0)
+    if (range_read(values, range) < 0 || limits_read(self, &values[5], &values[6], &reach) < 0 ||
+        reach_open(self, &reach, range[1], &used) < 0)
         return NULL;
     from = values[4].integer ? 0 : range[0];
     known = from + nodes_find(&self->index, keys, from, range[1], self->nodes + from);
     strip = (struct strip){self->nodes + range[0], self->kinds,
-                           known > range[0] ? known - range[0] : 0, range[0], 1};
+                           known > range[0] ? known - range[0] : 0, range[0], 1, reach.unusable};
     strip.count = patterns_tell(self, &strip, TOLD_READY, alikes);
     reach.first = range[0];
     reach.ready = range[0] + strip.count;
@@ -387,4 +423,5 @@ static PyObject *reach(BlockIndex *self, struct value *values)
 }
 
 CALL(call_, reach, BlockIndex, 5, READ("keys", read_bytes), OBJECT("begin"), OBJECT("end"),
-     INTEGER("drop", 0, UINT32_MAX), READ("use", read_flag))
+     INTEGER("drop", 0, UINT32_MAX), READ("use", read_flag), OBJECT("unusable"),
+     READ("device", read_device))

@@ -333,7 +333,14 @@ class BlockIndex:
         """
 
     def reach(
-        self, keys: bytes, begin: int, end: int, drop: int, use: bool
+        self,
+        keys: bytes,
+        begin: int,
+        end: int,
+        drop: int,
+        use: bool,
+        unusable: int = 0,
+        device: Memory | None = None,
     ) -> tuple[int, int, list[Alike], list[tuple[int, list[Alike]]]]:
         """Return the longest prefix up to `end` that every KV group can load.
 
@@ -347,6 +354,11 @@ class BlockIndex:
             drop: how many more blocks of the chain must be ready behind the prefix.
             use: whether to count a use of the blocks of the chain from the root on, and of the
                 leaves that the prefix needs.
+            unusable: a bit for each tier whose blocks must not be loaded. A block in the first tier
+                is only ever loaded from there.
+            device: bool[groups - 1, n], for each group but the chain's whether there is a device
+                block for its leaf at each position, and for none from position n on: a leaf
+                without one cannot be loaded. None: device blocks do not matter.
 
         Returns:
             Where the prefix ends, at least `begin`; where the chain of ready blocks ends; the

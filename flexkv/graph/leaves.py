@@ -22,9 +22,6 @@ from flexkv.index.claims import Holding
 from flexkv.index.found import AlikeBlocks, Found, Placement
 from flexkv.index.residency import ALL, READY, Residency
 
-TRIES_MAX = 16
-"""How many prefixes, each shorter than the last, are tried before a load finds nothing."""
-
 
 class Prefix(NamedTuple):
     """The prefix of a prompt that a load asks for.
@@ -70,22 +67,23 @@ class LeafFinder:
             use: count a use of the blocks that are found.
         """
         keys, first, last, drop, leaves = prefix
-        device = None if leaves is None else _DeviceLeaves(self._rules, leaves, last)
         last = last if before is None else min(last, before - 1)
-        found = Found(first, first, {})
-        for _ in range(TRIES_MAX):
-            if device is not None:
-                while last > first and (last % self._alignment or not device.cover(first, last)):
-                    last -= 1
-            if last <= first:
-                break
-            end = (last + drop + 1) * BLOCK_KEY_BYTES
-            found = self._residency.find(keys[:end], first, use, drop)
-            reach = _readable(found, unreadable)
-            if reach == found.last and (device is None or device.cover(first, reach)):
-                return found
-            last, use = min(reach, found.last), False
-        return found.before(first)
+        keys = keys[: (max(0, last + drop) + 1) * BLOCK_KEY_BYTES]
+        device = None if leaves is None else self._device_blocks(leaves, max(0, last))
+        return self._residency.reach(keys, first, use, drop, unreadable, device)
+
+    def _device_blocks(self, leaves: tuple[LeafBlocks, ...], last: int) -> NDArray[np.bool_]:
+        """Return whether there is a device block for the leaf of each group at each position.
+
+        The positions end before `last`.
+        """
+        device = np.zeros((len(self._rules), last), np.bool_)
+        for group, positions, device_ids in leaves:
+            first, count = positions.first, positions.number_before(last)
+            places = positions.places
+            where = slice(first, first + count) if places is None else places[:count]
+            device[group - 1, where] = device_ids[:count] >= 0
+        return device
 
     def load(self, request: Request, found: Found, draft: Draft) -> int:
         """Draft the loads of all that was found; return 0, or how many blocks found no place."""
@@ -165,38 +163,6 @@ class LeafFinder:
                 return
 
 
-class _DeviceLeaves:
-    """The leaves for which a request has device blocks."""
-
-    def __init__(
-        self, rules: tuple[GroupRule, ...], leaves: tuple[LeafBlocks, ...], last: int
-    ) -> None:
-        """Count the device blocks of leaves before position `last`."""
-        self._rules = rules
-        self._number_before: dict[int, NDArray[np.int64]] = {}
-        """For each group, how many leaves before each position have a device block."""
-        ratios = {rule.group: rule.ratio for rule in rules}
-        for group, positions, device_ids in leaves:
-            has = np.zeros(last + 1, np.int64)
-            places = positions.array[device_ids >= 0]
-            places = places[(places < last) & ((places + 1) % ratios[group] == 0)]
-            has[places + 1] = 1
-            self._number_before[group] = has.cumsum()
-
-    def cover(self, first: int, last: int) -> bool:
-        """Return whether there is a device block for each leaf that must be loaded for a prefix.
-
-        The device has the leaves before `first` already.
-        """
-        for rule in self._rules:
-            begin, end = needed(rule, first, last)
-            before = self._number_before.get(rule.group)
-            has = 0 if before is None else before[end * rule.ratio] - before[begin * rule.ratio]
-            if has < end - begin:
-                return False
-        return True
-
-
 def needed(rule: GroupRule, first: int, last: int) -> tuple[int, int]:
     """Return which of a group's own blocks a prefix of `last` chain blocks needs from `first` on.
 
@@ -205,16 +171,6 @@ def needed(rule: GroupRule, first: int, last: int) -> tuple[int, int]:
     tokens = last // rule.ratio * rule.block_tokens
     begin, end = _ext.needed(rule.kind, rule.window, rule.block_tokens, tokens)
     return min(max(begin, first // rule.ratio), end), end
-
-
-def _readable(found: Found, unreadable: Set[Tier]) -> int:
-    """Return an upper bound of the end of a prefix that uses none of the unreadable tiers."""
-    reach = found.last
-    for tier in unreadable & found.ready.keys():
-        reach = min(reach, found.ready[tier].positions.first)
-    if any(unreadable & leaves.ready.keys() for leaves in found.leaves):
-        reach = min(reach, found.last - 1)
-    return reach
 
 
 def _within(alike: AlikeBlocks, wanted: Positions) -> AlikeBlocks:

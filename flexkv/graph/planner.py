@@ -120,19 +120,43 @@ class Planner:
 
     def _plan_whole(self, leaves: LeafFinder, request: Request, run_id: int) -> Planned:
         """Plan a load that brings what it finds of every KV group, or nothing."""
-        residency, prefix, told = self._residency, prefix_of(request), None
-        found, missing = leaves.find(prefix, self._unreadable, use=True), 0
+        found, told = leaves.find(prefix_of(request), self._unreadable, use=True), None
         while True:
             draft = Draft(request, self.limits)
-            with residency.holding(found.holdings):
+            with self._residency.holding(found.holdings):
                 lacks = leaves.load(request, found, draft)
                 if not lacks:
                     plan = self._claimed(draft.plan(run_id))
                     return Planned(plan, found, told, is_whole=True)
                 self._drop(draft)
-            told = told or residency.shortfall(Tier.HOST, lacks)
-            missing = 2 * missing or 1
-            found = leaves.find(prefix, self._unreadable, found.last - missing + 1)
+            told = told or self._residency.shortfall(Tier.HOST, lacks)
+            found = self._shorter(leaves, request, found)
+
+    def _shorter(self, leaves: LeafFinder, request: Request, found: Found) -> Found:
+        """Return the longest prefix that host memory has room for, where it has none for `found`.
+
+        The search goes down in steps that double, and from the first prefix that fits up again by
+        bisection. So it takes few steps, whether little room is lacking or much.
+        """
+        prefix, best, step = prefix_of(request), found.before(found.first), 1
+        fits, fails = found.first + 1, found.last
+        while fits < fails:  # `best` is the longest that ends before `fits`
+            before = max(fails - step + 1, (fits + fails + 1) // 2)
+            shorter = leaves.find(prefix, self._unreadable, before)
+            if shorter.last > best.last and not self._has_room(leaves, request, shorter, best):
+                fails = shorter.last
+            else:
+                best, fits = max(best, shorter, key=_last), before
+            step *= 2
+        return best
+
+    def _has_room(self, leaves: LeafFinder, request: Request, found: Found, kept: Found) -> bool:
+        """Return whether host memory has room to load a prefix, without losing what was `kept`."""
+        draft = Draft(request, self.limits)
+        with self._residency.holding([*kept.holdings, *found.holdings]):
+            lacks = leaves.load(request, found, draft)
+            self._drop(draft)
+        return not lacks
 
     def find(self, keys: bytes, first: int = 0, drop: int = 0) -> Found:
         """Return where a prompt's blocks from `first` on are, and count a use of them.
@@ -449,6 +473,10 @@ class _Store(NamedTuple):
     is_new: bool
     lacking: tuple[Tier, ...]
     group: int
+
+
+def _last(found: Found) -> int:
+    return found.last
 
 
 def _first_position(alike: AlikeBlocks) -> int:

@@ -9,7 +9,7 @@ tier.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -153,10 +153,9 @@ class Residency:
                 the leaves that are needed there, in every tier.
             drop: how many more blocks the chain must have behind the run.
         """
-        blocks = len(keys) // BLOCK_KEY_BYTES - 1
-        if self.groups > 1 and blocks > first:
-            return self._reach(keys, range(first, blocks), use, drop)
-        found = self._run(keys, first, blocks, use)
+        if self.groups > 1:
+            return self.reach(keys, first, use, drop)
+        found = self._run(keys, first, len(keys) // BLOCK_KEY_BYTES - 1, use)
         return found.before(max(first, found.last - drop)) if drop else found
 
     def _run(self, keys: bytes, first: int, blocks: int, use: bool = False) -> Found:
@@ -180,11 +179,36 @@ class Residency:
         chain = pending.positions.first if pending else last
         return Found(first, last, ready, pending, chain=chain)
 
-    def _reach(self, keys: bytes, wanted: range, use: bool, drop: int) -> Found:
-        """Return the longest run that every KV group can load; `wanted` is not empty."""
-        last, chain, told, leaves = self._table.reach(keys, wanted.start, wanted.stop, drop, use)
+    def reach(
+        self,
+        keys: bytes,
+        first: int = 0,
+        use: bool = False,
+        drop: int = 0,
+        unreadable: Set[Tier] = frozenset(),
+        device: NDArray[np.bool_] | None = None,
+    ) -> Found:
+        """Return the longest run that every KV group can load, as `find` does.
+
+        Args:
+            keys: as for `find`, and so are `first`, `use` and `drop`.
+            first: where the run starts.
+            use: whether to count a use.
+            drop: how many more blocks the chain must have behind the run.
+            unreadable: tiers whose blocks cannot be loaded.
+            device: bool[groups - 1, n], whether there is a device block for the leaf of each group
+                but the chain's at each position; there is none from position n on. A leaf without
+                one cannot be loaded. None if nothing is loaded to a device.
+        """
+        blocks = len(keys) // BLOCK_KEY_BYTES - 1
+        if blocks <= first:
+            return Found(first, first, {}, chain=first)
+        unusable = sum([1 << self._number[tier] for tier in unreadable & self._number.keys()])
+        last, chain, told, leaves = self._table.reach(
+            keys, first, blocks, drop, use, unusable, device
+        )
         found = [LeafFound(group, self._by_tier(of)) for group, of in leaves]
-        return Found(wanted.start, last, self._by_tier(told), None, tuple(found), chain)
+        return Found(first, last, self._by_tier(told), None, tuple(found), chain)
 
     def _by_tier(self, told: Sequence[_ext.Alike]) -> dict[Tier, Placement]:
         """Return where blocks are, all of them ready."""

@@ -11,6 +11,7 @@ from math import lcm
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flexkv._ext import needed
 from flexkv.common.space import GroupRule
@@ -57,6 +58,20 @@ class Lease(NamedTuple):
 
     tier: Tier
     places: list[Place]
+
+
+class Limits(NamedTuple):
+    """What a search must not use: tiers, and leaves for which the device has no block."""
+
+    unreadable: frozenset[Tier] = frozenset()
+    device: NDArray[np.bool_] | None = None
+    """bool[groups - 1, n], for each leaf whether there is a block."""
+
+    def allow(self, group: int, position: int) -> bool:
+        """Return whether the device has a block for a leaf."""
+        if self.device is None:
+            return True
+        return position < self.device.shape[1] and bool(self.device[group - 1, position])
 
 
 class Driver:
@@ -166,21 +181,23 @@ class Driver:
         told = self.index.survey(keys_of(chain), at, at + 1, False, group_of(path))
         return told[0].states if told else (ABSENT,) * len(TIERS)
 
-    def _nearest(self, path: Path) -> tuple[Tier, int, bool] | None:
+    def _nearest(self, path: Path, limits: Limits) -> tuple[Tier, int, bool] | None:
         """Return from where a block would be loaded, and whether it is ready there."""
         for tier, place in sorted(self.blocks.get(path, {}).items(), key=lambda item: item[0]):
-            if tier == Tier.HOST or place.state == READY:
+            if tier not in limits.unreadable and (tier == Tier.HOST or place.state == READY):
                 return tier, place.block_id, place.state == READY
+            if tier == Tier.HOST:
+                return None
         return None
 
-    def _is_ready(self, path: Path) -> bool:
-        nearest = self._nearest(path)
+    def _is_ready(self, path: Path, limits: Limits) -> bool:
+        nearest = self._nearest(path, limits)
         return nearest is not None and nearest[2]
 
     def _reached(
-        self, prompt: Path, first: int, chain: int, drop: int
+        self, prompt: Path, first: int, chain: int, drop: int, limits: Limits
     ) -> tuple[int, dict[int, list[int]]]:
-        """Return the longest prefix of which every KV group is ready, and the positions of leaves.
+        """Return the longest prefix that every KV group can load, and the positions of its leaves.
 
         `chain` is where the chain of ready blocks ends.
         """
@@ -192,7 +209,7 @@ class Driver:
                 at = [p for p in ((n + 1) * ratio - 1 for n in own) if p >= first]
                 wanted |= {group: at} if at else {}
             if all(
-                self._is_ready((*prompt[: n + 2], -group))
+                self._is_ready((*prompt[: n + 2], -group), limits) and limits.allow(group, n)
                 for group in wanted
                 for n in wanted[group]
             ):
@@ -324,16 +341,20 @@ class Driver:
         if self.pins:
             self._unpin(*self.pins.pop(number % len(self.pins)))
 
-    def use(self, path: Path, first: int = 0, drop: int = 0) -> None:
+    def use(self, path: Path, first: int = 0, drop: int = 0, limits: Limits | None = None) -> None:
         """Find a prompt as a use, and compare what is found."""
-        found = self.index.find(keys_of(path), first, True, drop)
-        at = [self._nearest(path[: n + 2]) for n in range(len(path) - 1)]
+        of_every_group, limits = bool(self.rules or limits), limits or Limits()
+        if of_every_group:
+            found = self.index.reach(keys_of(path), first, True, drop, *limits)
+        else:
+            found = self.index.find(keys_of(path), first, True, drop)
+        at = [self._nearest(path[: n + 2], limits) for n in range(len(path) - 1)]
         chain = next((n for n in range(first, len(at)) if not (at[n] and at[n][2])), len(at))
         last = next((n for n in range(first, len(at)) if not at[n]), len(at))
         chain, last = max(first, chain), max(first, last)
         leaves: dict[int, list[int]] = {}
-        if self.rules:
-            last, leaves = self._reached(path, first, chain, drop)
+        if of_every_group:
+            last, leaves = self._reached(path, first, chain, drop, limits)
         else:
             last = max(first, last - drop)
         assert (found.last, found.chain) == (last, chain)
@@ -342,7 +363,7 @@ class Driver:
             n: at[n] for n in range(first, last)
         }
         assert {of.group: _told(of.ready, True) for of in found.leaves} == {
-            group: {n: self._nearest((*path[: n + 2], -group)) for n in positions}
+            group: {n: self._nearest((*path[: n + 2], -group), limits) for n in positions}
             for group, positions in leaves.items()
         }
         self.now_s += 1

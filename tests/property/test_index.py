@@ -18,7 +18,7 @@ from flexkv.common.terms import Positions, Tier
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.eviction import POLICIES, Eviction
 from flexkv.index.residency import Change, Residency
-from tests.property.index_model import Driver
+from tests.property.index_model import Driver, Limits
 from tests.property.index_names import (
     DEPTH,
     NAMESPACES,
@@ -90,6 +90,11 @@ class IndexMachine(RuleBasedStateMachine):
     def use(self, path: tuple[int, ...], first: int, drop: int) -> None:
         """Find a prompt as a use."""
         self.driver.use(path, first, drop)
+
+    @rule(path=st.sampled_from(PATHS), first=st.integers(0, 2), random=st.randoms())
+    def use_some(self, path: tuple[int, ...], first: int, random: Random) -> None:
+        """Find a prompt as a use, where some tiers and leaves must not be used."""
+        self.driver.use(path, first, 0, random_limits(self.driver, random))
 
     @rule(tier=st.sampled_from(TIERS), blocks=st.integers(0, 8))
     def evict(self, tier: Tier, blocks: int) -> None:
@@ -177,7 +182,8 @@ def random_step(driver: Driver, random: Random) -> None:
     steps: list[tuple[int, Callable[[], None]]] = [
         (350, lambda: driver.reserve(tier, path, begin, few < 3, group)),
         (220, lambda: driver.settle(random.randrange(9), random.random() < 0.8)),
-        (150, lambda: driver.use(path, begin, random.choice([0, 0, 1, 2]))),
+        (100, lambda: driver.use(path, begin, random.choice([0, 0, 1, 2]))),
+        (80, lambda: driver.use(path, begin, few // 4, random_limits(driver, random))),
         (50, lambda: driver.reserve_copies(tier, several)),
         (60, lambda: driver.pin(tier, name)),
         (60, lambda: driver.unpin(random.randrange(9))),
@@ -192,6 +198,17 @@ def random_step(driver: Driver, random: Random) -> None:
     weights, operations = zip(*steps, strict=True)
     (operation,) = random.choices(operations, weights)
     operation()
+
+
+def random_limits(driver: Driver, random: Random) -> Limits:
+    """Return tiers and leaves that a search must not use; most leaves may be used."""
+    unreadable = frozenset(tier for tier in TIERS if random.random() < 0.3)
+    if random.random() < 0.3:
+        return Limits(unreadable)
+    shape = len(driver.rules), random.randint(0, DEPTH)
+    often = random.choice([0.5, 0.9, 1.0])
+    has = [random.random() < often for _ in range(shape[0] * shape[1])]
+    return Limits(unreadable, np.array(has, np.bool_).reshape(shape))
 
 
 # -- the order of evictions ----------------------------------------------------------------------

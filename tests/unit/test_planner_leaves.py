@@ -131,6 +131,33 @@ def test_a_get_without_room_reserves_nothing() -> None:
     tiers.validate()
 
 
+@pytest.mark.parametrize("states", [range(32), [3, 9, 21, 31]])
+def test_the_longest_prefix_that_host_memory_has_room_for_is_loaded(states: Any) -> None:
+    """Whatever the room, no longer prefix would have fitted, and a shorter one is not settled for.
+
+    A prefix of n blocks needs n places for the chain, half as many for the pairs, two for the
+    window and one for the state.
+    """
+    long = keys(*range(32))
+    every = {WINDOW: list(range(32)), STATE: list(states), PAIR: list(range(1, 32, 2))}
+    possible = [n for n in range(2, 33, 2) if n - 1 in states]
+    for host in range(1, 55):
+        tiers = index(host, disk=128)
+        tiers.commit(Tier.DISK, tiers.reserve(Tier.DISK, long, Positions(0, 32)))
+        for group, at in every.items():
+            positions = positions_of(np.array(at, np.int64))
+            tiers.commit(Tier.DISK, tiers.reserve(Tier.DISK, long, positions, group=group))
+        made = msgspec.structs.replace(
+            request(Operation.GET, *range(32)), leaves=leaf_blocks(every)
+        )
+        planned = Planner(tiers, LIMITS, rules=RULES).plan(made, 1)
+        fitting = [n for n in possible if n + n // 2 + 2 + 1 <= host]
+        assert planned.found.last == max(fitting, default=0)
+        assert (planned.shortfall is None) == (planned.found.last == 32)
+        settle(tiers, planned)
+        assert tiers.counts(Tier.HOST).reserved == 0
+
+
 @pytest.mark.parametrize("lacks", [WINDOW, STATE, PAIR])
 def test_a_get_needs_a_device_block_for_every_leaf(lacks: int) -> None:
     """Without a device block for one leaf, the prefix is not loaded; -1 stands for none."""
