@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, pairwise
 from math import prod
 from typing import NamedTuple, TypeAlias
 
@@ -207,20 +207,62 @@ def order_of(layouts: Sequence[PagedLayout]) -> Order:
 def _check_apart(layers: list[list[_Piece]], num_blocks: int, fields: Sequence[str]) -> None:
     """Check that no byte belongs to two layers, which would overwrite each other.
 
+    Pieces are compared only with those whose ranges of addresses overlap: first all at once by
+    their residues, and if that leaves a doubt, each with each.
+
     Raises:
         ConfigError: two tensors are the same memory, or overlap.
     """
     pieces = sorted((*piece, number) for number, layer in enumerate(layers) for piece in layer)
-    for at, (address, stride, size, number) in enumerate(pieces):
-        end = address + (num_blocks - 1) * stride + size
-        for other in islice(pieces, at + 1, None):
-            if other[0] >= end:
-                break
-            apart = (other[0] - address) % max(stride, 1)
-            if stride == other[1] and min(apart - size, stride - apart - other[2]) < 0:
-                first, second = sorted((number, other[3]))
-                why = f"shares memory with {fields[first]}: each layer must have its own"
-                raise ConfigError(fields[second], f"address {other[0]:#x}", why)
+    rows = np.array(pieces, np.int64)
+    if num_blocks == 1:  # its stride has no effect, and may be anything
+        rows[:, 1] = rows[-1, 0] - rows[0, 0] + rows[:, 2].max()
+    ends = np.maximum.accumulate(rows[:, 0] + (num_blocks - 1) * rows[:, 1] + rows[:, 2])
+    gaps = np.flatnonzero(rows[1:, 0] >= ends[:-1]) + 1
+    for first, last in pairwise((0, *gaps.tolist(), len(rows))):
+        near = rows[first:last]
+        if len(near) == 1 or _have_own_residues(near):
+            continue
+        for at, row in enumerate(near):
+            for other in _doubtful(row, near[at + 1 :], num_blocks):
+                if _overlap(row, other, num_blocks):
+                    one, another = sorted((int(row[3]), int(other[3])))
+                    why = f"shares memory with {fields[one]}: each layer must have its own"
+                    raise ConfigError(fields[another], f"address {int(other[0]):#x}", why)
+
+
+def _have_own_residues(rows: NDArray[np.int64]) -> bool:
+    """Return whether no two pieces share a residue of the strides' greatest common divisor.
+
+    All blocks of a piece have the same residues, so such pieces cannot overlap.
+    """
+    modulus = np.gcd.reduce(rows[:, 1])
+    begins = rows[:, 0] % modulus
+    order = np.argsort(begins)
+    room = np.diff(begins[order], append=begins[order[0]] + modulus)
+    return bool((room >= rows[order, 2]).all())
+
+
+def _doubtful(
+    row: NDArray[np.int64], others: NDArray[np.int64], num_blocks: int
+) -> NDArray[np.int64]:
+    """Return the pieces, of those that begin no earlier, that may share a byte with one piece."""
+    address, stride, size, _ = row
+    others = others[: np.searchsorted(others[:, 0], address + (num_blocks - 1) * stride + size)]
+    modulus = np.gcd(others[:, 1], stride)
+    apart = (others[:, 0] - address) % modulus
+    found: NDArray[np.int64] = others[(apart < size) | (modulus - apart < others[:, 2])]
+    return found
+
+
+def _overlap(row: NDArray[np.int64], other: NDArray[np.int64], num_blocks: int) -> bool:
+    """Return whether any block of one piece shares a byte with any block of another."""
+    (address, stride, size, _), (other_address, other_stride, other_size, _) = row, other
+    begins = address + np.arange(num_blocks) * stride
+    # Of the other's blocks that begin before a block ends, the last one comes closest to it.
+    numbers = (begins + size - 1 - other_address) // other_stride
+    closest = other_address + numbers.clip(0, num_blocks - 1) * other_stride
+    return bool(((closest < begins + size) & (begins < closest + other_size)).any())
 
 
 def _order(spec: TensorSpec, shape: KVShape, axes: tuple[str, ...]) -> Order:
