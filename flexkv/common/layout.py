@@ -115,9 +115,13 @@ SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("blocks-heads", ("blocks", "heads", "tokens", "kv·dim")),
     ("fused", ("blocks", "tokens", "heads", "kv·dim")),
     ("fused", ("blocks", "tokens", "heads·kv·dim")),
-    ("flat", ("blocks", "tokens·heads·kv·dim")),
+    ("flat", ("blocks", "dim")),
 )
-"""Every known shape, with the name that `layout` selects it by. A new shape is a new row."""
+"""Every known shape, with the name that `layout` selects it by. A new shape is a new row.
+
+An axis that is left out has length 1. So only a block of one vector, such as a state, is flat: a
+row of several would not tell the order of its elements.
+"""
 
 LAYOUT_NAMES = tuple(dict.fromkeys(name for name, _ in SHAPES))
 
@@ -307,25 +311,31 @@ def _fit(spec: TensorSpec, shape: KVShape, layout: str | None, field: str) -> _F
         "heads": shape.heads,
         "dim": shape.head_size,
     }
-    fits = [
-        _Fit(name, axes)
-        for name, axes in SHAPES
-        if (layout is None or name == layout) and _matches(spec.shape, axes, sizes)
-    ]
+    told = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    named = [_Fit(*row) for row in SHAPES if layout in (None, row[0])]
+    known = [fit for fit in named if _has_all_axes(fit.axes, sizes)]
+    if not known:
+        why = f"is only for blocks of one vector, such as states; those of {field} have {told}"
+        raise ConfigError("layout", layout, why)
+    fits = [fit for fit in known if _matches(spec.shape, fit.axes, sizes)]
     if not fits:
-        known = "; ".join(
-            f"{name} [{', '.join(axes)}]"
-            for name, axes in SHAPES
-            if layout is None or name == layout
-        )
-        expected = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ConfigError(field, spec.shape, f"fits none of: {known}, where {expected}")
+        expected = "; ".join(f"{name} [{', '.join(axes)}]" for name, axes in known)
+        why = f"fits none of: {expected}, where {told}"
+        if len(spec.shape) == 2 and len(known) < len(named):
+            why += "; a row for each block does not tell the order of its elements"
+        raise ConfigError(field, spec.shape, why)
     if len({fit.block_axis for fit in fits}) > 1:
         names = ", ".join(dict.fromkeys(fit.name for fit in fits))
         raise ConfigError("layout", layout, f"shape {spec.shape} is ambiguous: give one of {names}")
     if spec.shape[fits[0].block_axis] < 1:
         raise ConfigError(field, spec.shape, "must have at least one block")
     return fits[0]
+
+
+def _has_all_axes(axes: tuple[str, ...], sizes: dict[str, int]) -> bool:
+    """Return whether every axis of a block that is longer than 1 is among these."""
+    factors = "·".join(axes).split("·")
+    return all(size == 1 or axis in factors for axis, size in sizes.items())
 
 
 def _matches(shape: tuple[int, ...], axes: tuple[str, ...], sizes: dict[str, int]) -> bool:

@@ -163,6 +163,47 @@ def test_a_shape_that_does_not_fit_is_named(shape, layout, said):
     assert caught.value.value == shape
 
 
+def vectors_of(size, kv_dim=1, tokens=1, heads=1, item_bytes=1):
+    """Return the KV shape of blocks of so many vectors."""
+    return KVShape(tokens, heads, size, kv_dim, item_bytes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ((BLOCKS, BLOCK_ELEMENTS), vectors_of(DIM, 2, TOKENS, HEADS, 2)),
+        ((BLOCKS, TOKENS * DIM), vectors_of(DIM, tokens=TOKENS)),
+        ((BLOCKS, HEADS * DIM), vectors_of(DIM, heads=HEADS)),
+        ((BLOCKS, 2 * DIM), vectors_of(DIM, kv_dim=2)),
+        ((BLOCKS, DIM), vectors_of(DIM, 2, TOKENS, HEADS, 2)),
+    ],
+    ids=["all", "tokens", "heads", "K and V", "as long as one vector"],
+)
+def test_rows_of_several_vectors_are_refused(shape, sizes):
+    """A row for each block is refused unless the block is one vector: it would tell no order."""
+    specs = [describe(np.zeros(shape, f"i{sizes.item_bytes}"))]
+    with pytest.raises(ConfigError, match="does not tell the order of its elements") as caught:
+        infer_layout(specs, [sizes])
+    assert (caught.value.field, caught.value.value) == ("kv_caches[0]", shape)
+    why = rf"only for blocks of one vector, such as states; .*\[0\] have kv={sizes.kv_dim}, tokens"
+    with pytest.raises(ConfigError, match=why) as caught:
+        infer_layout(specs, [sizes], "flat")
+    assert (caught.value.field, caught.value.value) == ("layout", "flat")
+
+
+@pytest.mark.parametrize("layout", [None, "flat"])
+def test_rows_of_one_vector_are_flat(layout):
+    """A row is accepted where the block is one vector, as the block of a state is."""
+    states = layers_of((BLOCKS, 200))
+    found = infer_layout(
+        [describe(state) for state in states], [vectors_of(200, item_bytes=2)], layout
+    )
+    assert (found.name, found.order) == ("flat", "dim")
+    assert read_block(found, 2) == b"".join(state[2].tobytes() for state in states)
+    with pytest.raises(ConfigError, match=r"fits none of.*flat \[blocks, dim\].*dim=201$"):
+        infer_layout([describe(state) for state in states], [vectors_of(201, item_bytes=2)], layout)
+
+
 def test_an_unknown_layout_is_named():
     """An unknown layout is an error that lists the known ones."""
     with pytest.raises(ConfigError, match="kv-blocks, blocks-kv, blocks-heads, fused"):
