@@ -13,7 +13,7 @@ from flexkv.graph.run import Run
 def response_of(request: Request, planned: Planned, run: Run) -> KVResponse:
     """Return the response of a run whose answering ops are all over.
 
-    A get of several KV groups that lacks any block counts as having moved nothing: a prefix is of
+    A load of several KV groups that lacks any block counts as having moved nothing: a prefix is of
     no use without what it needs of each group.
     """
     first = request.span.first_block
@@ -25,7 +25,7 @@ def response_of(request: Request, planned: Planned, run: Run) -> KVResponse:
         mask[first * per_block : (first + count) * per_block] = True
         status = _status(request, planned, run, count > 0)
         return KVResponse(status, request.request_id, mask, planned.shortfall)
-    if planned.is_whole and request.operation is Operation.GET:
+    if planned.is_whole and (run.errors or run.cancelled):
         moved = np.zeros(request.span.last_block - first, np.bool_)
     else:
         moved = _moved_blocks(request, planned, run)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, pairwise
 from math import prod
 from typing import NamedTuple, TypeAlias
 
@@ -115,9 +115,13 @@ SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("blocks-heads", ("blocks", "heads", "tokens", "kv·dim")),
     ("fused", ("blocks", "tokens", "heads", "kv·dim")),
     ("fused", ("blocks", "tokens", "heads·kv·dim")),
-    ("flat", ("blocks", "tokens·heads·kv·dim")),
+    ("flat", ("blocks", "dim")),
 )
-"""Every known shape, with the name that `layout` selects it by. A new shape is a new row."""
+"""Every known shape, with the name that `layout` selects it by. A new shape is a new row.
+
+An axis that is left out has length 1. So only a block of one vector, such as a state, is flat: a
+row of several would not tell the order of its elements.
+"""
 
 LAYOUT_NAMES = tuple(dict.fromkeys(name for name, _ in SHAPES))
 
@@ -207,20 +211,62 @@ def order_of(layouts: Sequence[PagedLayout]) -> Order:
 def _check_apart(layers: list[list[_Piece]], num_blocks: int, fields: Sequence[str]) -> None:
     """Check that no byte belongs to two layers, which would overwrite each other.
 
+    Pieces are compared only with those whose ranges of addresses overlap: first all at once by
+    their residues, and if that leaves a doubt, each with each.
+
     Raises:
         ConfigError: two tensors are the same memory, or overlap.
     """
     pieces = sorted((*piece, number) for number, layer in enumerate(layers) for piece in layer)
-    for at, (address, stride, size, number) in enumerate(pieces):
-        end = address + (num_blocks - 1) * stride + size
-        for other in islice(pieces, at + 1, None):
-            if other[0] >= end:
-                break
-            apart = (other[0] - address) % max(stride, 1)
-            if stride == other[1] and min(apart - size, stride - apart - other[2]) < 0:
-                first, second = sorted((number, other[3]))
-                why = f"shares memory with {fields[first]}: each layer must have its own"
-                raise ConfigError(fields[second], f"address {other[0]:#x}", why)
+    rows = np.array(pieces, np.int64)
+    if num_blocks == 1:  # its stride has no effect, and may be anything
+        rows[:, 1] = rows[-1, 0] - rows[0, 0] + rows[:, 2].max()
+    ends = np.maximum.accumulate(rows[:, 0] + (num_blocks - 1) * rows[:, 1] + rows[:, 2])
+    gaps = np.flatnonzero(rows[1:, 0] >= ends[:-1]) + 1
+    for first, last in pairwise((0, *gaps.tolist(), len(rows))):
+        near = rows[first:last]
+        if len(near) == 1 or _have_own_residues(near):
+            continue
+        for at, row in enumerate(near):
+            for other in _doubtful(row, near[at + 1 :], num_blocks):
+                if _overlap(row, other, num_blocks):
+                    one, another = sorted((int(row[3]), int(other[3])))
+                    why = f"shares memory with {fields[one]}: each layer must have its own"
+                    raise ConfigError(fields[another], f"address {int(other[0]):#x}", why)
+
+
+def _have_own_residues(rows: NDArray[np.int64]) -> bool:
+    """Return whether no two pieces share a residue of the strides' greatest common divisor.
+
+    All blocks of a piece have the same residues, so such pieces cannot overlap.
+    """
+    modulus = np.gcd.reduce(rows[:, 1])
+    begins = rows[:, 0] % modulus
+    order = np.argsort(begins)
+    room = np.diff(begins[order], append=begins[order[0]] + modulus)
+    return bool((room >= rows[order, 2]).all())
+
+
+def _doubtful(
+    row: NDArray[np.int64], others: NDArray[np.int64], num_blocks: int
+) -> NDArray[np.int64]:
+    """Return the pieces, of those that begin no earlier, that may share a byte with one piece."""
+    address, stride, size, _ = row
+    others = others[: np.searchsorted(others[:, 0], address + (num_blocks - 1) * stride + size)]
+    modulus = np.gcd(others[:, 1], stride)
+    apart = (others[:, 0] - address) % modulus
+    found: NDArray[np.int64] = others[(apart < size) | (modulus - apart < others[:, 2])]
+    return found
+
+
+def _overlap(row: NDArray[np.int64], other: NDArray[np.int64], num_blocks: int) -> bool:
+    """Return whether any block of one piece shares a byte with any block of another."""
+    (address, stride, size, _), (other_address, other_stride, other_size, _) = row, other
+    begins = address + np.arange(num_blocks) * stride
+    # Of the other's blocks that begin before a block ends, the last one comes closest to it.
+    numbers = (begins + size - 1 - other_address) // other_stride
+    closest = other_address + numbers.clip(0, num_blocks - 1) * other_stride
+    return bool(((closest < begins + size) & (begins < closest + other_size)).any())
 
 
 def _order(spec: TensorSpec, shape: KVShape, axes: tuple[str, ...]) -> Order:
@@ -265,25 +311,31 @@ def _fit(spec: TensorSpec, shape: KVShape, layout: str | None, field: str) -> _F
         "heads": shape.heads,
         "dim": shape.head_size,
     }
-    fits = [
-        _Fit(name, axes)
-        for name, axes in SHAPES
-        if (layout is None or name == layout) and _matches(spec.shape, axes, sizes)
-    ]
+    told = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    named = [_Fit(*row) for row in SHAPES if layout in (None, row[0])]
+    known = [fit for fit in named if _has_all_axes(fit.axes, sizes)]
+    if not known:
+        why = f"is only for blocks of one vector, such as states; those of {field} have {told}"
+        raise ConfigError("layout", layout, why)
+    fits = [fit for fit in known if _matches(spec.shape, fit.axes, sizes)]
     if not fits:
-        known = "; ".join(
-            f"{name} [{', '.join(axes)}]"
-            for name, axes in SHAPES
-            if layout is None or name == layout
-        )
-        expected = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ConfigError(field, spec.shape, f"fits none of: {known}, where {expected}")
+        expected = "; ".join(f"{name} [{', '.join(axes)}]" for name, axes in known)
+        why = f"fits none of: {expected}, where {told}"
+        if len(spec.shape) == 2 and len(known) < len(named):
+            why += "; a row for each block does not tell the order of its elements"
+        raise ConfigError(field, spec.shape, why)
     if len({fit.block_axis for fit in fits}) > 1:
         names = ", ".join(dict.fromkeys(fit.name for fit in fits))
         raise ConfigError("layout", layout, f"shape {spec.shape} is ambiguous: give one of {names}")
     if spec.shape[fits[0].block_axis] < 1:
         raise ConfigError(field, spec.shape, "must have at least one block")
     return fits[0]
+
+
+def _has_all_axes(axes: tuple[str, ...], sizes: dict[str, int]) -> bool:
+    """Return whether every axis of a block that is longer than 1 is among these."""
+    factors = "·".join(axes).split("·")
+    return all(size == 1 or axis in factors for axis, size in sizes.items())
 
 
 def _matches(shape: tuple[int, ...], axes: tuple[str, ...], sizes: dict[str, int]) -> bool:

@@ -152,7 +152,10 @@ class LeafFinder:
             for alike, ratio in lacking
             if alike.states[0] != READY
         ]
-        return min(starts, default=last)
+        if not starts:
+            return last
+        # The leaf that spans the first block is not looked up if its block of the chain is nowhere.
+        return max(first, min(starts) // self._alignment * self._alignment)
 
     def _nearest(self, alike: AlikeBlocks) -> Iterator[Holding]:
         for tier, state, ids in zip(

@@ -96,7 +96,8 @@ class Planner:
             return Planned(plan, found, shortfall, tuple(draft.owed), tuple(draft.declined))
         if self._leaves is not None:
             return self._plan_whole(self._leaves, request, run_id)
-        found = self.visible(self._residency.find(request.keys, request.span.first_block, use=True))
+        first, drop = request.span.first_block, request.drop
+        found = self.visible(self._residency.find(request.keys, first, True, drop))
         above: Sequence[Holding] = ()
         if not self.catalogue.is_empty:
             found, above = with_far(
@@ -205,7 +206,8 @@ class Planner:
         """Return what a load would find if all tiers were up, without planning it."""
         if self._leaves is not None:
             return self._leaves.find(prefix_of(request), NO_TIERS)
-        found = self._residency.find(request.keys, request.span.first_block)
+        first, drop = request.span.first_block, request.drop
+        found = self._residency.find(request.keys, first, drop=drop)
         return with_far(request, found, self._residency, self.catalogue, NO_TIERS).found
 
     def visible(self, found: Found) -> Found:

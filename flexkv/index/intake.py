@@ -6,11 +6,13 @@ Everything is checked before anything is planned, so that bad input changes noth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import lcm
 from typing import Any
 
 from msgspec import structs
 
-from flexkv.common.request import Operation, Request, as_int64, whole_blocks
+from flexkv.common.errors import ConfigError
+from flexkv.common.request import Operation, Request, Span, as_int64, whole_blocks
 from flexkv.common.space import BlockSpace
 from flexkv.common.terms import BLOCK_KEY_BYTES
 from flexkv.index.clears import ClearHistory
@@ -32,6 +34,7 @@ class Intake:
         self._keys = keys
         per_block = [space.tokens_per_block for space in spaces] or [keys.tokens_per_block]
         self._slots = SlotReader(per_block)
+        self._unit_tokens = lcm(*per_block)
         self._clears = clears or ClearHistory()
 
     def rekey(self, keys: KeyChain) -> None:
@@ -55,6 +58,8 @@ class Intake:
         tokens = token_ids if type(token_ids) is list else as_int64("token_ids", token_ids)
         per_block = self.tokens_per_block
         span = whole_blocks(token_mask, len(tokens), per_block)
+        if operation is Operation.GET and self._unit_tokens > per_block:
+            self._check_mask(span)
         keys = self._keys.keys(tokens, namespace)
         return Request(
             operation,
@@ -68,6 +73,19 @@ class Intake:
             None,
             self._clears.generation,
         )
+
+    def _check_mask(self, span: Span) -> None:
+        """Check that a get's mask begins where blocks of all KV groups do.
+
+        The prefix may need a larger block that begins before the mask, which has no slots for it.
+
+        Raises:
+            ConfigError: it begins elsewhere.
+        """
+        first, unit = span.first_token, self._unit_tokens
+        if first % unit and first < span.last_token:
+            why = f"must begin on a multiple of {unit} tokens, where blocks of all KV groups begin"
+            raise ConfigError("token_mask", f"True from token {first} on", why)
 
     def root(self, namespace: Namespace) -> bytes:
         """Return the root of a namespace."""

@@ -285,7 +285,9 @@ def _keys(chance: random.Random) -> bytes:
 def _start(chance: random.Random, epoch: int) -> Start:
     keys = _keys(chance)
     first = chance.choice((0, 0, 0, _integer(chance, 4)))
-    wanted = max(0, len(keys) // 16 - 1 - first) % 4096
+    drop = _drop(chance)
+    behind = drop if chance.random() < 0.9 else 0
+    wanted = max(0, len(keys) // 16 - 1 - first - behind) % 4096
     ids = chance.choices(range(64), k=wanted) if chance.random() < 0.3 else range(wanted)
     blob = struct.pack(f"<{wanted}q", *ids)
     if chance.random() < 0.1:
@@ -306,7 +308,7 @@ def _start(chance: random.Random, epoch: int) -> Start:
         known=known,
         by_layer=chance.random() < 0.3,
         leaves=_leaves(chance, len(keys) // 16),
-        drop=_drop(chance),
+        drop=drop,
     )
 
 

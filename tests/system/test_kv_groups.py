@@ -249,6 +249,50 @@ async def test_a_corrupt_block_of_any_group_fails_the_whole_get(tmp_path: Path, 
         assert manager.statistics().corrupt_blocks == 1
 
 
+@pytest.mark.parametrize("group", [1, 2, 3])
+async def test_a_prefetch_that_lacks_a_leaf_has_moved_nothing(tmp_path: Path, group: int) -> None:
+    """A prefetch with a wrong leaf says that nothing was moved: no prefix ends there."""
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        rig = GroupRig(manager)
+        await rig.put(PROMPT)
+        await fill(rig)
+        keys = manager.engine.requests.intake(Operation.PREFETCH, PROMPT).keys
+        found = manager.engine.residency.find(keys)
+        (ready,) = [leaves.ready for leaves in found.leaves if leaves.group == group]
+        damage(tmp_path, {int(ready[Tier.DISK].block_ids[-1])})
+        response = await manager.prefetch(PROMPT)
+        assert response.status is KVResponseStatus.NOTFOUND
+        assert not response.return_mask.any()
+        assert manager.match(PROMPT).tokens == 32
+
+
+async def test_a_mask_begins_where_blocks_of_all_groups_do(any_rig: GroupRig) -> None:
+    """A get whose mask cuts a block of the state is refused; one behind all tokens is not."""
+    await any_rig.put(PROMPT)
+    slots = any_rig.caches.slots(40, *any_rig.everything(PROMPT))
+    for first in (4, 20, 21, 39):
+        mask = np.arange(40) >= first
+        with pytest.raises(ConfigError, match=f"True from token {first} on.*multiple of 8 tokens"):
+            await any_rig.request("get", PROMPT, [each[mask] for each in slots], token_mask=mask)
+        with pytest.raises(ConfigError, match="token_mask"):
+            any_rig.manager.get_match(PROMPT, token_mask=mask)
+    nothing = [each[:0] for each in slots]
+    got = await any_rig.request("get", PROMPT, nothing, token_mask=np.zeros(40, np.bool_))
+    assert not got.return_mask.any()
+
+
+async def test_a_put_behind_half_a_block_of_a_group_asks_for_all_of_it(rig: GroupRig) -> None:
+    """What `put_match` asks for makes the whole prompt findable, whatever was stored before."""
+    for stored in (4, 12, 20, 28):
+        prompt = PROMPT + 1000 * stored
+        await rig.put(prompt[:stored])
+        task, mask = rig.manager.put_match(prompt)
+        rig.manager.cancel(task)
+        slots = rig.caches.slots(40, *rig.caches.places(40, 0))
+        await rig.manager.put(prompt, [each[mask] for each in slots], token_mask=mask)
+        assert rig.manager.match(prompt).tokens == 40
+
+
 async def test_a_put_stores_leaves_of_an_older_prefix(rig: GroupRig) -> None:
     """A put with a mask stores leaves for the selected tokens only, and the chain before stays."""
     await rig.put(PROMPT[:24])
@@ -283,11 +327,11 @@ async def test_put_match_asks_for_what_the_longest_prefix_lacks(rig: GroupRig) -
     assert not mask.any()
 
 
-@pytest.mark.parametrize(("missing", "begins"), [(1, 28), (2, 32), (3, 32)])
+@pytest.mark.parametrize(("missing", "begins"), [(1, 24), (2, 32), (3, 32)])
 async def test_put_match_asks_for_leaves_that_are_missing(
     rig: GroupRig, missing: int, begins: int
 ) -> None:
-    """Where only leaves are missing, the mask begins with the first of them that is needed."""
+    """Where only leaves are missing, the mask begins where the blocks with the first of them do."""
     await rig.put(PROMPT, [group for group in GROUPS if group != missing])
     task, mask = rig.manager.put_match(PROMPT)
     assert np.array_equal(mask, np.arange(40) >= begins)

@@ -21,6 +21,7 @@ from flexkv.server.backend import ServerBackend
 from flexkv.server.client import Client
 from flexkv.server.launch import LaunchedServer
 from flexkv.server.operator import command
+from flexkv.server.wire import Start
 from flexkv.trace.load import load
 
 from .conftest import DEVICE_BLOCKS, MODEL
@@ -111,6 +112,21 @@ def test_what_breaks_a_rule_is_refused_by_name(
             peer.connect(f"{tmp_path}/socket")
             peer.sendall(nonsense)
     assert instance.request(Operation.GET, 1, range(BLOCKS)).moved == BLOCKS
+
+
+def test_a_get_may_leave_blocks_that_are_there_behind_it(instance: Instance) -> None:
+    """A get that names blocks behind it, as an engine with a draft may, moves those before them."""
+    keys = instance.keys(1, BLOCKS)
+    instance.request(Operation.PUT, 1, range(BLOCKS))
+    for first, drop in ((0, 2), (3, 1), (0, BLOCKS), (0, 0)):
+        wanted = BLOCKS - drop - first
+        number = instance.client.begin(
+            Start(
+                instance.client.number(), "get", keys, first,
+                np.arange(20, 20 + wanted).tobytes(), instance.client.epoch, drop=drop,
+            )
+        )  # fmt: skip
+        assert instance.end_of(number).moved == wanted
 
 
 def test_the_cache_survives_who_uses_it(settings: Settings, launched: LaunchedServer) -> None:

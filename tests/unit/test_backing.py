@@ -302,6 +302,23 @@ def test_layers_of_one_group_may_not_share_memory() -> None:
     assert caught.value.field == f"kv_caches[{second}]"
 
 
+@pytest.mark.parametrize("layout", ["BLHNC", "LBHNC"])
+def test_pages_of_two_sizes_may_not_share_memory(layout: str) -> None:
+    """The same holds where pages differ in size: those of an indexer may not be inside latents."""
+    groups, changes, padding = MIXED["MLA with an indexer"]
+    model = _model(groups, **changes)
+    spaces, pages = model.spaces(TOKENS), pages_of(model, TOKENS, padding)
+    device = Backing(pages, layout, BLOCKS)
+    (latent, *_), (indexer, *_) = (each.group.layer_indices for each in pages)
+    tensors, size = device.tensors(), pages[1]._replace(padding_bytes=0).page_bytes
+    rows = device.memory[: BLOCKS * size].reshape(BLOCKS, 1, TOKENS, -1)
+    assert rows.ctypes.data == tensors[latent].ctypes.data
+    tensors[indexer] = rows
+    with pytest.raises(ConfigError, match=rf"shares memory with kv_caches\[{latent}\]") as caught:
+        layouts_of(spaces, tensors, None, 0)
+    assert caught.value.field == f"kv_caches[{indexer}]"
+
+
 def test_groups_must_have_as_many_blocks() -> None:
     """A block id belongs to any group, so all have the same number of blocks."""
     groups, _, _ = HYBRIDS["window"]

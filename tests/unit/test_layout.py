@@ -1,14 +1,19 @@
 """Laws of layouts: the pieces are the bytes of the block, for any shape and strides."""
 
 import ctypes
+import sys
+from itertools import combinations
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from flexkv.common.errors import BackendUnavailableError, ConfigError
-from flexkv.common.layout import KVShape, infer_layout
+from flexkv.common.layout import KVShape, TensorSpec, infer_layout
 from flexkv.io.device.tensors import describe, device_of, kv_cache_list
 
 LAYERS, BLOCKS, TOKENS, HEADS, DIM = 3, 5, 4, 2, 8
@@ -158,6 +163,47 @@ def test_a_shape_that_does_not_fit_is_named(shape, layout, said):
     assert caught.value.value == shape
 
 
+def vectors_of(size, kv_dim=1, tokens=1, heads=1, item_bytes=1):
+    """Return the KV shape of blocks of so many vectors."""
+    return KVShape(tokens, heads, size, kv_dim, item_bytes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ((BLOCKS, BLOCK_ELEMENTS), vectors_of(DIM, 2, TOKENS, HEADS, 2)),
+        ((BLOCKS, TOKENS * DIM), vectors_of(DIM, tokens=TOKENS)),
+        ((BLOCKS, HEADS * DIM), vectors_of(DIM, heads=HEADS)),
+        ((BLOCKS, 2 * DIM), vectors_of(DIM, kv_dim=2)),
+        ((BLOCKS, DIM), vectors_of(DIM, 2, TOKENS, HEADS, 2)),
+    ],
+    ids=["all", "tokens", "heads", "K and V", "as long as one vector"],
+)
+def test_rows_of_several_vectors_are_refused(shape, sizes):
+    """A row for each block is refused unless the block is one vector: it would tell no order."""
+    specs = [describe(np.zeros(shape, f"i{sizes.item_bytes}"))]
+    with pytest.raises(ConfigError, match="does not tell the order of its elements") as caught:
+        infer_layout(specs, [sizes])
+    assert (caught.value.field, caught.value.value) == ("kv_caches[0]", shape)
+    why = rf"only for blocks of one vector, such as states; .*\[0\] have kv={sizes.kv_dim}, tokens"
+    with pytest.raises(ConfigError, match=why) as caught:
+        infer_layout(specs, [sizes], "flat")
+    assert (caught.value.field, caught.value.value) == ("layout", "flat")
+
+
+@pytest.mark.parametrize("layout", [None, "flat"])
+def test_rows_of_one_vector_are_flat(layout):
+    """A row is accepted where the block is one vector, as the block of a state is."""
+    states = layers_of((BLOCKS, 200))
+    found = infer_layout(
+        [describe(state) for state in states], [vectors_of(200, item_bytes=2)], layout
+    )
+    assert (found.name, found.order) == ("flat", "dim")
+    assert read_block(found, 2) == b"".join(state[2].tobytes() for state in states)
+    with pytest.raises(ConfigError, match=r"fits none of.*flat \[blocks, dim\].*dim=201$"):
+        infer_layout([describe(state) for state in states], [vectors_of(201, item_bytes=2)], layout)
+
+
 def test_an_unknown_layout_is_named():
     """An unknown layout is an error that lists the known ones."""
     with pytest.raises(ConfigError, match="kv-blocks, blocks-kv, blocks-heads, fused"):
@@ -246,3 +292,107 @@ def test_kv_caches_that_are_none_are_refused(wrong):
     """KV caches without a layer, or of another type, are an error."""
     with pytest.raises(ConfigError):
         kv_cache_list(wrong)
+
+
+# -- layers that overlap --------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """A layer whose blocks are rows of bytes: where they begin, their stride and their size."""
+
+    address: int
+    stride_bytes: int
+    size_bytes: int
+
+
+def infer_rows(rows, num_blocks):
+    """Return the layout of layers with such blocks."""
+    specs = [
+        TensorSpec(each.address, (num_blocks, 1, each.size_bytes), (each.stride_bytes, 1, 1), 1)
+        for each in rows
+    ]
+    return infer_layout(specs, [KVShape(1, 1, each.size_bytes, 1, 1) for each in rows])
+
+
+def first_that_meet(rows, num_blocks):
+    """Return the first two layers in memory that share a byte: the later one's address too."""
+    taken = [
+        {
+            each.address + block * each.stride_bytes + byte
+            for block in range(num_blocks)
+            for byte in range(each.size_bytes)
+        }
+        for each in rows
+    ]
+    order = sorted(range(len(rows)), key=lambda number: (rows[number], number))
+    for one, another in combinations(order, 2):
+        if taken[one] & taken[another]:
+            return min(one, another), max(one, another), rows[another].address
+    return None
+
+
+@st.composite
+def several_rows(draw):
+    """Draw layers that begin near each other, mostly with strides that have a common divisor."""
+    unit, rows = draw(st.sampled_from([1, 2, 6, 8])), []
+    for _ in range(draw(st.integers(2, 5))):
+        stride = unit * draw(st.integers(1, 6))
+        size = draw(st.integers(1, min(stride, draw(st.sampled_from([1, 3, 36])))))
+        rows.append(Rows(4096 + draw(st.integers(0, 80)), stride, size))
+    return rows
+
+
+@given(several_rows(), st.integers(1, 9))
+@example([Rows(0, 64, 64), Rows(0, 32, 32)], 9)
+@example([Rows(0, 16, 8), Rows(8, 32, 8)], 9)
+@example([Rows(0, 10, 2), Rows(5, 11, 2)], 5)
+@example([Rows(0, 10, 2), Rows(5, 11, 2)], 9)
+@example([Rows(0, 8, 8), Rows(16, 8, 8)], 2)
+@example([Rows(8, 0, 8), Rows(0, -8, 9)], 1)
+def test_layers_overlap_exactly_if_they_share_a_byte(rows, num_blocks):
+    """Layers with any strides are refused if and only if a byte belongs to two of them.
+
+    The error names the first two in memory, and where the later one begins.
+    """
+    found = first_that_meet(rows, num_blocks)
+    if found is None:
+        assert infer_rows(rows, num_blocks).num_blocks == num_blocks
+        return
+    first, second, address = found
+    with pytest.raises(ConfigError, match=rf"shares memory with kv_caches\[{first}\]") as caught:
+        infer_rows(rows, num_blocks)
+    assert (caught.value.field, caught.value.value) == (
+        f"kv_caches[{second}]", f"address {address:#x}"
+    )  # fmt: skip
+
+
+def lines_run(rows, num_blocks):
+    """Return how many lines of the module run to infer the layout of such layers."""
+    count, before = 0, sys.gettrace()
+
+    def trace(frame, event, _):
+        nonlocal count
+        count += event == "line"
+        return trace if frame.f_code.co_filename == infer_layout.__code__.co_filename else None
+
+    sys.settrace(trace)
+    try:
+        infer_rows(rows, num_blocks)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize(
+    "rows_of",
+    [
+        lambda count: [Rows(16 * i, 16 * count, 8) for i in range(count)],
+        lambda count: [Rows(16 * i, 16 * count * (1 + i % 2), 8) for i in range(count)],
+        lambda count: [Rows(4096 * i, 16, 8) for i in range(count)],
+    ],
+    ids=["blocks first", "two strides", "layers first"],
+)
+def test_the_cost_of_comparing_layers_grows_with_their_number(rows_of):
+    """With twice the layers in one allocation, about twice the code runs, not four times."""
+    few, many = (lines_run(rows_of(count), 64) for count in (100, 200))
+    assert many < 3 * few

@@ -12,6 +12,7 @@ from flexkv.common.errors import CapacityError
 from flexkv.common.request import NO_BLOCK, LeafBlocks, Operation, Request
 from flexkv.common.space import GroupRule, Kind
 from flexkv.common.terms import Positions, Route, Tier, positions_of
+from flexkv.graph.draft import PlanLimits
 from flexkv.graph.planner import Avoid, Planned, Planner
 from flexkv.index.keys import leaf_keys
 from flexkv.index.residency import Residency
@@ -344,3 +345,21 @@ def test_what_a_put_would_have_to_store_begins_with_the_first_missing_block() ->
     assert planner.lacking_from(asked(Operation.PUT)) == 6  # the window
     tiers.commit(Tier.HOST, tiers.reserve(Tier.HOST, KEYS, Positions(6, 2), group=WINDOW))
     assert planner.lacking_from(asked(Operation.PUT)) == 8
+
+
+def test_a_put_does_not_evict_the_leaf_that_it_writes_behind() -> None:
+    """Leaves that are in host memory only keep their places while the put's others find theirs."""
+    tiers = index(host=10)
+    fill(tiers, Tier.HOST, {STATE: [7]})
+    planned = Planner(tiers, PlanLimits(64, 1000), rules=RULES).plan(
+        asked(Operation.PUT, {STATE: [3, 4, 5, 6, 7]}), 1
+    )
+    written = moved(planned, WRITE)[STATE]
+    keys_of = leaf_keys(KEYS, STATE)
+    for leg, each in zip(planned.plan.template.shape.legs, planned.plan.fills, strict=True):
+        if leg.group == STATE and STORE not in leg.hops:
+            held = tiers.keys_of(Tier.HOST, each.ids[Tier.HOST])
+            assert held == b"".join(keys_of[16 * (at + 1) : 16 * (at + 2)] for at in each.positions)
+    assert 7 in written
+    assert 7 not in moved(planned, STORE).get(STATE, [])
+    settle(tiers, planned)

@@ -12,9 +12,12 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import torch
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
 from flexkv.integration.vllm.setup import setup_of
 
-from .caches import chunked, full, group, window
+from .caches import chunked, full, group, state, window
 
 
 @pytest.fixture
@@ -75,6 +78,30 @@ def test_which_layers_a_group_has_belongs_to_the_name(config: Any) -> None:
     ]
     facts = {repr(each.spaces(16)[0].facts) for each in models}
     assert len(facts) == 4
+
+
+def test_what_a_state_is_belongs_to_the_name(config: Any) -> None:
+    """States of as many bytes share nothing if their kinds, shapes, dtypes or arithmetic differ."""
+    half, bfloat = torch.float16, torch.bfloat16
+    states = [
+        state(dtypes=(half, half)),
+        state(dtypes=(bfloat, bfloat)),
+        state(dtypes=(half, bfloat)),
+        state(dtypes=(half, half), shapes=((5, 3), (2, 4, 4))),
+        state(dtypes=(half, half), shapes=((3, 5), (4, 2, 4))),
+        state(dtypes=(half, half), mamba_type=MambaAttentionBackendEnum.GDN_ATTN),
+    ]
+    names = {grouped(config, group(full(), "a"), group(each, "b")) for each in states}
+    assert len(names) == len(states)
+    whole = grouped(config, group(full(), "a"), group(states[0], "b"))
+    for owner, field, value in (
+        ("cache_config", "mamba_cache_dtype", "float16"),
+        ("cache_config", "mamba_ssm_cache_dtype", "float16"),
+        ("mamba_config", "enable_stochastic_rounding", True),
+    ):
+        other = copy.deepcopy(config)
+        setattr(getattr(other, owner), field, value)
+        assert grouped(other, group(full(), "a"), group(states[0], "b")) != whole, field
 
 
 def test_a_plain_model_has_the_name_it_had(config: Any) -> None:

@@ -167,6 +167,19 @@ def test_a_layer_without_tensor_is_named() -> None:
         found.tensors({})
 
 
+def test_tensors_of_an_attention_backends_smaller_blocks_are_refused(configured: Any) -> None:
+    """Where a backend divides vLLM's blocks, the error says so, and names the layer."""
+    worker = planned(configured, group(full(), "a"), group(state(), "b"))
+    found = groups_of(worker, engine())
+    assert found is not None
+    kv_caches = allocated(worker)
+    assert list(found.tensors(kv_caches)) == ["a", "b"]
+    blocks, heads, tokens, content = kv_caches["a"].shape
+    kv_caches["a"] = kv_caches["a"].reshape(2 * blocks, heads, tokens // 2, content)
+    with pytest.raises(ConfigError, match=f"kv_caches.'a'.*{blocks} blocks, not of an attention"):
+        found.tensors(kv_caches)
+
+
 def test_a_plain_model_is_what_it_was(configured: Any) -> None:
     """Equal layers in one group are the model by vLLM's configuration, with the keys it had."""
     plain = ModelConfig(num_layers=2, num_kv_heads=2, head_size=8, dtype="float32", model_id="m")
@@ -278,7 +291,7 @@ REFUSED = [
     (RSWASpec(**SHAPE, rswa_window=32), "kv_cache_spec", "x.*middle"),
     (HiddenStateCacheSpec(**ONE), "kv_cache_spec", "x.*hidden states"),
     (SlidingWindowMLASpec(**ONE, sliding_window=32, bounded_replay=True), "kv_cache_spec",
-     "x.*does not keep"),
+     "x.*does not cache"),
     (state("none"), "kv_cache_spec", "x.*mamba_cache_mode is none"),
     (full(non_causal=True), "kv_cache_spec", "x.*later tokens"),
     (window(block_size=24), "block_size", "x.*multiple.*16"),

@@ -215,6 +215,10 @@ class Transfers(Generic[Step]):
         self._written += request.block_ids[first:]
         self._written += [block for block in leaves if block is not None and block > 0]
 
+    def overwritten(self, block_ids: Iterable[int]) -> None:
+        """Record that the next step overwrites device blocks that no request gets for it."""
+        self._written += block_ids
+
     def may_put(
         self, request: RequestTransfers, blocks: int, leaves: Sequence[LeafBlocks] = ()
     ) -> bool:

@@ -98,17 +98,6 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1, SupportsHMA):
             request, block_ids
         ), None
 
-    def register_finished_partial_tail(
-        self, request: Any, block_ids: tuple[list[int], ...], partial_tail_offloads: Any
-    ) -> bool:
-        """Take the states at the end of a request that is over.
-
-        The result is False: `request_finished_all_groups` says whether the blocks must be kept.
-        """
-        if self.scheduler is not None:
-            self.scheduler.ends_with(request, partial_tail_offloads)
-        return False
-
     def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
         """Return which of vLLM's KV groups a load writes: all that are transferred."""
         groups = None if self.scheduler is None else self.scheduler.engine_groups

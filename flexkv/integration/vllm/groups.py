@@ -66,6 +66,8 @@ class Span(NamedTuple):
     layers: tuple[str, ...]
     shape: LayerGroup
     is_opaque: bool
+    state: str = ""
+    """The kind, shapes and dtypes of their states: other ones may have as many bytes."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class EngineGroups:
         drops_last: whether the engine computes the last block of each hit again, for its drafts.
         retained_tokens: the engine keeps what a hit needs once in this many tokens; 0: only where a
             prompt ends.
+        num_blocks: how many blocks the device has; 0 if it was not told.
         hash_tokens: the tokens of each of the engine's own hashes.
         mixes: whether what is loaded may continue what the device has.
     """
@@ -92,6 +95,7 @@ class EngineGroups:
     alignment_tokens: int
     drops_last: bool
     retained_tokens: int
+    num_blocks: int
     hash_tokens: int
     mixes: bool
 
@@ -114,6 +118,11 @@ class EngineGroups:
     def layers(self) -> tuple[str, ...]:
         """Return vLLM's names of the layers, in FlexKV's order."""
         return tuple(name for span in self.spans for name in span.layers)
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """Return what the name of the model covers of the layers: their order and their states."""
+        return *self.layers, *(span.state for span in self.spans if span.state)
 
     def shape(self, group: int) -> LayerGroup:
         """Return the shape of the first layers of one of FlexKV's groups."""
@@ -156,13 +165,17 @@ class EngineGroups:
             kv_caches: the engine's tensors, by layer.
 
         Raises:
-            ConfigError: a layer has no tensor.
+            ConfigError: a layer has no tensor, or one with smaller blocks than vLLM's.
         """
         found: dict[str, Any] = {}
         for span in self.spans:
             for name in span.layers:
                 if (tensor := kv_caches.get(name)) is None:
                     raise ConfigError("kv_caches", sorted(kv_caches), f"must have layer {name}")
+                if self.num_blocks and self.num_blocks not in tensor.shape[:2]:
+                    why = f"FlexKV serves only tensors of vLLM's own {self.num_blocks} blocks, not "
+                    why += "of an attention backend's smaller ones"
+                    raise ConfigError(f"kv_caches[{name!r}]", tuple(tensor.shape), why)
                 found[name] = self._opaque(tensor, span.shape) if span.is_opaque else tensor
         return found
 
@@ -224,6 +237,7 @@ def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
         alignment,
         _drops_last(vllm_config) or any(getattr(g, "is_eagle_group", False) for g in told),
         alignment if retained is None else int(retained),
+        int(getattr(kv_cache_config, "num_blocks", 0)),
         int(getattr(kv_cache_config, "hash_block_size", None) or tokens),
         all(_mixes(spec) for spec in served.values()),
     )
@@ -367,7 +381,7 @@ class _Shapes:
                 )
             else:
                 shape = _opaque(common, first, parts, layers[0], page_bytes)
-            yield Span(layers, shape, is_opaque=at > 0)
+            yield Span(layers, shape, at > 0, _state(first))
 
     def _pages(self, told: Any) -> list[tuple[tuple[str, ...], int]]:
         """Return the layers of a group by shape, each with the bytes of a page.
@@ -434,6 +448,14 @@ def _shape(common: dict[str, Any], spec: Any, parts: int) -> LayerGroup:
         **common, num_kv_heads=_heads_of(spec) * parts, head_size=size, dtype=dtype, kv_dim=kv_dim,
         compress_ratio=int(getattr(spec, "tokens_per_state", 1)),
     )  # fmt: skip
+
+
+def _state(spec: Any) -> str:
+    """Return what tells a state from others of as many bytes; nothing for other kinds."""
+    if KINDS[type(spec).__name__] != "state":
+        return ""
+    kind = getattr(spec.mamba_type, "name", spec.mamba_type)
+    return f"{kind} {[*map(list, spec.shapes)]} {[*map(dtype_name, spec.dtypes)]}"
 
 
 def _opaque(

@@ -55,7 +55,8 @@ MEDIA_BESIDE = frozenset({
 })  # fmt: skip
 CACHE_OF_KV = (
     "cache_dtype", "calculate_kv_scales", "kv_cache_dtype_skip_layers", "sliding_window",
-    "kv_sharing_fast_prefill", "swa_bounded_replay", "indexer_kv_dtype",
+    "kv_sharing_fast_prefill", "swa_bounded_replay", "indexer_kv_dtype", "mamba_cache_dtype",
+    "mamba_ssm_cache_dtype",
 )  # fmt: skip
 """Fields of `CacheConfig` that count; the other ones say how much is kept, and where."""
 ATTENTION_BESIDE = frozenset({
@@ -95,7 +96,7 @@ WEIGHT_SUFFIXES = frozenset({
 _OF_RANK = re.compile(r"_dp\d+$")
 
 
-def model_id(vllm_config: Any, computation: str = "", layers: Sequence[str] = ()) -> str:
+def model_id(vllm_config: Any, computation: str = "", layout: Sequence[str] = ()) -> str:
     """Return the name of an engine's model and computation: a readable part, then a digest.
 
     Each call looks at the files of the weights, which have to be on this machine by then.
@@ -103,12 +104,13 @@ def model_id(vllm_config: Any, computation: str = "", layers: Sequence[str] = ()
     Args:
         vllm_config: vLLM's `VllmConfig`.
         computation: what `computation_of` returned before the model was loaded, if it was called.
-        layers: the names of the layers in the order of their KV in a block, unless it is usual.
+        layout: the layers in the order of their KV in a block, and what their states are; empty
+            for layers of one shape in the usual order.
     """
     name = _name_of(vllm_config.model_config)
     facts = [name, computation or computation_of(vllm_config), _weights(vllm_config)]
-    if layers:
-        facts.append(list(layers))
+    if layout:
+        facts.append(list(layout))
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     return f"vllm {name} {digest}"
 
@@ -160,6 +162,7 @@ def _computation(vllm_config: Any) -> dict[str, Any]:
         "load": _fields(vllm_config.load_config, LOAD_BESIDE),
         "media": _fields(getattr(model, "multimodal_config", None), MEDIA_BESIDE),
         "attention": _fields(getattr(vllm_config, "attention_config", None), ATTENTION_BESIDE),
+        "states": _fields(getattr(vllm_config, "mamba_config", None), frozenset()),
         "additional": _plain(getattr(vllm_config, "additional_config", None)),
         "device": str(getattr(vllm_config.device_config, "device_type", "")),
         "longest": _longest(model),

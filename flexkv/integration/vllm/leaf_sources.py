@@ -9,7 +9,7 @@ state           where vLLM says so (`boundary_state_offloads`), and nowhere else
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flexkv.common.request import LeafBlocks
@@ -81,7 +81,8 @@ class LeafSources:
         ends = {end for end in state.ends if end <= blocks}
         state.ends = tuple(end for end in state.ends if end > blocks)
         for number, block, tokens in offers:
-            if number in self._of_engine and tokens <= blocks * self._per_block:
+            is_boundary = tokens % self._engine.alignment_tokens == 0
+            if number in self._of_engine and is_boundary and tokens <= blocks * self._per_block:
                 block_id = int(getattr(block, "block_id", block))
                 states += self._groups.state(self._of_engine[number], tokens, block_id)
                 ends.add(tokens // self._per_block)
@@ -94,36 +95,24 @@ class LeafSources:
         return (*windows, *states)
 
     def of_end(
-        self, state: RequestState, ids: Sequence[Sequence[int]], tokens: int
+        self, ids: Sequence[Sequence[int]], tokens: int
     ) -> tuple[int, tuple[LeafBlocks, ...]]:
         """Return the last boundary of a request that is over, in blocks, and leaves to store.
 
-        These are the states that vLLM offered at the end. If the model has no states, they are the
-        leaves that a prefix to the boundary needs, or none if the device has not kept them all.
+        These are what a prefix to the boundary needs. They are none if the device has not kept them
+        all, or the model has states: no state is known at a boundary that vLLM does not offer.
 
         Args:
-            state: the request.
-            ids: its device blocks, by vLLM's groups.
-            tokens: how many tokens have KV.
+            ids: the request's device blocks, by vLLM's groups.
+            tokens: how many of its tokens have KV.
         """
-        ends, tails = self._groups.boundaries(tokens), state.tails
-        if not ends or self._engine.have_states:  # without a state, other leaves are of no use
-            return ends[-1] if ends else 0, tails
+        ends = self._groups.boundaries(tokens)
+        if not ends or self._engine.have_states:
+            return 0, ()
         leaves = self._groups.to_store(self.ids(ids), ends[-1])
         needed = sum(
             len(self._groups.needed(group, ends[-1]))
             for group in range(1, len(self._engine.engine_ids))
         )
         is_whole = sum(each.positions.block_count for each in leaves) == needed
-        return ends[-1], (*leaves, *tails) if is_whole else tails
-
-    def tails(self, offers: Iterable[tuple[int, Any, int]]) -> tuple[LeafBlocks, ...]:
-        """Return the states that vLLM offers of a request that has just ended."""
-        return tuple(
-            leaf
-            for number, block, tokens in offers
-            if number in self._of_engine
-            for leaf in self._groups.state(
-                self._of_engine[number], tokens, int(getattr(block, "block_id", block))
-            )
-        )
+        return ends[-1], leaves if is_whole else ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from flexkv.common.request import LeafBlocks
 from flexkv.integration.common.request_transfers import RequestTransfers
 from flexkv.integration.vllm.events import KVEvents
 from flexkv.integration.vllm.prompt import Scopes, features_of
@@ -15,7 +14,7 @@ from flexkv.server.prompts import PromptPart
 class RequestState:
     """What is known about one of vLLM's requests."""
 
-    __slots__ = ("ends", "features", "noted", "parts", "request", "scope", "tails", "transfers")
+    __slots__ = ("ends", "features", "noted", "parts", "request", "scope", "transfers")
 
     def __init__(self, request: Any, scopes: Scopes, transfers: RequestTransfers) -> None:
         self.request, self.parts = request, scopes.parts_of(request)
@@ -27,8 +26,6 @@ class RequestState:
         """How many of its blocks the KV events know."""
         self.ends: tuple[int, ...] = ()
         """The boundaries, in blocks, whose leaves it stores when a step reaches them."""
-        self.tails: tuple[LeafBlocks, ...] = ()
-        """The states that vLLM has offered at its end."""
 
 
 class RequestStates:

@@ -161,7 +161,11 @@ class SchedulerSide:
             external: how many tokens to load, after those that the device has.
         """
         state = self._states.get(request.request_id)
-        if state is None or state.transfers.found is None:
+        if state is None:
+            return
+        # It has no blocks to put until it is scheduled: a preempted request had others.
+        state.transfers.block_ids = []
+        if state.transfers.found is None:
             return
         if not external:  # another connector's offer was taken
             self._pending_matches.release(state.transfers)
@@ -191,6 +195,8 @@ class SchedulerSide:
                 self._has_blocks(state, new.block_ids, new.num_computed_tokens)
                 self._put(state, new.num_computed_tokens, output)
         self._go_on(output)
+        copies = getattr(output, "kv_cache_block_copies", None) or ()
+        self.transfers.overwritten([int(copy.dst_block_id) for copy in copies])
         step = self.transfers.make_step()
         self._pending_matches.step_is_made()
         self.client.flush()
@@ -303,15 +309,9 @@ class SchedulerSide:
         if not self._requests.has_keys(state):
             return
         done = request.num_computed_tokens - getattr(request, "num_in_flight_tokens", 0)
-        end, found = leaves.of_end(state, ids, min(done, len(request.all_token_ids)))
+        end, found = leaves.of_end(ids, min(done, len(request.all_token_ids)))
         if found and self.transfers.may_put(state.transfers, end, found):
             self.transfers.put(state.transfers, self._requests.part(state, end), found)
-
-    def ends_with(self, request: Any, offers: Iterable[tuple[int, Any, int]]) -> None:
-        """Take the states that vLLM offers of a request that is about to be reported as over."""
-        state = self._states.get(request.request_id)
-        if state is not None and self._leaves is not None:
-            state.tails = self._leaves.tails(offers)
 
     def hit_sources(self, request: Any, tokens: int) -> dict[str, int]:
         """Return how many of the tokens of a request's load come from each tier, by its name."""

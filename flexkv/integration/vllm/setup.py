@@ -127,7 +127,7 @@ def _model(vllm_config: Any, computation: str, groups: EngineGroups | None) -> M
         if groups is None or groups.fit(plain):
             return plain
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    name = model_id(vllm_config, computation, groups.layers)
+    name = model_id(vllm_config, computation, groups.facts)
     return groups.model(ranks, vllm_config.model_config.use_mla, name)
 
 
