@@ -65,6 +65,11 @@ class SimulatedGroups:
         self.spaces = model.spaces(TOKENS_PER_BLOCK)[1:]
         self._alignment = lcm(*(each.tokens_per_block // TOKENS_PER_BLOCK for each in self.spaces))
 
+    def begin(self, token: int) -> int:
+        """Return where a get's mask may begin, at this token or before it."""
+        unit = self._alignment * TOKENS_PER_BLOCK
+        return token // unit * unit if self._alignment > 1 else token
+
     def keys_of(self, keys: bytes) -> set[BlockKey]:
         """Return the keys of all blocks that a prompt can have, those of the chain included."""
         leaves = [block_keys(leaf_keys(keys, space.group)) for space in self.spaces]

@@ -294,7 +294,8 @@ class Simulation:
             self.far.live(random, engine.requests.intake(Operation.PREFETCH, prompt).keys)
         operation = random.choice(self.operations)
         mask = np.ones(len(prompt), np.bool_)
-        mask[: random.choice([0, 0, random.randint(0, len(prompt))])] = False
+        begin = random.choice([0, 0, random.randint(0, len(prompt))])
+        mask[: self.groups.begin(begin) if operation is Operation.GET else begin] = False
         request = engine.requests.intake(
             operation, prompt, mask if operation != Operation.PREFETCH else None
         )
