@@ -92,6 +92,7 @@ test-vllm: $(VLLM_VENV)/.setup  ## Real vLLM engines on the CPU, with and withou
 
 soak-vllm: $(VLLM_VENV)/.setup  ## The tests under vLLM that test-vllm leaves out; about an hour
 	$(VLLM_VENV)/bin/python -m pytest -m soak tests/vllm $(ARGS)
+	ALL_SCENARIOS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm/test_upstream.py
 
 mutants: $(VENV)/.setup-dev $(VLLM_VENV)/.setup  ## Small changes that a test should notice; ARGS="--sample 50 --seed 7"
 	$(BIN)/python -m tests.mutation $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ LONG = 230
 """Tokens of a prompt whose last whole blocks are in all groups; none is a chunk's last one."""
 RECURRENT = ("states", "states_and_windows")
 SEVERAL = [name for name in MODELS if name != "indexer"]
+SOME = ["windows", "states", "states_and_windows"]
+"""The models of most cases; with ALL_SCENARIOS=1 they run over every model."""
+if os.environ.get("ALL_SCENARIOS"):
+    SOME = SEVERAL
 
 
 @pytest.fixture
@@ -38,8 +43,9 @@ def prompt(tokens: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(1000), k=tokens)
 
 
-@pytest.mark.parametrize("chunk", [1024, 48], ids=["whole", "chunked"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "chunk"), [*((name, 1024) for name in MODELS), *((name, 48) for name in SOME)]
+)
 def test_a_conversation_is_loaded_at_every_turn(make: Make, model: str, chunk: int) -> None:
     """Every turn loads what the last one has computed, up to the last end of a prefix."""
     stand = make(model, max_num_batched_tokens=chunk)
@@ -55,7 +61,7 @@ def test_a_conversation_is_loaded_at_every_turn(make: Make, model: str, chunk: i
     stand.check_empty()
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME)
 def test_the_last_token_is_always_computed(make: Make, model: str) -> None:
     """The same prompt again, of whole blocks, is never loaded to its end."""
     stand = make(model)
@@ -67,7 +73,7 @@ def test_the_last_token_is_always_computed(make: Make, model: str) -> None:
     stand.check_empty()
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME)
 def test_two_prompts_that_part_load_what_they_share(make: Make, model: str) -> None:
     """The second prompt stores what a hit needs where it parts from the first; the third loads it.
 
@@ -83,7 +89,7 @@ def test_two_prompts_that_part_load_what_they_share(make: Make, model: str) -> N
     stand.check_empty()
 
 
-@pytest.mark.parametrize("model", SEVERAL)
+@pytest.mark.parametrize("model", SOME)
 def test_what_the_device_has_is_continued(make: Make, model: str) -> None:
     """A prompt whose beginning the device has loads the rest, where that is proved right."""
     stand = make(model)
@@ -98,7 +104,7 @@ def test_what_the_device_has_is_continued(make: Make, model: str) -> None:
     stand.check_empty()
 
 
-@pytest.mark.parametrize("model", SEVERAL)
+@pytest.mark.parametrize("model", SOME)
 def test_a_load_that_fails_in_one_group_fails_whole(make: Make, model: str) -> None:
     """The request is computed from its first token on, and is offered nothing again."""
     stand = make(model)
@@ -122,7 +128,7 @@ def test_a_load_that_fails_in_one_group_fails_whole(make: Make, model: str) -> N
     stand.check_empty()
 
 
-@pytest.mark.parametrize("model", SEVERAL)
+@pytest.mark.parametrize("model", SOME)
 def test_blocks_of_an_aborted_load_come_back(make: Make, model: str) -> None:
     """A request that is aborted while it loads gives its blocks of all groups back, once."""
     stand = make(model)
@@ -138,7 +144,7 @@ def test_blocks_of_an_aborted_load_come_back(make: Make, model: str) -> None:
     stand.check_empty()
 
 
-@pytest.mark.parametrize("model", SEVERAL)
+@pytest.mark.parametrize("model", SOME)
 def test_a_wrong_block_is_noticed(make: Make, model: str) -> None:
     """The negative control: each group's loaded bytes matter to the forward."""
     stand = make(model)
@@ -161,7 +167,7 @@ def test_a_wrong_block_is_noticed(make: Make, model: str) -> None:
 
 
 @pytest.mark.parametrize("behind", [0, 1], ids=["synchronous", "asynchronous"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME)
 def test_many_requests_on_a_small_device(make: Make, model: str, behind: int) -> None:
     """With preemptions, aborts, failures and slow copies no forward reads a wrong value."""
     chance = random.Random(model + str(behind))
