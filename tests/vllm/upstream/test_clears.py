@@ -126,7 +126,7 @@ def test_a_request_that_runs_on_over_anothers_clear_stores_nothing_more(stand: S
     asked: list[int] = []
     client = stand.side.client
     put = client.put
-    client.put = lambda *args: asked.append(put(*args)) or asked[-1]
+    client.put = lambda *args, **more: asked.append(put(*args, **more)) or asked[-1]
     command(stand.address, "clear")
     stand.run()
     assert request.is_finished()

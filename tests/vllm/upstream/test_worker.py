@@ -122,7 +122,8 @@ def test_ranks_tell_the_same_in_the_same_step(stand: Stand) -> None:
     stand.run()
 
 
-def test_vllm_keeps_one_group_of_blocks(stand: Stand) -> None:
-    """Neither connector supports several block groups, so vLLM keeps one."""
-    assert not KVConnectorFactory.supports_hma_config(stand.config.kv_transfer_config)
-    assert stand.config.scheduler_config.disable_hybrid_kv_cache_manager
+def test_vllm_keeps_one_group_of_blocks_behind_the_shim(stand: Stand, connector: str) -> None:
+    """Only our own connector supports several KV groups; behind the shim vLLM keeps one."""
+    is_own = connector == "own"
+    assert KVConnectorFactory.supports_hma_config(stand.config.kv_transfer_config) is is_own
+    assert stand.config.scheduler_config.disable_hybrid_kv_cache_manager is not is_own
