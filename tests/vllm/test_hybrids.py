@@ -15,7 +15,13 @@ from .hybrid_models import HYBRIDS, reachable_blocks
 from .hybrids import SEVERAL, Hybrids, check_sound, sizes_of
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(each, marks=pytest.mark.soak if each == "qwen3_next" else ())
+        for each in HYBRIDS
+    ],
+)
 def test_a_connector_that_finds_nothing_changes_nothing(
     hybrids: Hybrids, tmp_path: Path, name: str
 ) -> None:
