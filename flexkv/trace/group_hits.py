@@ -4,7 +4,7 @@ Every block of the prefix chain is stored. Of the other groups, whose blocks are
 rule says at which boundaries a prefix can end: what such prefixes need is stored, and nothing else.
 
     every block    at every block
-    ends           at the end of each prompt, from which its next turn goes on
+    ends           at the last whole block of each prompt, behind which its next turn goes on
     junctions      at those, and where a prompt leaves what it shares with an earlier one
 """
 
@@ -26,10 +26,9 @@ from flexkv.index.eviction import Eviction
 from flexkv.index.found import Found
 from flexkv.index.residency import ABSENT, WORTHY, Residency
 from flexkv.trace.hits import Prompt
+from flexkv.trace.mooncake import TOKENS_PER_HASH_ID
 
 STORE_RULES = ("every block", "ends", "junctions")
-TRACE_BLOCK_TOKENS = 512
-"""Tokens of a block in a trace of the Mooncake format."""
 KINDS = ("full", "window", "chunk", "state")
 """Kinds of KV groups, by their number in the index."""
 
@@ -73,7 +72,7 @@ def groups_of(text: str) -> tuple[GroupRule, ...]:
         if not 1 <= count <= _GROUPS_MAX - len(rules):
             raise ConfigError("groups", text, f"must be at most {_GROUPS_MAX} groups")
         for _ in range(count):
-            number, size = len(rules) + 1, TRACE_BLOCK_TOKENS
+            number, size = len(rules) + 1, TOKENS_PER_HASH_ID
             rules.append(GroupRule(number, KINDS.index(kind), tokens, 1, size))
     return tuple(rules)
 
@@ -121,7 +120,7 @@ def _store(
             stored += len(chain[-1].block_ids)
     with index.holding(chain):
         for rule in rules:
-            wanted = _wanted(rule, store_rule, found, blocks)
+            wanted = _wanted(rule, store_rule, found, prompt)
             for states, positions, _ in index.survey(prompt.keys, 0, blocks, False, rule.group):
                 places = np.fromiter(positions, np.int64, positions.block_count)
                 places = places[wanted[places]]
@@ -131,13 +130,14 @@ def _store(
     return stored
 
 
-def _wanted(rule: GroupRule, store_rule: str, found: Found, blocks: int) -> NDArray[np.bool_]:
+def _wanted(rule: GroupRule, store_rule: str, found: Found, prompt: Prompt) -> NDArray[np.bool_]:
     """Return bool[blocks]: the positions whose leaves are stored."""
+    blocks, whole = len(prompt.ids), prompt.whole_blocks
     if store_rule == "every block":
         return np.ones(blocks, np.bool_)
     wanted = np.zeros(blocks, np.bool_)
     is_junction = store_rule == "junctions" and found.chain > found.last
-    for end in (found.chain, blocks) if is_junction else (blocks,):
+    for end in (found.chain, whole) if is_junction else (whole,):
         tokens = end * rule.block_tokens
         first, last = _ext.needed(rule.kind, rule.window, rule.block_tokens, tokens)
         wanted[first:last] = True

@@ -17,7 +17,7 @@ from flexkv.common.terms import Positions, Tier
 from flexkv.index.eviction import Eviction
 from flexkv.index.residency import WORTHY, Residency
 from flexkv.index.secret import derived
-from flexkv.trace.mooncake import TraceLine
+from flexkv.trace.mooncake import TOKENS_PER_HASH_ID, TraceLine
 
 _ROOT = bytes(16)
 
@@ -29,6 +29,8 @@ class Prompt(NamedTuple):
     keys: bytes
     ids: Sequence[int]
     """The same blocks as numbers: equal where their prefixes are equal."""
+    whole_blocks: int
+    """How many of the blocks are full of tokens: the last one may not be."""
 
 
 class Hits(NamedTuple):
@@ -53,7 +55,8 @@ def prompts_of(lines: Iterable[TraceLine]) -> list[Prompt]:
         ids = [
             numbers.setdefault(keys[at : at + 16], len(numbers)) for at in range(16, len(keys), 16)
         ]
-        prompts.append(Prompt(int(line.timestamp // 1000), keys, ids))
+        whole = min(len(ids), line.input_length // TOKENS_PER_HASH_ID)
+        prompts.append(Prompt(int(line.timestamp // 1000), keys, ids, whole))
     return prompts
 
 

@@ -14,6 +14,7 @@ from flexkv.common.space import GroupRule
 from flexkv.index.eviction import POLICIES, Eviction
 from flexkv.trace.group_hits import STORE_RULES, groups_of, replay_groups
 from flexkv.trace.hits import Prompt, infinite, prompts_of
+from flexkv.trace.mooncake import TraceLine
 from tests.unit.test_hits import lines
 
 RUNNER = CliRunner()
@@ -49,7 +50,7 @@ def endless(prompts: list[Prompt], rules: tuple[GroupRule, ...], store_rule: str
             end -= 1
         hits += end
         chain.update(prompt.ids)
-        ends = {len(prompt.ids), known if store_rule == "junctions" and known > end else 0}
+        ends = {prompt.whole_blocks, known if store_rule == "junctions" and known > end else 0}
         if store_rule == "every block":
             ends = set(range(len(prompt.ids) + 1))
         leaves |= {
@@ -71,6 +72,14 @@ def test_an_endless_cache_has_the_hits_of_a_plain_model(shape: str, store_rule: 
             assert replay_groups(prompts, 5000, Eviction(policy), rules, store_rule).hit_blocks == (
                 wanted
             )
+
+
+@pytest.mark.parametrize("shape", ["state", "window:600"])
+def test_a_prompt_ends_at_its_last_whole_block(shape: str) -> None:
+    """The next turn goes on behind the whole blocks: the last block of a prompt is not one."""
+    turns = [TraceLine(0, 2 * 512 + 5, 1, [1, 2, 3]), TraceLine(1000, 4 * 512, 1, [1, 2, 4, 5])]
+    rules = groups_of(shape)
+    assert replay_groups(prompts_of(turns), 100, Eviction("lru"), rules, "ends").hit_blocks == 2
 
 
 @pytest.mark.parametrize("shape", SHAPES)
