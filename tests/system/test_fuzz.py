@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from flexkv.testing.hostile import Hostile
 
 from .conftest import MODEL
 from .forked import forked_server
+from .neighbour import Neighbour
 from .serving import BLOCKS, Instance, eventually, settings_in
 
 FRAMES = int(os.environ.get("FUZZ_FRAMES", "5000"))
@@ -25,44 +25,17 @@ WARM_FRAMES = 2000
 GROWTH_BYTES_MAX = 48 << 20
 
 
-class Neighbour:
-    """A well-behaved instance that puts and gets and compares every byte, in its own thread."""
-
-    def __init__(self, instance: Instance) -> None:
-        self._instance, self._stop = instance, threading.Event()
-        self.right = self.rounds = 0
-        self._threads = ThreadPoolExecutor(1)
-        self._work = self._threads.submit(self._run)
-
-    @property
-    def goes_on(self) -> bool:
-        """Return whether nothing has gone wrong."""
-        return not self._work.done()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            self._round(self.rounds)
-            self.rounds += 1
-
-    def _round(self, number: int) -> None:
-        source = range(number % 4 * BLOCKS, (number % 4 + 1) * BLOCKS)
-        target = range(40, 40 + BLOCKS)
-        put = self._instance.request(Operation.PUT, number, source)
-        assert put.status in ("success", "unready"), put
-        got = self._instance.request(Operation.GET, number, target)
-        assert got.status in ("success", "notfound", "unready"), got
-        loaded, stored = target[: got.moved], source[: got.moved]
-        if got.moved:
-            np.testing.assert_array_equal(
-                self._instance.content(loaded), self._instance.content(stored)
-            )
-            self.right += 1
-
-    def end(self) -> None:
-        """Stop, and raise what went wrong."""
-        self._stop.set()
-        self._work.result(60)
-        self._threads.shutdown()
+def put_and_get(instance: Instance, number: int) -> bool:
+    """Put and get a prompt; return whether blocks came, all of whose bytes are right."""
+    source = range(number % 4 * BLOCKS, (number % 4 + 1) * BLOCKS)
+    target = range(40, 40 + BLOCKS)
+    put = instance.request(Operation.PUT, number, source)
+    assert put.status in ("success", "unready"), put
+    got = instance.request(Operation.GET, number, target)
+    assert got.status in ("success", "notfound", "unready"), got
+    loaded, stored = target[: got.moved], source[: got.moved]
+    np.testing.assert_array_equal(instance.content(loaded), instance.content(stored))
+    return got.moved > 0
 
 
 def test_hostile_peers_stop_nobody(tmp_path: Path) -> None:
@@ -77,7 +50,7 @@ def test_hostile_peers_stop_nobody(tmp_path: Path) -> None:
     instance.begin()
     process = psutil.Process(server.pid)
     before_fds = process.num_fds()
-    hostile, neighbour = Hostile(settings, MODEL, SEED), Neighbour(instance)
+    hostile, neighbour = Hostile(settings, MODEL, SEED), Neighbour(partial(put_and_get, instance))
 
     def going_on() -> bool:
         return neighbour.goes_on and not server.has_ended

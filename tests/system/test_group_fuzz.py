@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from flexkv.server.operator import command
@@ -12,42 +11,21 @@ from flexkv.testing.hostile import Hostile
 
 from .forked import forked_server
 from .group_serving import GROUP_MODEL, GroupInstance
+from .neighbour import Neighbour
 from .serving import eventually, settings_in
 
 FRAMES = int(os.environ.get("GROUP_FUZZ_FRAMES", "2000"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 
 
-class GroupNeighbour:
-    """A well-behaved instance that puts and gets and compares every byte, in its own thread."""
-
-    def __init__(self, instance: GroupInstance) -> None:
-        self._instance, self._stop = instance, threading.Event()
-        self.right = self.rounds = 0
-        self._threads = ThreadPoolExecutor(1)
-        self._work = self._threads.submit(self._run)
-
-    @property
-    def goes_on(self) -> bool:
-        """Return whether nothing has gone wrong."""
-        return not self._work.done()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            keys = self._instance.keys(self.rounds, 17, shared=4)
-            put = self._instance.put(keys, 17, ends=[4, 16])
-            assert put.status in ("success", "unready"), put
-            matched = self._instance.match(keys)
-            got = self._instance.get(keys, matched)
-            assert got.status in ("success", "notfound", "unready", "failed"), got
-            self.right += got.moved > 0
-            self.rounds += 1
-
-    def end(self) -> None:
-        """Stop, and raise what went wrong."""
-        self._stop.set()
-        self._work.result(60)
-        self._threads.shutdown()
+def put_and_get(instance: GroupInstance, number: int) -> bool:
+    """Put and get a prompt; return whether blocks came. The get checks their bytes."""
+    keys = instance.keys(number, 17, shared=4)
+    put = instance.put(keys, 17, ends=[4, 16])
+    assert put.status in ("success", "unready"), put
+    got = instance.get(keys, instance.match(keys))
+    assert got.status in ("success", "notfound", "unready", "failed"), got
+    return got.moved > 0
 
 
 def test_hostile_peers_disturb_no_group(tmp_path: Path) -> None:
@@ -60,7 +38,7 @@ def test_hostile_peers_disturb_no_group(tmp_path: Path) -> None:
     instance = GroupInstance(settings)
     instance.begin()
     hostile = Hostile(settings, GROUP_MODEL, SEED, instance.client.order)
-    neighbour = GroupNeighbour(instance)
+    neighbour = Neighbour(partial(put_and_get, instance))
     hostile.run(FRAMES, lambda: neighbour.goes_on)
     neighbour.end()
     assert hostile.frames >= FRAMES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,9 @@ import pytest
 from flexkv.io.ssd.journal import groups_of
 from flexkv.io.ssd.offline import OfflineSsd
 from flexkv.kvmanager import KVManager
-from flexkv.tiers.backend import LocalBackend
 from tests.system.groups import MODEL, PER_BLOCK, cache_config
 from tests.system.test_kv_groups import PROMPT, GroupRig
+from tests.system.test_warm import until_scrubbed
 
 FILE = "blocks-0000.flexkv"
 SIZES = [space.block_bytes for space in MODEL.spaces(PER_BLOCK)]
@@ -71,13 +70,7 @@ async def test_the_scrubber_checks_by_group(tmp_path: Path, group: int) -> None:
         flip(tmp_path, rows[each][0], size)
     flip(tmp_path, rows[group][-1], SIZES[group] - 1)
     async with KVManager(MODEL, cache_config(tmp_path, ssd_scrub_mb_per_s=4000)) as manager:
-        backend = manager.engine._backend
-        assert isinstance(backend, LocalBackend)
-        scrubber = backend.ssd.scrubber
-        assert scrubber is not None
-        async with asyncio.timeout(20):
-            while scrubber.checked_blocks < 80:  # noqa: ASYNC110 -- the scrubber has no event
-                await asyncio.sleep(0.005)
+        await until_scrubbed(manager, 80)
         assert manager.statistics().corrupt_blocks == 1
         kept = np.array(manager.statistics().tiers["disk"].group_blocks)
     lost = np.array([10, 10, 10, 5]) - kept

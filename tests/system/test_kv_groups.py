@@ -227,17 +227,22 @@ async def test_every_group_survives_a_restart(tmp_path: Path) -> None:
         second.check(places, 40)
 
 
+async def corrupt(rig: GroupRig, folder: Path, group: int) -> None:
+    """Put the prompt, move it to SSD, and damage the last block that it needs of a group."""
+    await rig.put(PROMPT)
+    await fill(rig)
+    engine = rig.manager.engine
+    found = engine.residency.find(engine.requests.intake(Operation.PREFETCH, PROMPT).keys)
+    ready = {0: found.ready, **{leaves.group: leaves.ready for leaves in found.leaves}}[group]
+    damage(folder, {int(ready[Tier.DISK].block_ids[-1])})
+
+
 @pytest.mark.parametrize("group", GROUPS)
 async def test_a_corrupt_block_of_any_group_fails_the_whole_get(tmp_path: Path, group: int) -> None:
     """A get with a wrong block moves nothing, and says so; the next one is a shorter hit."""
     async with KVManager(MODEL, cache_config(tmp_path)) as manager:
         rig = GroupRig(manager)
-        await rig.put(PROMPT)
-        await fill(rig)
-        keys = manager.engine.requests.intake(Operation.PREFETCH, PROMPT).keys
-        found = manager.engine.residency.find(keys)
-        ready = {0: found.ready, **{leaves.group: leaves.ready for leaves in found.leaves}}[group]
-        damage(tmp_path, {int(ready[Tier.DISK].block_ids[-1])})
+        await corrupt(rig, tmp_path, group)
         places = rig.everything(PROMPT)
         got = await rig.get(PROMPT, places)
         assert (got.status, got.return_mask.any()) == (KVResponseStatus.NOTFOUND, False)
@@ -254,12 +259,7 @@ async def test_a_prefetch_that_lacks_a_leaf_has_moved_nothing(tmp_path: Path, gr
     """A prefetch with a wrong leaf says that nothing was moved: no prefix ends there."""
     async with KVManager(MODEL, cache_config(tmp_path)) as manager:
         rig = GroupRig(manager)
-        await rig.put(PROMPT)
-        await fill(rig)
-        keys = manager.engine.requests.intake(Operation.PREFETCH, PROMPT).keys
-        found = manager.engine.residency.find(keys)
-        (ready,) = [leaves.ready for leaves in found.leaves if leaves.group == group]
-        damage(tmp_path, {int(ready[Tier.DISK].block_ids[-1])})
+        await corrupt(rig, tmp_path, group)
         response = await manager.prefetch(PROMPT)
         assert response.status is KVResponseStatus.NOTFOUND
         assert not response.return_mask.any()

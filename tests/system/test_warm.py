@@ -370,6 +370,17 @@ def empty(directory: Path) -> None:
         leftover.unlink()
 
 
+async def until_scrubbed(manager: KVManager, blocks: int) -> None:
+    """Wait until the scrubber has checked this many blocks."""
+    backend = manager.engine._backend
+    assert isinstance(backend, LocalBackend)
+    scrubber = backend.ssd.scrubber
+    assert scrubber is not None
+    async with asyncio.timeout(20):
+        while scrubber.checked_blocks < blocks:  # noqa: ASYNC110 -- the scrubber has no event
+            await asyncio.sleep(0.005)
+
+
 async def test_what_rests_is_read_in_idle_time(tmp_path: Path) -> None:
     """The scrubber drops a corrupt block before anybody asks for it, and keeps sound ones."""
     await put(tmp_path, PROMPT)
@@ -377,13 +388,7 @@ async def test_what_rests_is_read_in_idle_time(tmp_path: Path) -> None:
         content.seek(9 * 4096 + 5)
         content.write(b"changed")
     async with KVManager(MODEL, cache_config(tmp_path, ssd_scrub_mb_per_s=4000)) as manager:
-        backend = manager.engine._backend
-        assert isinstance(backend, LocalBackend)
-        scrubber = backend.ssd.scrubber
-        assert scrubber is not None
-        async with asyncio.timeout(20):
-            while scrubber.checked_blocks < 40:  # noqa: ASYNC110 -- the scrubber has no event
-                await asyncio.sleep(0.005)
+        await until_scrubbed(manager, 40)
         assert manager.match(PROMPT).tokens == 9 * PER_BLOCK
         assert manager.statistics().corrupt_blocks == 1
     assert (await got(tmp_path))[::2] == (9, 0)
