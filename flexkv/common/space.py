@@ -1,8 +1,8 @@
 """What a block is: its size, its division among TP ranks, and what identifies it.
 
 A model has a block space for each KV group: layers whose blocks are kept and found together. Space
-0 is that of the prefix chain, and today's models have no other. All spaces share one pool in each
-tier, and so one stride: a smaller block leaves the end of its place unused.
+0 is that of the prefix chain. All spaces share one pool in each tier, and so one stride: a smaller
+block leaves the end of its place unused.
 """
 
 from __future__ import annotations
@@ -52,6 +52,15 @@ class GroupRule(NamedTuple):
     window: int
     ratio: int
     block_tokens: int
+
+    def needed(self, first: int, last: int) -> tuple[int, int]:
+        """Return which of the group's own blocks a prefix of `last` chain blocks needs.
+
+        Those before the chain's block `first`, which are on the device, are left out.
+        """
+        tokens = last // self.ratio * self.block_tokens
+        begin, end = _ext.needed(self.kind, self.window, self.block_tokens, tokens)
+        return min(max(begin, first // self.ratio), end), end
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,7 @@ class Requests:
             found = self._core.residency.find(request.keys, request.span.first_block)
             self.holds.hold(PREPARED, request.request_id, found.holdings)
             return Ticket(request.narrowed(found.first, found.last), self)
-        lacking = self._core.planner.lacking_from(request)
-        return Ticket(request.narrowed(lacking, request.span.last_block), self)
+        return Ticket(request.narrowed(self.lacking_from(request), request.span.last_block), self)
 
     def lacking_from(self, request: Request) -> int:
         """Return the first block that a put would have to store: see `Planner.lacking_from`."""

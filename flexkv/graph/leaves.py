@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv import _ext
 from flexkv.common.request import LeafBlocks, Operation, Request
 from flexkv.common.space import GroupRule
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Positions, Route, Tier
@@ -142,7 +141,7 @@ class LeafFinder:
             return last
         lacking = [(each, 1) for each in self._residency.survey(request.keys, first, last, False)]
         for rule in self._rules:
-            begin, end = needed(rule, first, last // self._alignment * self._alignment)
+            begin, end = rule.needed(first, last // self._alignment * self._alignment)
             found = self._residency.survey(
                 request.keys, begin * rule.ratio, end * rule.ratio, False, rule.group
             )
@@ -164,16 +163,6 @@ class LeafFinder:
             if state == READY and ids is not None:
                 yield Holding(tier, ids)
                 return
-
-
-def needed(rule: GroupRule, first: int, last: int) -> tuple[int, int]:
-    """Return which of a group's own blocks a prefix of `last` chain blocks needs from `first` on.
-
-    Those that are on the device, before `first`, are left out.
-    """
-    tokens = last // rule.ratio * rule.block_tokens
-    begin, end = _ext.needed(rule.kind, rule.window, rule.block_tokens, tokens)
-    return min(max(begin, first // rule.ratio), end), end
 
 
 def _within(alike: AlikeBlocks, wanted: Positions) -> AlikeBlocks:

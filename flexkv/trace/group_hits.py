@@ -17,9 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv import _ext
 from flexkv.common.errors import ConfigError
-from flexkv.common.space import GroupRule
+from flexkv.common.space import GROUPS_MAX, GroupRule, Kind
 from flexkv.common.terms import Positions, Tier
 from flexkv.index.claims import Holding
 from flexkv.index.eviction import Eviction
@@ -29,11 +28,10 @@ from flexkv.trace.hits import Prompt
 from flexkv.trace.mooncake import TOKENS_PER_HASH_ID
 
 STORE_RULES = ("every block", "ends", "junctions")
-KINDS = ("full", "window", "chunk", "state")
-"""Kinds of KV groups, by their number in the index."""
 
 _GROUP = re.compile(r"(?P<kind>[a-z]+)(:(?P<tokens>\d+))?(\*(?P<count>\d+))?")
-_GROUPS_MAX = 31
+_KINDS = {kind.label: kind for kind in Kind}
+_LEAVES_MAX = GROUPS_MAX - 1
 
 
 class GroupHits(NamedTuple):
@@ -62,18 +60,19 @@ def groups_of(text: str) -> tuple[GroupRule, ...]:
     rules: list[GroupRule] = []
     for part in text.split(","):
         named = _GROUP.fullmatch(part.strip())
-        if named is None or named["kind"] not in KINDS:
-            why = f"each must be KIND[:TOKENS][*COUNT], and the kind one of {', '.join(KINDS)}"
+        if named is None or named["kind"] not in _KINDS:
+            why = f"each must be KIND[:TOKENS][*COUNT], and the kind one of {', '.join(_KINDS)}"
             raise ConfigError("groups", part, why)
-        kind, tokens, count = named["kind"], int(named["tokens"] or 0), int(named["count"] or 1)
-        if (kind in ("window", "chunk")) != (tokens > 0):
+        kind = _KINDS[named["kind"]]
+        tokens, count = int(named["tokens"] or 0), int(named["count"] or 1)
+        if (kind in (Kind.WINDOW, Kind.CHUNK)) != (tokens > 0):
             needs = "needs its size in tokens" if not tokens else "has no size"
-            raise ConfigError("groups", part, f"a group of kind {kind} {needs}")
-        if not 1 <= count <= _GROUPS_MAX - len(rules):
-            raise ConfigError("groups", text, f"must be at most {_GROUPS_MAX} groups")
+            raise ConfigError("groups", part, f"a group of kind {kind.label} {needs}")
+        if not 1 <= count <= _LEAVES_MAX - len(rules):
+            raise ConfigError("groups", text, f"must be at most {_LEAVES_MAX} groups")
         for _ in range(count):
             number, size = len(rules) + 1, TOKENS_PER_HASH_ID
-            rules.append(GroupRule(number, KINDS.index(kind), tokens, 1, size))
+            rules.append(GroupRule(number, kind, tokens, 1, size))
     return tuple(rules)
 
 
@@ -138,8 +137,7 @@ def _wanted(rule: GroupRule, store_rule: str, found: Found, prompt: Prompt) -> N
     wanted = np.zeros(blocks, np.bool_)
     is_junction = store_rule == "junctions" and found.chain > found.last
     for end in (found.chain, whole) if is_junction else (whole,):
-        tokens = end * rule.block_tokens
-        first, last = _ext.needed(rule.kind, rule.window, rule.block_tokens, tokens)
+        first, last = rule.needed(0, end)
         wanted[first:last] = True
     return wanted
 

@@ -86,8 +86,6 @@ class RequestTransfers:
     """The generation of the cache when its blocks began to be computed or looked up."""
     block_ids: list[int] = field(default_factory=list)
     """Its device blocks of the prefix chain."""
-    group_ids: list[list[int]] = field(default_factory=list)
-    """Its device blocks by KV group, if there are several: see `kv_groups.GroupIds`."""
     junction_blocks: int = 0
     """How many of its first blocks are stored without the leaves that a hit there needs; 0 if no
     missing leaf made its hit shorter. The request stores these leaves."""

@@ -212,10 +212,8 @@ class KVEvents:
                 continue
             if not block.is_known:
                 waiting += [self._blocks[child] for child in block.children or ()]
-            for place in sorted(
-                set(block.there).difference(block.announced), key=block.there.index
-            ):
-                if place[0] == 0:
+            for place in block.there:
+                if place[0] == 0 and place not in block.announced:
                     self._tell_stored(block, place)
             for place in block.there:
                 if place not in block.announced and block.is_known:

@@ -226,8 +226,9 @@ def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
     shapes = _Shapes(kv_cache_config, vllm_config, served)
     spans = [span for group, number in enumerate(order) for span in shapes.spans(group, number)]
     tokens = int(served[chain].block_size)
-    _check_blocks(told, served, tokens, kv_cache_config)
     alignment = lcm(*(int(spec.block_size) for spec in served.values()))
+    hits = getattr(kv_cache_config, "cache_hit_alignment_tokens", None)
+    _check_blocks(told, served, tokens, alignment, hits or 1)
     retained = getattr(kv_cache_config, "prefix_cache_retention_interval", 0)
     return EngineGroups(
         tuple(spans),
@@ -320,7 +321,9 @@ def _refusal(layer: str, spec: Any, why: str) -> ConfigError:
     return ConfigError("kv_cache_spec", type(spec).__name__, told)
 
 
-def _check_blocks(told: Sequence[Any], served: Mapping[int, Any], tokens: int, config: Any) -> None:
+def _check_blocks(
+    told: Sequence[Any], served: Mapping[int, Any], tokens: int, alignment: int, hits: int
+) -> None:
     """Check that the blocks of all groups fit those of the chain.
 
     Raises:
@@ -334,9 +337,7 @@ def _check_blocks(told: Sequence[Any], served: Mapping[int, Any], tokens: int, c
                 f" of full attention, which have {tokens} tokens"
             )
             raise ConfigError("block_size", spec.block_size, why)
-    alignment = lcm(*(int(spec.block_size) for spec in served.values()))
-    hits = getattr(config, "cache_hit_alignment_tokens", None)
-    if hits and alignment % hits:
+    if alignment % hits:
         why = f"FlexKV: must divide {alignment}: its hits end on multiples of that many tokens"
         raise ConfigError("cache_hit_alignment_tokens", hits, why)
 

@@ -62,11 +62,6 @@ class LeafSources:
         self._block_state = getattr(output, "kv_connector_block_state", None)
         self._offers = dict(getattr(self._block_state, "boundary_state_offloads", None) or {})
 
-    @property
-    def offered(self) -> list[str]:
-        """Return the requests not handled yet whose states vLLM offers in this step."""
-        return list(self._offers)
-
     def of_step(self, state: RequestState, computed: int, blocks: int) -> tuple[LeafBlocks, ...]:
         """Return the leaves of a request that are worth storing, and whole after the step.
 

@@ -238,21 +238,17 @@ class SchedulerSide:
         """Record all device blocks of a request that is scheduled, by vLLM's groups."""
         transfers, leaves = state.transfers, self._leaves
         transfers.block_ids, first = list(ids[self._chain]), computed // self._per_block
-        if leaves is None:
-            self.transfers.written(transfers, first)
-        else:
+        if leaves is not None:
             leaves.begin(state)
-            self.transfers.written(transfers, first, leaves.written(ids, computed))
+        written = () if leaves is None else leaves.written(ids, computed)
+        self.transfers.written(transfers, first, written)
 
     def _has_more_blocks(self, state: RequestState, ids: Sequence[list[int]]) -> None:
         """Record the further device blocks of a request, by vLLM's groups."""
         transfers, leaves = state.transfers, self._leaves
         first = len(transfers.block_ids)
         transfers.block_ids += ids[self._chain]
-        if leaves is None:
-            self.transfers.written(transfers, first)
-        else:
-            self.transfers.written(transfers, first, leaves.written(ids))
+        self.transfers.written(transfers, first, () if leaves is None else leaves.written(ids))
 
     def _put(self, state: RequestState, computed: int, output: Any) -> None:
         """Begin a put of the whole blocks that a step completes, which is ready after the step."""
