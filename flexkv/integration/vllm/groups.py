@@ -20,31 +20,22 @@ from the tensors' placement, as bytes of unknown meaning (*opaque* layers).
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from flexkv.common.config_layers import ITEM_BYTES, LayerGroup, dtype_name
+from flexkv.common.config_layers import ITEM_BYTES, LayerGroup
 from flexkv.common.config_model import ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.space import GROUPS_MAX
+from flexkv.integration.vllm.shapes import FULL, KINDS, Shapes, Span, layer_specs, refusal
 
 FAILS_WHOLE = hasattr(sys.modules[KVConnectorBase_V1.__module__], "KVConnectorTransferResults")
 """Whether this version of vLLM can be told that a load failed as a whole."""
-FULL = ("FullAttentionSpec", "MLAAttentionSpec", "SinkFullAttentionSpec")
-KINDS = {
-    **dict.fromkeys(FULL, "full"),
-    "SlidingWindowSpec": "sliding_window",
-    "SlidingWindowMLASpec": "sliding_window",
-    "ChunkedLocalAttentionSpec": "chunked",
-    "MambaSpec": "state",
-}
-"""FlexKV's kind of each of vLLM's specs that is served. A class that is derived from one of them
-may keep something else, so only these very classes count."""
 MIXED_STATES = ("MAMBA2",)
 """vLLM's names of the kinds of states for which tests show that a load may continue a prefix that
 the device has. A prompt with other states is loaded only if the device has nothing of it."""
@@ -58,16 +49,6 @@ _WHY = {
     "HiddenStateCacheSpec": "it keeps hidden states, not KV",
 }
 """Why some specs are not served."""
-
-
-class Span(NamedTuple):
-    """Consecutive layers of one shape in one group."""
-
-    layers: tuple[str, ...]
-    shape: LayerGroup
-    is_opaque: bool
-    state: str = ""
-    """The kind, shapes and dtypes of their states: other ones may have as many bytes."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +204,7 @@ def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
         raise ConfigError("kv_cache_groups", len(served), why)
     chain = min(full, key=lambda number: served[number].block_size)
     order = [chain, *(number for number in served if number != chain)]
-    shapes = _Shapes(kv_cache_config, vllm_config, served)
+    shapes = Shapes(kv_cache_config, vllm_config, served)
     spans = [span for group, number in enumerate(order) for span in shapes.spans(group, number)]
     tokens = int(served[chain].block_size)
     alignment = lcm(*(int(spec.block_size) for spec in served.values()))
@@ -257,16 +238,6 @@ def _first_spec(group: Any) -> Any:
     return next(iter(several.values())) if several else spec
 
 
-def _layer_specs(group: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the layers of a group with the specs that are known of them."""
-    several = getattr(group.kv_cache_spec, "kv_cache_specs", None)
-    if several:
-        yield from several.items()
-    else:
-        name = group.layer_names[0] if group.layer_names else "no layer"
-        yield name, group.kv_cache_spec
-
-
 def _name(spec: Any) -> str:
     """Return vLLM's own name of a kind of cache, as in its KV events."""
     module = sys.modules[FullAttentionSpec.__module__]
@@ -286,39 +257,34 @@ def _check(group: Any, first: Any) -> None:
     role = getattr(group, "role", None)
     role = getattr(role, "value", role) or "default"
     if getattr(group, "host_resident", False) or role != "default":
-        raise _refusal(
+        raise refusal(
             group.layer_names[0], first, "its blocks are in the host memory of the engine"
         )
     kinds = set[str]()
-    for layer, spec in _layer_specs(group):
+    for layer, spec in layer_specs(group):
         kind = KINDS.get(type(spec).__name__)
         if kind is None:
             why = _WHY.get(type(spec).__name__, "FlexKV does not know this kind of cache")
-            raise _refusal(layer, spec, why)
+            raise refusal(layer, spec, why)
         kinds.add(kind)
         _check_spec(layer, spec, kind)
     if len(kinds) > 1:
-        raise _refusal(
+        raise refusal(
             group.layer_names[0], first, f"its group mixes kinds: {', '.join(sorted(kinds))}"
         )
 
 
 def _check_spec(layer: str, spec: Any, kind: str) -> None:
     if not getattr(spec, "prefix_cacheable", True):
-        raise _refusal(layer, spec, "vLLM itself does not cache prefixes of it")
+        raise refusal(layer, spec, "vLLM itself does not cache prefixes of it")
     if getattr(spec, "non_causal", False):
-        raise _refusal(layer, spec, "it attends to later tokens")
+        raise refusal(layer, spec, "it attends to later tokens")
     if kind == "state" and (mode := spec.mamba_cache_mode) != "align":
         why = f"mamba_cache_mode is {mode}; FlexKV needs align, as vLLM has with prefix caching"
-        raise _refusal(layer, spec, why)
+        raise refusal(layer, spec, why)
     per_state = getattr(spec, "tokens_per_state", 1)
     if kind != "state" and per_state != int(per_state):
-        raise _refusal(layer, spec, f"it keeps {1 / per_state} states for each token")
-
-
-def _refusal(layer: str, spec: Any, why: str) -> ConfigError:
-    told = f"FlexKV does not serve the layer {layer}: {why}"
-    return ConfigError("kv_cache_spec", type(spec).__name__, told)
+        raise refusal(layer, spec, f"it keeps {1 / per_state} states for each token")
 
 
 def _check_blocks(
@@ -347,150 +313,3 @@ def _drops_last(vllm_config: Any) -> bool:
     drafts = getattr(vllm_config, "speculative_config", None)
     asked = getattr(drafts, "use_eagle_block_drop", None) or getattr(drafts, "use_eagle", None)
     return bool(asked and asked())
-
-
-# -- shapes -------------------------------------------------------------------------------------
-
-
-class _Shapes:
-    """The shapes of an engine's layers, over all its ranks."""
-
-    def __init__(self, config: Any, vllm_config: Any, served: Mapping[int, Any]) -> None:
-        self._config, self._served = config, served
-        self._ranks = int(vllm_config.parallel_config.tensor_parallel_size)
-        self._model = vllm_config.model_config
-        self._per_block = min(
-            int(spec.block_size) for spec in served.values() if type(spec).__name__ in FULL
-        )
-
-    def spans(self, group: int, number: int) -> Iterator[Span]:
-        """Yield the layers of one group: vLLM's `number`, FlexKV's `group`.
-
-        Raises:
-            ConfigError: the pages of a layer cannot be told.
-        """
-        told, first = self._config.kv_cache_groups[number], self._served[number]
-        pages = self._pages(told)
-        parts = self._parts(first, are_alike=len(pages) == 1)
-        for at, (layers, page_bytes) in enumerate(pages):
-            common = self._common(group, first, len(layers))
-            if at == 0:
-                shape = _shape(common, first, parts)
-            elif common["kind"] == "state":
-                raise _refusal(
-                    layers[0], first, "its state differs in shape from those of its group"
-                )
-            else:
-                shape = _opaque(common, first, parts, layers[0], page_bytes)
-            yield Span(layers, shape, at > 0, _state(first))
-
-    def _pages(self, told: Any) -> list[tuple[tuple[str, ...], int]]:
-        """Return the layers of a group by shape, each with the bytes of a page.
-
-        It is 0 for the first shape, whose spec is known. Layers that share the cache of another one
-        have no place, and are left out.
-        """
-        names = set(told.layer_names)
-        placed = [
-            (tuple(tensor.layers), min(int(tensor.layer_stride), int(tensor.block_stride)))
-            for tensor in getattr(self._config, "kv_cache_tensors", ())
-            if names.issuperset(getattr(tensor, "layers", ("",)))
-        ]
-        if placed:
-            return [(placed[0][0], 0), *placed[1:]]
-        specs = [spec for _, spec in _layer_specs(told)]
-        if any(spec != specs[0] for spec in specs):
-            raise _refusal(told.layer_names[0], specs[0], "layers of its group differ in shape")
-        return [(tuple(told.layer_names), 0)]
-
-    def _common(self, group: int, spec: Any, layers: int) -> dict[str, Any]:
-        tokens = int(spec.block_size)
-        return {
-            "num_layers": layers,
-            "kv_group": group,
-            "kind": KINDS[type(spec).__name__],
-            "window": _window(spec),
-            "tokens_per_block": None if tokens == self._per_block else tokens,
-        }
-
-    def _parts(self, spec: Any, are_alike: bool) -> int:
-        """Return into how many different parts the ranks divide the layers of a group.
-
-        Each rank has a part of its own unless all layers of the group are known to share theirs.
-        """
-        if KINDS[type(spec).__name__] == "state":
-            return 1 if getattr(spec, "tp_replicated", False) else self._ranks
-        if _heads_of(spec) > 1:
-            return self._ranks
-        if (copies := int(getattr(self._config, "kv_tp_replicas", 1))) > 1:
-            return self._ranks // copies
-        if not are_alike:
-            return self._ranks
-        if "MLA" in type(spec).__name__:
-            return 1
-        if (shards := getattr(spec, "max_tp_shards", None)) is not None:
-            return min(int(shards), self._ranks)
-        has_others = len(self._served) > 1
-        return self._ranks if has_others else min(self._model.get_total_num_kv_heads(), self._ranks)
-
-
-def _shape(common: dict[str, Any], spec: Any, parts: int) -> LayerGroup:
-    """Return the shape of layers whose spec is known."""
-    if common["kind"] == "state":
-        content = int(spec.state_content_size_bytes)
-        return LayerGroup(**common, num_kv_heads=parts, state_bytes=content)
-    dtype, content = dtype_name(spec.dtype), _content_bytes(spec)
-    item, kv_dim, size = ITEM_BYTES[dtype], 2, int(spec.head_size)
-    if content != 2 * size * item:  # packed, or K and V of different sizes, or MLA
-        kv_dim, size = 1, content // item
-    if content % item:
-        dtype, size = "uint8", content
-    return LayerGroup(
-        **common, num_kv_heads=_heads_of(spec) * parts, head_size=size, dtype=dtype, kv_dim=kv_dim,
-        compress_ratio=int(getattr(spec, "tokens_per_state", 1)),
-    )  # fmt: skip
-
-
-def _state(spec: Any) -> str:
-    """Return what tells a state from others of as many bytes; nothing for other kinds."""
-    if KINDS[type(spec).__name__] != "state":
-        return ""
-    kind = getattr(spec.mamba_type, "name", spec.mamba_type)
-    return f"{kind} {[*map(list, spec.shapes)]} {[*map(dtype_name, spec.dtypes)]}"
-
-
-def _opaque(
-    common: dict[str, Any], spec: Any, parts: int, layer: str, page_bytes: int
-) -> LayerGroup:
-    """Return the shape of layers of which only the bytes of a page are known."""
-    tokens = int(spec.block_size)
-    if page_bytes % tokens:
-        why = f"its pages of {page_bytes} bytes are no multiple of their {tokens} tokens"
-        raise _refusal(layer, spec, why)
-    size = page_bytes // tokens
-    return LayerGroup(**common, num_kv_heads=parts, head_size=size, dtype="uint8", kv_dim=1)
-
-
-def _heads_of(spec: Any) -> int:
-    """Return the heads of one rank, as they are packed."""
-    return int(getattr(spec, "num_heads", None) or spec.num_kv_heads)
-
-
-def _window(spec: Any) -> int:
-    """Return the tokens of a window or chunk, with those that vLLM keeps beyond a window."""
-    match KINDS[type(spec).__name__]:
-        case "sliding_window":
-            return int(spec.sliding_window) + int(getattr(spec, "extra_retained_tokens", 0))
-        case "chunked":
-            return int(spec.attention_chunk_size)
-    return 0
-
-
-def _content_bytes(spec: Any) -> int:
-    """Return the bytes of one head of one token: K and V, or what the backend packs."""
-    if (told := getattr(spec, "state_content_size_bytes", None)) is not None:
-        return int(told)
-    size_v = getattr(spec, "head_size_v", None)
-    if size_v is None:
-        size_v = 0 if "MLA" in type(spec).__name__ else spec.head_size
-    return int(spec.head_size + size_v) * ITEM_BYTES[dtype_name(spec.dtype)]

@@ -1,0 +1,190 @@
+"""The shapes of an engine's layers, from vLLM's specs of their caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from flexkv.common.config_layers import ITEM_BYTES, LayerGroup, dtype_name
+from flexkv.common.errors import ConfigError
+
+FULL = ("FullAttentionSpec", "MLAAttentionSpec", "SinkFullAttentionSpec")
+KINDS = {
+    **dict.fromkeys(FULL, "full"),
+    "SlidingWindowSpec": "sliding_window",
+    "SlidingWindowMLASpec": "sliding_window",
+    "ChunkedLocalAttentionSpec": "chunked",
+    "MambaSpec": "state",
+}
+"""FlexKV's kind of each of vLLM's specs that is served. A class that is derived from one of them
+may keep something else, so only these very classes count."""
+
+
+class Span(NamedTuple):
+    """Consecutive layers of one shape in one group."""
+
+    layers: tuple[str, ...]
+    shape: LayerGroup
+    is_opaque: bool
+    state: str = ""
+    """The kind, shapes and dtypes of their states: other ones may have as many bytes."""
+
+
+def refusal(layer: str, spec: Any, why: str) -> ConfigError:
+    """Return the error that a layer is not served."""
+    told = f"FlexKV does not serve the layer {layer}: {why}"
+    return ConfigError("kv_cache_spec", type(spec).__name__, told)
+
+
+def layer_specs(group: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the layers of a group with the specs that are known of them."""
+    several = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+    if several:
+        yield from several.items()
+    else:
+        name = group.layer_names[0] if group.layer_names else "no layer"
+        yield name, group.kv_cache_spec
+
+
+class Shapes:
+    """The shapes of an engine's layers, over all its ranks."""
+
+    def __init__(self, config: Any, vllm_config: Any, served: Mapping[int, Any]) -> None:
+        self._config, self._served = config, served
+        self._ranks = int(vllm_config.parallel_config.tensor_parallel_size)
+        self._model = vllm_config.model_config
+        self._per_block = min(
+            int(spec.block_size) for spec in served.values() if type(spec).__name__ in FULL
+        )
+
+    def spans(self, group: int, number: int) -> Iterator[Span]:
+        """Yield the layers of one group: vLLM's `number`, FlexKV's `group`.
+
+        Raises:
+            ConfigError: the pages of a layer cannot be told.
+        """
+        told, first = self._config.kv_cache_groups[number], self._served[number]
+        pages = self._pages(told)
+        parts = self._parts(first, are_alike=len(pages) == 1)
+        for at, (layers, page_bytes) in enumerate(pages):
+            common = self._common(group, first, len(layers))
+            if at == 0:
+                shape = _shape(common, first, parts)
+            elif common["kind"] == "state":
+                raise refusal(
+                    layers[0], first, "its state differs in shape from those of its group"
+                )
+            else:
+                shape = _opaque(common, first, parts, layers[0], page_bytes)
+            yield Span(layers, shape, at > 0, _state(first))
+
+    def _pages(self, told: Any) -> list[tuple[tuple[str, ...], int]]:
+        """Return the layers of a group by shape, each with the bytes of a page.
+
+        It is 0 for the first shape, whose spec is known. Layers that share the cache of another one
+        have no place, and are left out.
+        """
+        names = set(told.layer_names)
+        placed = [
+            (tuple(tensor.layers), min(int(tensor.layer_stride), int(tensor.block_stride)))
+            for tensor in getattr(self._config, "kv_cache_tensors", ())
+            if names.issuperset(getattr(tensor, "layers", ("",)))
+        ]
+        if placed:
+            return [(placed[0][0], 0), *placed[1:]]
+        specs = [spec for _, spec in layer_specs(told)]
+        if any(spec != specs[0] for spec in specs):
+            raise refusal(told.layer_names[0], specs[0], "layers of its group differ in shape")
+        return [(tuple(told.layer_names), 0)]
+
+    def _common(self, group: int, spec: Any, layers: int) -> dict[str, Any]:
+        tokens = int(spec.block_size)
+        return {
+            "num_layers": layers,
+            "kv_group": group,
+            "kind": KINDS[type(spec).__name__],
+            "window": _window(spec),
+            "tokens_per_block": None if tokens == self._per_block else tokens,
+        }
+
+    def _parts(self, spec: Any, are_alike: bool) -> int:
+        """Return into how many different parts the ranks divide the layers of a group.
+
+        Each rank has a part of its own unless all layers of the group are known to share theirs.
+        """
+        if KINDS[type(spec).__name__] == "state":
+            return 1 if getattr(spec, "tp_replicated", False) else self._ranks
+        if _heads_of(spec) > 1:
+            return self._ranks
+        if (copies := int(getattr(self._config, "kv_tp_replicas", 1))) > 1:
+            return self._ranks // copies
+        if not are_alike:
+            return self._ranks
+        if "MLA" in type(spec).__name__:
+            return 1
+        if (shards := getattr(spec, "max_tp_shards", None)) is not None:
+            return min(int(shards), self._ranks)
+        has_others = len(self._served) > 1
+        return self._ranks if has_others else min(self._model.get_total_num_kv_heads(), self._ranks)
+
+
+def _shape(common: dict[str, Any], spec: Any, parts: int) -> LayerGroup:
+    """Return the shape of layers whose spec is known."""
+    if common["kind"] == "state":
+        content = int(spec.state_content_size_bytes)
+        return LayerGroup(**common, num_kv_heads=parts, state_bytes=content)
+    dtype, content = dtype_name(spec.dtype), _content_bytes(spec)
+    item, kv_dim, size = ITEM_BYTES[dtype], 2, int(spec.head_size)
+    if content != 2 * size * item:  # packed, or K and V of different sizes, or MLA
+        kv_dim, size = 1, content // item
+    if content % item:
+        dtype, size = "uint8", content
+    return LayerGroup(
+        **common, num_kv_heads=_heads_of(spec) * parts, head_size=size, dtype=dtype, kv_dim=kv_dim,
+        compress_ratio=int(getattr(spec, "tokens_per_state", 1)),
+    )  # fmt: skip
+
+
+def _state(spec: Any) -> str:
+    """Return what tells a state from others of as many bytes; nothing for other kinds."""
+    if KINDS[type(spec).__name__] != "state":
+        return ""
+    kind = getattr(spec.mamba_type, "name", spec.mamba_type)
+    return f"{kind} {[*map(list, spec.shapes)]} {[*map(dtype_name, spec.dtypes)]}"
+
+
+def _opaque(
+    common: dict[str, Any], spec: Any, parts: int, layer: str, page_bytes: int
+) -> LayerGroup:
+    """Return the shape of layers of which only the bytes of a page are known."""
+    tokens = int(spec.block_size)
+    if page_bytes % tokens:
+        why = f"its pages of {page_bytes} bytes are no multiple of their {tokens} tokens"
+        raise refusal(layer, spec, why)
+    size = page_bytes // tokens
+    return LayerGroup(**common, num_kv_heads=parts, head_size=size, dtype="uint8", kv_dim=1)
+
+
+def _heads_of(spec: Any) -> int:
+    """Return the heads of one rank, as they are packed."""
+    return int(getattr(spec, "num_heads", None) or spec.num_kv_heads)
+
+
+def _window(spec: Any) -> int:
+    """Return the tokens of a window or chunk, with those that vLLM keeps beyond a window."""
+    match KINDS[type(spec).__name__]:
+        case "sliding_window":
+            return int(spec.sliding_window) + int(getattr(spec, "extra_retained_tokens", 0))
+        case "chunked":
+            return int(spec.attention_chunk_size)
+    return 0
+
+
+def _content_bytes(spec: Any) -> int:
+    """Return the bytes of one head of one token: K and V, or what the backend packs."""
+    if (told := getattr(spec, "state_content_size_bytes", None)) is not None:
+        return int(told)
+    size_v = getattr(spec, "head_size_v", None)
+    if size_v is None:
+        size_v = 0 if "MLA" in type(spec).__name__ else spec.head_size
+    return int(spec.head_size + size_v) * ITEM_BYTES[dtype_name(spec.dtype)]
