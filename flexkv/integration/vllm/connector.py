@@ -101,7 +101,7 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1, SupportsHMA):
     def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
         """Return which of vLLM's KV groups a load writes: all that are transferred."""
         groups = None if self.scheduler is None else self.scheduler.engine_groups
-        return (0,) if groups is None else tuple(sorted(groups.engine_ids))
+        return (0,) if groups is None else groups.engine_ids
 
     def get_external_cache_hit_sources(
         self, request: Any, num_external_tokens: int

@@ -46,12 +46,16 @@ class _Facts(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """What events say about a KV group; one of its blocks covers `ratio` blocks of the chain."""
+    """What events say about a KV group; one of its blocks covers `ratio` blocks of the chain.
+
+    Of several of FlexKV's groups that are one of vLLM's, only the last one is told of.
+    """
 
     number: int | None
     kind: str | None
     window: int | None
     ratio: int
+    is_told: bool = True
 
 
 Place = tuple[int, str]
@@ -158,7 +162,7 @@ class KVEvents:
             self._lose_all()
         for key, tier, is_there, group in changed.changes:
             block = self._blocks.get(key)
-            if block is None or group >= len(self._groups):
+            if block is None or group >= len(self._groups) or not self._groups[group].is_told:
                 continue
             # A tier that is new has a medium of its own.
             place = group, MEDIA.get(tier, tier.upper())
@@ -292,9 +296,10 @@ class KVEvents:
 def _told(groups: EngineGroups) -> list[_Group]:
     """Return what events say about each of FlexKV's groups."""
     return [
-        _Group(number, name, groups.shape(group).window or None,
-               groups.block_tokens(group) // groups.tokens_per_block)
-        for group, (number, name) in enumerate(zip(groups.engine_ids, groups.names, strict=True))
+        _Group(source.engine_id, name, groups.shape(group).window or None,
+               groups.block_tokens(group) // groups.tokens_per_block,
+               source.first == source.step - 1)
+        for group, (source, name) in enumerate(zip(groups.sources, groups.names, strict=True))
     ]  # fmt: skip
 
 

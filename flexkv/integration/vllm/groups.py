@@ -9,8 +9,9 @@ kind of their cache, whatever the model's configuration says:
     ChunkedLocalAttention                                  the blocks of its last chunk
     Mamba, with mamba_cache_mode "align"                   the state at its end
 
-FlexKV's group 0 is a full-attention group; the others follow in vLLM's order. All groups overlay
-one allocation: a block id belongs to one group at a time.
+FlexKV's group 0 is a full-attention group; the others follow in vLLM's order. A group whose blocks
+are smaller than those of group 0 becomes several of FlexKV's groups: see `Source`. All groups
+overlay one allocation: a block id belongs to one group at a time.
 
 Both sides of the connector must come to the same result. But of a group whose layers differ in
 shape, the scheduler's side has only the first layer's spec. The pages of the other layers are taken
@@ -20,7 +21,7 @@ from the tensors' placement, as bytes of unknown meaning (*opaque* layers).
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
 from typing import Any
@@ -32,7 +33,16 @@ from flexkv.common.config_layers import ITEM_BYTES, LayerGroup
 from flexkv.common.config_model import ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.space import GROUPS_MAX
-from flexkv.integration.vllm.shapes import FULL, KINDS, Shapes, Span, layer_specs, refusal
+from flexkv.integration.vllm.shapes import (
+    FULL,
+    KINDS,
+    Shapes,
+    Source,
+    Span,
+    layer_specs,
+    refusal,
+    sources_of,
+)
 
 FAILS_WHOLE = hasattr(sys.modules[KVConnectorBase_V1.__module__], "KVConnectorTransferResults")
 """Whether this version of vLLM can be told that a load failed as a whole."""
@@ -57,7 +67,7 @@ class EngineGroups:
 
     Attributes:
         spans: all layers that are transferred, in FlexKV's order of layers.
-        engine_ids: vLLM's index of each of FlexKV's groups.
+        sources: where the blocks of each of FlexKV's groups are in vLLM's lists.
         names: vLLM's kind of each of FlexKV's groups, such as "sliding_window".
         tokens_per_block: of group 0.
         alignment_tokens: every hit ends on a multiple of it.
@@ -67,10 +77,11 @@ class EngineGroups:
         num_blocks: how many blocks the device has; 0 if it was not told.
         hash_tokens: the tokens of each of the engine's own hashes.
         mixes: whether what is loaded may continue what the device has.
+        engine_tokens: of a block of each of vLLM's groups; 0 for a group that is not served.
     """
 
     spans: tuple[Span, ...]
-    engine_ids: tuple[int, ...]
+    sources: tuple[Source, ...]
     names: tuple[str, ...]
     tokens_per_block: int
     alignment_tokens: int
@@ -79,11 +90,22 @@ class EngineGroups:
     num_blocks: int
     hash_tokens: int
     mixes: bool
+    engine_tokens: tuple[int, ...]
 
     @property
     def are_several(self) -> bool:
         """Return whether there is more than one."""
-        return len(self.engine_ids) > 1
+        return len(self.sources) > 1
+
+    @property
+    def engine_ids(self) -> tuple[int, ...]:
+        """Return vLLM's indices of the groups that are served, ascending."""
+        return tuple(sorted({source.engine_id for source in self.sources}))
+
+    @property
+    def chain(self) -> int:
+        """Return vLLM's index of FlexKV's group 0."""
+        return self.sources[0].engine_id
 
     @property
     def have_states(self) -> bool:
@@ -104,6 +126,17 @@ class EngineGroups:
     def facts(self) -> tuple[str, ...]:
         """Return what the name of the model covers of the layers: their order and their states."""
         return *self.layers, *(span.state for span in self.spans if span.state)
+
+    def written(self, ids: Sequence[Sequence[int]], computed: int = 0) -> Iterator[int]:
+        """Yield the blocks of all of vLLM's groups but the chain that the next step may write.
+
+        Args:
+            ids: all blocks of a request, or its new ones, by vLLM's groups.
+            computed: how many of their tokens are computed already.
+        """
+        for number, (blocks, tokens) in enumerate(zip(ids, self.engine_tokens, strict=True)):
+            if number != self.chain:
+                yield from blocks[computed // tokens if tokens else 0 :]
 
     def shape(self, group: int) -> LayerGroup:
         """Return the shape of the first layers of one of FlexKV's groups."""
@@ -140,7 +173,8 @@ class EngineGroups:
         """Return the KV tensors of the layers that are transferred, in FlexKV's order.
 
         Layers that share the cache of another layer have none of their own. Opaque layers become
-        int8[blocks, 1, tokens, bytes].
+        int8[blocks, 1, tokens, bytes]. A layer in several of FlexKV's groups is there several
+        times: from the second one on, the group is behind its name.
 
         Args:
             kv_caches: the engine's tensors, by layer.
@@ -157,13 +191,15 @@ class EngineGroups:
                     why = f"FlexKV serves only tensors of vLLM's own {self.num_blocks} blocks, not "
                     why += "of an attention backend's smaller ones"
                     raise ConfigError(f"kv_caches[{name!r}]", tuple(tensor.shape), why)
-                found[name] = self._opaque(tensor, span.shape) if span.is_opaque else tensor
+                group = span.shape.kv_group
+                field = f"{name}, group {group}" if name in found else name
+                found[field] = self._opaque(tensor, span.shape) if span.is_opaque else tensor
         return found
 
     def _opaque(self, tensor: Any, shape: LayerGroup) -> Any:
         import torch
 
-        tokens = shape.tokens_per_block or self.tokens_per_block
+        tokens = (shape.tokens_per_block or self.tokens_per_block) // shape.compress_ratio
         raw = torch.empty(0, dtype=torch.int8, device=tensor.device).set_(tensor.untyped_storage())
         stride = tensor.stride(0) * tensor.element_size()
         size = (tensor.shape[0], 1, tokens, shape.head_size)
@@ -199,22 +235,24 @@ def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
     if len(served) > 1 and not FAILS_WHOLE:
         why = "FlexKV: several KV groups need vLLM 0.32 or later, where a load may fail as a whole"
         raise ConfigError("kv_cache_groups", len(served), why)
-    if len(served) > GROUPS_MAX:
-        why = f"FlexKV: at most {GROUPS_MAX} KV groups are served"
-        raise ConfigError("kv_cache_groups", len(served), why)
     chain = min(full, key=lambda number: served[number].block_size)
-    order = [chain, *(number for number in served if number != chain)]
-    shapes = Shapes(kv_cache_config, vllm_config, served)
-    spans = [span for group, number in enumerate(order) for span in shapes.spans(group, number)]
     tokens = int(served[chain].block_size)
     alignment = lcm(*(int(spec.block_size) for spec in served.values()))
     hits = getattr(kv_cache_config, "cache_hit_alignment_tokens", None)
     _check_blocks(told, served, tokens, alignment, hits or 1)
+    order = [chain, *(number for number in served if number != chain)]
+    sources = [source for each in order for source in sources_of(each, served[each], tokens)]
+    if len(sources) > GROUPS_MAX:
+        why = f"FlexKV: at most {GROUPS_MAX} KV groups are served; a group whose blocks are smaller"
+        why += " than those of full attention counts as many times as it is smaller"
+        raise ConfigError("kv_cache_groups", len(sources), why)
+    shapes = Shapes(kv_cache_config, vllm_config, served)
+    spans = [span for group, each in enumerate(sources) for span in shapes.spans(group, each)]
     retained = getattr(kv_cache_config, "prefix_cache_retention_interval", 0)
     return EngineGroups(
         tuple(spans),
-        tuple(order),
-        tuple(_name(served[number]) for number in order),
+        tuple(sources),
+        tuple(_name(served[source.engine_id]) for source in sources),
         tokens,
         alignment,
         _drops_last(vllm_config) or any(getattr(g, "is_eagle_group", False) for g in told),
@@ -222,6 +260,7 @@ def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
         int(getattr(kv_cache_config, "num_blocks", 0)),
         int(getattr(kv_cache_config, "hash_block_size", None) or tokens),
         all(_mixes(spec) for spec in served.values()),
+        tuple(int(served[n].block_size) if n in served else 0 for n in range(len(told))),
     )
 
 
@@ -293,16 +332,18 @@ def _check_blocks(
     """Check that the blocks of all groups fit those of the chain.
 
     Raises:
-        ConfigError: a block of some group is no multiple of the chain's, or hits end elsewhere.
+        ConfigError: a block of some group is neither a multiple of the chain's nor divides it, a
+            chunk begins inside a block of the chain, or hits end elsewhere.
     """
     for number, spec in served.items():
-        if spec.block_size % tokens:
-            layer = told[number].layer_names[0]
-            why = (
-                f"FlexKV does not serve the layer {layer}: its blocks must be a multiple of those"
-                f" of full attention, which have {tokens} tokens"
-            )
-            raise ConfigError("block_size", spec.block_size, why)
+        layer, size = told[number].layer_names[0], int(spec.block_size)
+        if size % tokens and tokens % size:
+            why = f"its blocks have {size} tokens: they must be a multiple of those of full"
+            raise refusal(layer, spec, f"{why} attention, which have {tokens}, or divide them")
+        is_chunked = KINDS[type(spec).__name__] == "chunked"
+        if is_chunked and size < tokens and spec.attention_chunk_size % tokens:
+            why = f"its chunks have {spec.attention_chunk_size} tokens: they must be a multiple of"
+            raise refusal(layer, spec, f"{why} the blocks of full attention, which have {tokens}")
     if alignment % hits:
         why = f"FlexKV: must divide {alignment}: its hits end on multiples of that many tokens"
         raise ConfigError("cache_hit_alignment_tokens", hits, why)

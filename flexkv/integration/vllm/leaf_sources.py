@@ -9,7 +9,7 @@ state           where vLLM says so (`boundary_state_offloads`), and nowhere else
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from flexkv.common.request import LeafBlocks
@@ -25,24 +25,13 @@ class LeafSources:
         """Take the KV groups, in FlexKV's terms and in vLLM's."""
         self._groups, self._engine = groups, engine
         self._per_block = engine.tokens_per_block
-        self._of_engine = {number: group for group, number in enumerate(engine.engine_ids)}
+        self._of_engine = {source.engine_id: n for n, source in enumerate(engine.sources)}
         self._block_state: Any = None
         self._offers: dict[str, list[tuple[int, int, int]]] = {}
 
     def ids(self, ids: Sequence[Sequence[int]]) -> GroupIds:
         """Return device blocks by FlexKV's groups, given them by vLLM's."""
-        return [ids[number] for number in self._engine.engine_ids]
-
-    def written(self, ids: Sequence[Sequence[int]], computed: int = 0) -> Iterator[int]:
-        """Yield the blocks of all groups but FlexKV's first that the next step writes.
-
-        Args:
-            ids: all blocks of a request, or its new ones, by vLLM's groups.
-            computed: how many of their tokens are computed already.
-        """
-        for group, number in enumerate(self._engine.engine_ids):
-            if group:
-                yield from ids[number][computed // self._engine.block_tokens(group) :]
+        return [source.of(ids) for source in self._engine.sources]
 
     def begin(self, state: RequestState) -> None:
         """Set the boundaries at which a request that is scheduled stores its leaves."""
@@ -107,7 +96,7 @@ class LeafSources:
         leaves = self._groups.to_store(self.ids(ids), ends[-1])
         needed = sum(
             len(self._groups.needed(group, ends[-1]))
-            for group in range(1, len(self._engine.engine_ids))
+            for group in range(1, len(self._engine.sources))
         )
         is_whole = sum(each.positions.block_count for each in leaves) == needed
         return ends[-1], leaves if is_whole else ()

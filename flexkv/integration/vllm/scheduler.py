@@ -83,7 +83,7 @@ class SchedulerSide:
         )
         """Finds leaves that are worth storing; None with one KV group."""
         self.engine_groups = setup.groups
-        self._chain = setup.groups.engine_ids[0] if setup.groups else 0
+        self._chain = setup.groups.chain if setup.groups else 0
         self._mixes = setup.groups is None or setup.groups.mixes
         self._counts = Counts(cache.num_log_interval_requests)
         wait_s = settings.server_answer_ms / 1e3
@@ -236,19 +236,19 @@ class SchedulerSide:
 
     def _has_blocks(self, state: RequestState, ids: Sequence[list[int]], computed: int) -> None:
         """Record all device blocks of a request that is scheduled, by vLLM's groups."""
-        transfers, leaves = state.transfers, self._leaves
+        transfers, groups = state.transfers, self.engine_groups
         transfers.block_ids, first = list(ids[self._chain]), computed // self._per_block
-        if leaves is not None:
-            leaves.begin(state)
-        written = () if leaves is None else leaves.written(ids, computed)
+        if self._leaves is not None:
+            self._leaves.begin(state)
+        written = () if groups is None else groups.written(ids, computed)
         self.transfers.written(transfers, first, written)
 
     def _has_more_blocks(self, state: RequestState, ids: Sequence[list[int]]) -> None:
         """Record the further device blocks of a request, by vLLM's groups."""
-        transfers, leaves = state.transfers, self._leaves
+        transfers, groups = state.transfers, self.engine_groups
         first = len(transfers.block_ids)
         transfers.block_ids += ids[self._chain]
-        self.transfers.written(transfers, first, () if leaves is None else leaves.written(ids))
+        self.transfers.written(transfers, first, () if groups is None else groups.written(ids))
 
     def _put(self, state: RequestState, computed: int, output: Any) -> None:
         """Begin a put of the whole blocks that a step completes, which is ready after the step."""

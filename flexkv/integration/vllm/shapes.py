@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flexkv.common.config_layers import ITEM_BYTES, LayerGroup, dtype_name
@@ -28,6 +28,41 @@ class Span(NamedTuple):
     is_opaque: bool
     state: str = ""
     """The kind, shapes and dtypes of their states: other ones may have as many bytes."""
+
+
+class Source(NamedTuple):
+    """Where the blocks of one of FlexKV's groups are among those of one of vLLM's.
+
+    They are every `step`-th block, from the `first` on. Usually they are all of them. But where
+    the blocks of a group are smaller than those of the chain, several of them are in a block of the
+    chain. Then the first of each, the second of each, and so on are a group of their own: so each
+    has its own device block, and a prefix needs just those that the engine keeps.
+    """
+
+    engine_id: int
+    first: int = 0
+    step: int = 1
+
+    def of(self, ids: Sequence[Sequence[int]]) -> Sequence[int]:
+        """Return the group's device blocks, of a request's blocks by vLLM's groups."""
+        blocks = ids[self.engine_id]
+        return blocks if self.step == 1 else blocks[self.first :: self.step]
+
+
+def sources_of(engine_id: int, spec: Any, chain_tokens: int) -> Iterator[Source]:
+    """Yield the groups of FlexKV that one of vLLM's groups becomes.
+
+    Parts of the chain's block that no prefix needs are left out.
+    """
+    step = max(1, chain_tokens // int(spec.block_size))
+    sources = [Source(engine_id, first, step) for first in range(step)]
+    match KINDS[type(spec).__name__]:
+        case "state":
+            yield sources[-1]
+        case "sliding_window" if step > 1:
+            yield from (source for source in sources if _window(spec, source) > 1)
+        case _:
+            yield from sources
 
 
 def refusal(layer: str, spec: Any, why: str) -> ConfigError:
@@ -57,17 +92,18 @@ class Shapes:
             int(spec.block_size) for spec in served.values() if type(spec).__name__ in FULL
         )
 
-    def spans(self, group: int, number: int) -> Iterator[Span]:
-        """Yield the layers of one group: vLLM's `number`, FlexKV's `group`.
+    def spans(self, group: int, source: Source) -> Iterator[Span]:
+        """Yield the layers of one of FlexKV's groups.
 
         Raises:
             ConfigError: the pages of a layer cannot be told.
         """
+        number = source.engine_id
         told, first = self._config.kv_cache_groups[number], self._served[number]
         pages = self._pages(told)
         parts = self._parts(first, are_alike=len(pages) == 1)
         for at, (layers, page_bytes) in enumerate(pages):
-            common = self._common(group, first, len(layers))
+            common = {"kv_group": group, **self._common(first, source, len(layers))}
             if at == 0:
                 shape = _shape(common, first, parts)
             elif common["kind"] == "state":
@@ -75,6 +111,7 @@ class Shapes:
                     layers[0], first, "its state differs in shape from those of its group"
                 )
             else:
+                common["compress_ratio"] = source.step
                 shape = _opaque(common, first, parts, layers[0], page_bytes)
             yield Span(layers, shape, at > 0, _state(first))
 
@@ -97,14 +134,15 @@ class Shapes:
             raise refusal(told.layer_names[0], specs[0], "layers of its group differ in shape")
         return [(tuple(told.layer_names), 0)]
 
-    def _common(self, group: int, spec: Any, layers: int) -> dict[str, Any]:
-        tokens = int(spec.block_size)
+    def _common(self, spec: Any, source: Source, layers: int) -> dict[str, Any]:
+        tokens, kind = int(spec.block_size) * source.step, KINDS[type(spec).__name__]
+        per_vector = 1 if kind == "state" else int(getattr(spec, "tokens_per_state", 1))
         return {
             "num_layers": layers,
-            "kv_group": group,
-            "kind": KINDS[type(spec).__name__],
-            "window": _window(spec),
+            "kind": kind,
+            "window": _window(spec, source),
             "tokens_per_block": None if tokens == self._per_block else tokens,
+            "compress_ratio": 1 if kind == "state" else per_vector * source.step,
         }
 
     def _parts(self, spec: Any, are_alike: bool) -> int:
@@ -140,9 +178,8 @@ def _shape(common: dict[str, Any], spec: Any, parts: int) -> LayerGroup:
     if content % item:
         dtype, size = "uint8", content
     return LayerGroup(
-        **common, num_kv_heads=_heads_of(spec) * parts, head_size=size, dtype=dtype, kv_dim=kv_dim,
-        compress_ratio=int(getattr(spec, "tokens_per_state", 1)),
-    )  # fmt: skip
+        **common, num_kv_heads=_heads_of(spec) * parts, head_size=size, dtype=dtype, kv_dim=kv_dim
+    )
 
 
 def _state(spec: Any) -> str:
@@ -170,11 +207,16 @@ def _heads_of(spec: Any) -> int:
     return int(getattr(spec, "num_heads", None) or spec.num_kv_heads)
 
 
-def _window(spec: Any) -> int:
-    """Return the tokens of a window or chunk, with those that vLLM keeps beyond a window."""
+def _window(spec: Any, source: Source) -> int:
+    """Return the tokens of a window or chunk, with those that vLLM keeps beyond a window.
+
+    A window reaches a part of the chain's block if it reaches the part's last token. FlexKV asks
+    for the block's last token, so the window is shorter by what lies between.
+    """
     match KINDS[type(spec).__name__]:
         case "sliding_window":
-            return int(spec.sliding_window) + int(getattr(spec, "extra_retained_tokens", 0))
+            kept = int(spec.sliding_window) + int(getattr(spec, "extra_retained_tokens", 0))
+            return kept - (source.step - 1 - source.first) * int(spec.block_size)
         case "chunked":
             return int(spec.attention_chunk_size)
     return 0

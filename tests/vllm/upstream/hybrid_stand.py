@@ -90,10 +90,17 @@ MODELS: dict[str, list[KVCacheGroupSpec]] = {
                            _group(_full(), "f0")],
     "larger_windows": [_group(_full(num_kv_heads=4), "f0"),
                        _group(_window(block_size=2 * PER_BLOCK), "w0")],
+    "smaller_windows": [_group(_full(block_size=2 * PER_BLOCK, num_kv_heads=1), "f0"),
+                        _group(_window(), "w0"), _group(_window(), "w1")],
+    "smallest_windows": [_group(_window(), "w0"),
+                       _group(_full(block_size=4 * PER_BLOCK, head_size=4, num_kv_heads=1), "f0")],
     "indexer": [_group(_mla_with_indexer(), "mla", "indexer")],
     "two_full": [_group(_full(), "f0"), _group(_full(head_size=4, num_kv_heads=4), "g0")],
 }  # fmt: skip
 """KV groups like those of models that people serve."""
+
+
+_LEAVES = (SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)
 
 
 class HybridStand(Stand):
@@ -131,6 +138,9 @@ class HybridStand(Stand):
         alignment = resolve_cache_hit_alignment_tokens(caches, self.config, *sizes)
         caches.hash_block_size, caches.cache_hit_alignment_tokens = sizes[1], alignment
         self.unit = sizes[0]
+        specs = [group.kv_cache_spec for group in self._groups]
+        self.chain_tokens = min(spec.block_size for spec in specs if not isinstance(spec, _LEAVES))
+        """Tokens of a block of the group of full attention that is FlexKV's chain."""
         layout = KVCacheLayout[cache.kv_cache_layout]
         tensors = allocate_kv_cache(caches, torch.device("cpu"), layout)
         self._group_of = {

@@ -56,7 +56,7 @@ def test_a_conversation_is_loaded_at_every_turn(make: Make, model: str, chunk: i
         talk = stand.answer(f"turn {turn}", [*talk, *prompt(50, turn)], max_tokens=20)
         counts = stand.counts()
         kept = last_prompt - 1 if model in RECURRENT else last_prompt + 19
-        wanted = kept // stand.unit * stand.unit // PER_BLOCK
+        wanted = kept // stand.unit * stand.unit // stand.chain_tokens
         assert (counts["loaded_blocks"], counts["failed_blocks"]) == (wanted, 0)
     stand.check_empty()
 
@@ -69,7 +69,7 @@ def test_the_last_token_is_always_computed(make: Make, model: str) -> None:
     stand.answer("first", tokens)
     stand.counts()
     stand.answer("again", tokens)
-    assert stand.counts()["loaded_blocks"] == 3 * stand.unit // PER_BLOCK
+    assert stand.counts()["loaded_blocks"] == 3 * stand.unit // stand.chain_tokens
     stand.check_empty()
 
 
@@ -79,12 +79,12 @@ def test_two_prompts_that_part_load_what_they_share(make: Make, model: str) -> N
 
     vLLM cuts its chunks there for states only if its own cache has seen the first prompt.
     """
-    stand = make(model, max_num_batched_tokens=512)
+    stand = make(model, num_blocks=160, max_num_batched_tokens=512)
     shared = prompt(10 * stand.unit)
     for turn in range(3):
         stand.answer(f"turn {turn}", [*shared, *prompt(100, turn)])
     counts = stand.counts()
-    expected = 0 if model in RECURRENT else 10 * stand.unit // PER_BLOCK
+    expected = 0 if model in RECURRENT else 10 * stand.unit // stand.chain_tokens
     assert counts["loaded_blocks"] >= expected
     stand.check_empty()
 
@@ -97,10 +97,11 @@ def test_what_the_device_has_is_continued(make: Make, model: str) -> None:
     stand.counts()
     stand.ask("local", talk[: 8 * PER_BLOCK + 1])
     stand.run()
-    assert stand.counts()["loaded_blocks"] in (0, 8)
+    known = 8 * PER_BLOCK // stand.chain_tokens
+    assert stand.counts()["loaded_blocks"] in (0, known)
     stand.ask("mixed", talk)
     stand.run()
-    assert stand.counts()["loaded_blocks"] == 20 - 8
+    assert stand.counts()["loaded_blocks"] == 20 * PER_BLOCK // stand.chain_tokens - known
     stand.check_empty()
 
 
