@@ -45,6 +45,13 @@ RECIPES = {
         "tie_word_embeddings": False,
         "layer_types": [SLIDING, SLIDING, FULL] * 2,
     }),
+    # The same, but full attention keeps half as much of a token: vLLM doubles its blocks.
+    "gemma4": Recipe("Gemma4TextConfig", {
+        "num_hidden_layers": 6, "sliding_window": 64, "tie_word_embeddings": False,
+        "layer_types": [SLIDING, SLIDING, FULL] * 2, "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": VOCABULARY, "attention_k_eq_v": True,
+        "global_head_dim": 32, "num_global_key_value_heads": 1,
+    }),
     # Attention sinks, mixture of experts.
     "gpt_oss": Recipe("GptOssConfig", {
         "num_hidden_layers": 4, "sliding_window": 64, "layer_types": [SLIDING, FULL] * 2,

@@ -44,6 +44,8 @@ class Hybrid(NamedTuple):
     environment: Mapping[str, str] = MappingProxyType({})
     blocks: int = 128
     """Blocks of a device cache that is too small for all conversations."""
+    host_share: int = 3
+    """One in so many of the blocks that can be hit fits into the host tier."""
     answer_tokens: int = 12
     is_exact: bool = True
     """Whether answers do not depend on how many tokens were computed at once (fp32)."""
@@ -57,6 +59,11 @@ HYBRIDS = {
         Group("SlidingWindow", 32, 16384, (1, 4), 64),
         Group("FullAttention", 32, 16384, (2, 5)),
     ), blocks=160),
+    "gemma4": Hybrid((
+        Group("SlidingWindow", 32, 16384, (0, 3), 64),
+        Group("SlidingWindow", 32, 16384, (1, 4), 64),
+        Group("FullAttention", 64, 16384, (2, 5)),
+    ), blocks=96, host_share=6),
     "gpt_oss": Hybrid((
         Group("SlidingWindow", 32, 16384, (0, 2), 64),
         Group("FullAttention", 32, 16384, (1, 3)),

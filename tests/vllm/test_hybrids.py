@@ -18,7 +18,7 @@ from .hybrids import SEVERAL, Hybrids, check_sound, sizes_of
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(each, marks=pytest.mark.soak if each == "qwen3_next" else ())
+        pytest.param(each, marks=pytest.mark.soak if each in ("qwen3_next", "gemma4") else ())
         for each in HYBRIDS
     ],
 )
@@ -38,14 +38,17 @@ def test_a_connector_that_finds_nothing_changes_nothing(
     assert told["leaked_blocks"] == 0
 
 
-@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each, marks=pytest.mark.soak if each == "gemma3" else ()) for each in SEVERAL],
+)
 def test_answers_are_equal_and_later_turns_hit(hybrids: Hybrids, tmp_path: Path, name: str) -> None:
     """Answers are equal, and every later turn hits, from host memory and from SSD.
 
     Hits are as long as those of an endless device cache, and hardly more is stored than can be hit.
     """
     reachable = reachable_blocks(name, sizes_of(name))
-    cache = {"num_cpu_blocks": reachable // 3, "num_ssd_blocks": 4096}
+    cache = {"num_cpu_blocks": reachable // HYBRIDS[name].host_share, "num_ssd_blocks": 4096}
     plan = hybrids.small(name)
     told = hybrids.run(name, tmp_path, connector="own", cache=cache, flush=True, **plan)
     check_sound(told)
