@@ -64,6 +64,8 @@ class Plan(Sizes):
     """The probability that a request is aborted in the middle, and asked again."""
     flush: bool = False
     """Whether to wait before each turn until everything is on SSD."""
+    forgets: bool = False
+    """Whether the device cache is emptied before each turn."""
     naps: bool = False
     """Whether the engine's memory is taken back, overwritten and lent anew between turns."""
     events: str = ""
@@ -218,6 +220,8 @@ def run(plan: Plan) -> dict[str, Any]:
     for number in range(plan.turns):
         if plan.flush:
             flush(plan)
+        if plan.forgets:
+            assert scheduler.reset_prefix_cache()
         if plan.disk:
             Disk(Path(), Path(plan.disk)).suffers_from("read" if number % 2 else "")
         asking.turn()

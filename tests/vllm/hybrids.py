@@ -77,14 +77,14 @@ class Hybrids:
         Args:
             name: of the model.
             how: "warm" with a device cache that keeps everything; its answers are the script of
-                all other runs. "small" with one that keeps little, "cold" with none.
+                all other runs. "small" with one that keeps little, "cold" with one that is emptied
+                before each turn.
         """
         if (name, how) not in self._references:
             plan = {} if how == "warm" else self.small(name)
             if how != "small":
                 plan["engine"] = alone(name)
-            if how == "cold":
-                plan["engine"]["enable_prefix_caching"] = False
+            plan["forgets"] = how == "cold"
             folder = self._folder / f"{name}-{how}"
             folder.mkdir()
             self._references[name, how] = self.run(name, folder, **plan)
