@@ -12,6 +12,11 @@ works like the storage below it, as long as the bytes of one block in one layer 
 contiguous extents, or one for each head. The order of the elements inside an extent is up to the
 engine; see `Order`.
 
+A tensor may have a block's tokens in several smaller blocks of equal size: where attention kernels
+want such blocks, the engine makes each of its own of consecutive ones. The axis of blocks is two
+axes then, `blocks` and `splits`, and there may be extents for each split. Any number of splits is
+the same layout as none as long as the bytes come in the same order.
+
 Layers may be cut from one allocation by any strides. Where blocks are its outermost axis, the
 layers of a block are adjacent, and copied as one piece. Each KV group has a layout of its own, and
 those of several groups may overlay each other: an engine gives each block to one of them.
@@ -44,14 +49,19 @@ class TensorSpec(NamedTuple):
 Order: TypeAlias = str
 """Axes of a block from the slowest to the fastest, such as "kv tokens heads dim", without those of
 length 1. Where layers differ, the axes of each layer in turn, separated by semicolons; the orders
-of several KV groups are separated by bars."""
+of several KV groups are separated by bars.
+
+"splits=4 heads tokens dim" is a block of four smaller ones, in each of which heads come before
+tokens. Where tokens follow splits at once, the two are "tokens": the order is that of a whole
+block."""
 
 NATURAL = ("kv", "tokens", "heads", "dim")
+_AXIS = re.compile("|".join((*NATURAL, "splits=[1-9][0-9]*", "")))
 
 
 def is_order(text: str) -> bool:
     """Return whether a text could be an order: whether it consists of axes of a block."""
-    return set(re.split("[;|·]", text.replace(" ", ";"))) <= {*NATURAL, ""}
+    return all(_AXIS.fullmatch(axis) for axis in re.split("[ ;|·]", text))
 
 
 def is_natural(order: Order) -> bool:
@@ -117,13 +127,30 @@ SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("fused", ("blocks", "tokens", "heads·kv·dim")),
     ("flat", ("blocks", "dim")),
 )
-"""Every known shape, with the name that `layout` selects it by. A new shape is a new row.
+"""Every known shape of undivided blocks, with the name that `layout` selects it by. A new shape is
+a new row.
 
 An axis that is left out has length 1. So only a block of one vector, such as a state, is flat: a
 row of several would not tell the order of its elements.
 """
 
+
+def _divided(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the axes of a shape if its blocks are divided: `splits` comes behind `blocks`."""
+    behind = axes.index("blocks") + 1
+    return *axes[:behind], "splits", *axes[behind:]
+
+
+_KNOWN = (*SHAPES, *((name, _divided(axes)) for name, axes in SHAPES if "tokens" in axes))
+
 LAYOUT_NAMES = tuple(dict.fromkeys(name for name, _ in SHAPES))
+
+
+class Division(NamedTuple):
+    """The axis of a tensor that counts blocks, and how many of those make one of the engine's."""
+
+    axis: int
+    splits: int
 
 
 class _Fit(NamedTuple):
@@ -159,7 +186,7 @@ def infer_layout(
 
     Raises:
         ConfigError: a shape fits no layout or several, layers disagree, or the bytes of one block
-            are neither one or two contiguous extents nor one for each head.
+            are neither one or two contiguous extents nor one for each head or split.
     """
     if layout is not None and layout not in LAYOUT_NAMES:
         raise ConfigError("layout", layout, f"must be one of {', '.join(LAYOUT_NAMES)}")
@@ -189,6 +216,30 @@ def infer_layout(
     name = "+".join(dict.fromkeys(fit.name for _, fit in firsts.values()))
     order = ";".join(orders[:1] if len(set(orders)) == 1 else orders)
     return PagedLayout(_rows(merged, offset), num_blocks, sum(sizes), name, tuple(by_layer), order)
+
+
+def divisions(shape: Sequence[int], block: KVShape, num_blocks: int = 0) -> set[Division]:
+    """Return every way to read a tensor that counts blocks of the engine, or smaller ones.
+
+    Args:
+        shape: that of one layer's tensor, with `splits` blocks in a row for each of the engine's.
+        block: the shape of one of the engine's blocks.
+        num_blocks: how many of them there are; 0 if it is unknown.
+    """
+    found, sizes = set[Division](), _sizes(block)
+    for _, axes in SHAPES:
+        if len(axes) != len(shape):
+            continue
+        at, lengths = axes.index("blocks"), dict(zip(axes, shape, strict=True))
+        splits = block.tokens // max(lengths.get("tokens", block.tokens), 1)
+        if splits > 1:
+            axes, whole = _divided(axes), (*shape[:at], shape[at] // splits, splits)
+            is_known = shape[at] % splits == 0 and _matches((*whole, *shape[at + 1 :]), axes, sizes)
+        else:
+            is_known = splits == 1 and _matches(shape, axes, sizes)
+        if is_known and num_blocks in (0, shape[at] // splits):
+            found.add(Division(at, splits))
+    return found
 
 
 def same_blocks(counts: Mapping[str, int]) -> int:
@@ -273,12 +324,19 @@ def _order(spec: TensorSpec, shape: KVShape, axes: tuple[str, ...]) -> Order:
     """Return the axes of a block in one layer, ordered by their strides."""
     sizes = {"kv": shape.kv_dim, "heads": shape.heads, "tokens": shape.tokens}
     lengths = zip(spec.strides_bytes, spec.shape, axes, strict=True)
-    inner = [(stride, name) for stride, n, name in lengths if name != "blocks" and n > 1]
-    # A factor of length 1 has no effect: MLA's "heads·kv·dim" is just "dim".
-    return " ".join(
-        "·".join(factor for factor in name.split("·") if sizes.get(factor) != 1)
-        for _, name in sorted(inner, reverse=True)
-    )
+    inner = [(stride, length, axis) for stride, length, axis in lengths if length > 1]
+    order = list[str]()
+    for _, length, axis in sorted(inner, reverse=True):
+        if axis == "splits" and length < shape.tokens:
+            order.append(f"splits={length}")
+        elif axis == "splits":  # of one token each
+            order.append("tokens")
+        elif axis == "tokens" and order and order[-1].startswith("splits"):
+            order[-1] = "tokens"
+        elif axis != "blocks":
+            # A factor of length 1 has no effect: MLA's "heads·kv·dim" is just "dim".
+            order.append("·".join(each for each in axis.split("·") if sizes.get(each) != 1))
+    return " ".join(order)
 
 
 def _check_alike(spec: TensorSpec, field: str, first: TensorSpec, first_field: str) -> None:
@@ -305,21 +363,19 @@ def _fit(spec: TensorSpec, shape: KVShape, layout: str | None, field: str) -> _F
     if spec.itemsize != shape.item_bytes:
         why = f"has {spec.itemsize} bytes per element, but the model's dtype has {shape.item_bytes}"
         raise ConfigError(field, spec.shape, why)
-    sizes = {
-        "kv": shape.kv_dim,
-        "tokens": shape.tokens,
-        "heads": shape.heads,
-        "dim": shape.head_size,
-    }
+    sizes = _sizes(shape)
     told = ", ".join(f"{name}={size}" for name, size in sizes.items())
-    named = [_Fit(*row) for row in SHAPES if layout in (None, row[0])]
+    named = [_Fit(*row) for row in _KNOWN if layout in (None, row[0])]
     known = [fit for fit in named if _has_all_axes(fit.axes, sizes)]
     if not known:
         why = f"is only for blocks of one vector, such as states; those of {field} have {told}"
         raise ConfigError("layout", layout, why)
     fits = [fit for fit in known if _matches(spec.shape, fit.axes, sizes)]
     if not fits:
-        expected = "; ".join(f"{name} [{', '.join(axes)}]" for name, axes in known)
+        whole = [fit for fit in known if "splits" not in fit.axes]
+        expected = "; ".join(f"{name} [{', '.join(axes)}]" for name, axes in whole)
+        if len(whole) < len(known) and shape.tokens > 1:
+            expected += "; or with two axes, blocks and splits, and tokens / splits in a split"
         why = f"fits none of: {expected}, where {told}"
         if len(spec.shape) == 2 and len(known) < len(named):
             why += "; a row for each block does not tell the order of its elements"
@@ -332,16 +388,33 @@ def _fit(spec: TensorSpec, shape: KVShape, layout: str | None, field: str) -> _F
     return fits[0]
 
 
-def _has_all_axes(axes: tuple[str, ...], sizes: dict[str, int]) -> bool:
+def _sizes(shape: KVShape) -> dict[str, int]:
+    """Return the lengths of the axes of a whole block."""
+    return {
+        "kv": shape.kv_dim,
+        "tokens": shape.tokens,
+        "heads": shape.heads,
+        "dim": shape.head_size,
+    }
+
+
+def _has_all_axes(axes: tuple[str, ...], sizes: Mapping[str, int]) -> bool:
     """Return whether every axis of a block that is longer than 1 is among these."""
     factors = "·".join(axes).split("·")
     return all(size == 1 or axis in factors for axis, size in sizes.items())
 
 
-def _matches(shape: tuple[int, ...], axes: tuple[str, ...], sizes: dict[str, int]) -> bool:
-    return len(shape) == len(axes) and all(
-        axis == "blocks" or length == prod(sizes[factor] for factor in axis.split("·"))
-        for length, axis in zip(shape, axes, strict=True)
+def _matches(shape: Sequence[int], axes: tuple[str, ...], sizes: Mapping[str, int]) -> bool:
+    if len(shape) != len(axes):
+        return False
+    lengths = dict(zip(axes, shape, strict=True))
+    splits = lengths.get("splits", 1)
+    if "splits" in lengths and (splits < 2 or sizes["tokens"] % splits):
+        return False
+    told = {**sizes, "tokens": sizes["tokens"] // splits, "splits": splits}
+    return all(
+        axis == "blocks" or length == prod(told[factor] for factor in axis.split("·"))
+        for axis, length in lengths.items()
     )
 
 
@@ -361,8 +434,9 @@ def _block_pieces(spec: TensorSpec, axes: tuple[str, ...], field: str) -> list[_
         nested = nested and stride >= span_bytes
         offsets = [number * stride + offset for number in range(length) for offset in offsets]
         span_bytes += (length - 1) * stride
-    if not nested or (len(offsets) > 2 and not {name for *_, name in inner} <= {"kv", "heads"}):
-        why = "a block must be one or two contiguous extents, or one for each head"
+    apart = {name for *_, name in inner}
+    if not nested or (len(offsets) > 2 and not apart <= {"kv", "heads", "splits"}):
+        why = "a block must be one or two contiguous extents, or one for each head or split"
         raise ConfigError(field, spec.shape, f"has strides of {spec.strides_bytes} bytes: {why}")
     stride_bytes = spec.strides_bytes[block_axis]
     if spec.shape[block_axis] > 1 and stride_bytes < extent_bytes:

@@ -95,7 +95,7 @@ class FleetPort(RemoteDevice):
             why = f"is already connected for instance {number}: engines need different instance_ids"
             raise ConfigError("tp_rank", tp_rank, why)
         if not is_order(order):
-            why = f"must be an element order made of these axes: {', '.join(NATURAL)}"
+            why = f"must be an element order made of these axes: {', '.join(NATURAL)}, splits=N"
             raise ConfigError("kv_caches", order, why)
         if any(each.ports for each in self.instances.values()) and order != self.order:
             why = f"must have the same element order as the other ranks: {self.order}"

@@ -106,14 +106,19 @@ async def test_a_connection_that_ends_is_watched_no_more(tmp_path: Path, call: s
     server.close()
 
 
+@pytest.mark.parametrize("order", ["heads first", "divided"])
 def test_a_rank_that_the_server_refuses_is_not_registered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
     """The server's reason is raised, and the rank may be registered again with other tensors."""
     monkeypatch.setattr(engine_client, "READY_S", 0.5)
     with started_client(tmp_path) as manager:
         other = Peer(settings_in(tmp_path), "agent", instance=1)
         caches = [layer.swapaxes(2, 3).copy() for layer in kv_caches()]
+        if order == "divided":  # [blocks, splits, kv, tokens, heads, dim]
+            shape = kv_caches()[0].shape
+            halves = shape[1], 2, 2, shape[2] // 2, *shape[3:]
+            caches = [layer.reshape(halves) for layer in kv_caches()]
         with pytest.raises(ConfigError, match="same element order as the other ranks"):
             manager.register_kv_caches(caches)
         assert not manager.is_ready()
