@@ -23,6 +23,9 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.utils import allocate_kv_cache
 
+from flexkv.integration.vllm.groups import EngineGroups
+from flexkv.integration.vllm.tensors import tensors_of
+
 SHAPE: dict[str, Any] = {
     "block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.float32,
 }  # fmt: skip
@@ -88,11 +91,21 @@ def of_scheduler(worker: Any) -> Any:
     return generate_scheduler_kv_cache_config([worker])
 
 
-def allocated(worker: Any) -> dict[str, torch.Tensor]:
-    """Return the KV tensors, by layer, all in one allocation."""
-    layout = KVCacheLayout[worker.kv_cache_layout]
-    found: dict[str, torch.Tensor] = allocate_kv_cache(worker, torch.device("cpu"), layout)
+def allocated(worker: Any, *kernel_tokens: int) -> dict[str, torch.Tensor]:
+    """Return the KV tensors, by layer, all in one allocation.
+
+    `kernel_tokens` are those of the attention backends' blocks in each group, if not vLLM's own.
+    """
+    layout, device = KVCacheLayout[worker.kv_cache_layout], torch.device("cpu")
+    sizes = list(kernel_tokens) or None
+    found: dict[str, torch.Tensor] = allocate_kv_cache(worker, device, layout, sizes)
     return found
+
+
+def lent(found: EngineGroups, kv_caches: dict[str, Any], use_mla: bool = False) -> dict[str, Any]:
+    """Return the KV tensors that a worker with all heads of these groups lends."""
+    model = found.model(1, use_mla, "m")
+    return dict(tensors_of(kv_caches, model, found.tokens_per_block, found))
 
 
 def engine(tp: int = 1, heads: int = 2, use_mla: bool = False, drafts: Any = None) -> Any:

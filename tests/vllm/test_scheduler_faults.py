@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flexkv.common.config import CacheConfig
 from flexkv.common.errors import ClosedError
 from flexkv.server.operator import command
 from flexkv.server.wire import Copied, Copy, Ready
-from tests.system.conftest import PER_BLOCK
+from tests.system.conftest import MODEL, PER_BLOCK
 from tests.system.serving import eventually
 
 pytest.importorskip("vllm")
@@ -280,8 +281,9 @@ def side(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(worker, "Agent", Agent)
     settings = SimpleNamespace(server_recv_port="ipc:///nowhere")
     setup: Any = SimpleNamespace(
-        groups=None, settings=settings, model=None, cache=None, instance=0, loads_by_layer=False
-    )
+        groups=None, settings=settings, model=MODEL, cache=CacheConfig(tokens_per_block=16),
+        instance=0, loads_by_layer=False,
+    )  # fmt: skip
     return WorkerSide(setup, 0)
 
 

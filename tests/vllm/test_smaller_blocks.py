@@ -17,7 +17,7 @@ from flexkv.common.errors import ConfigError
 from flexkv.integration.vllm.groups import groups_of
 from flexkv.integration.vllm.shapes import Source
 
-from .caches import allocated, chunked, engine, full, group, planned, state, window
+from .caches import allocated, chunked, engine, full, group, lent, planned, state, window
 from .test_groups import judged
 
 LARGE = {"block_size": 32, "num_kv_heads": 1}
@@ -43,7 +43,7 @@ def test_its_layers_are_transferred_in_each(configured: Any) -> None:
     found = groups_of(worker, engine())
     assert found is not None
     kv_caches = allocated(worker)
-    tensors = found.tensors(kv_caches)
+    tensors = lent(found, kv_caches)
     assert list(tensors) == ["f", "w", "w, group 2"]
     assert tensors["w"] is tensors["w, group 2"] is kv_caches["w"]
 

@@ -169,43 +169,6 @@ class EngineGroups:
             model_id=model_id,
         )
 
-    def tensors(self, kv_caches: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the KV tensors of the layers that are transferred, in FlexKV's order.
-
-        Layers that share the cache of another layer have none of their own. Opaque layers become
-        int8[blocks, 1, tokens, bytes]. A layer in several of FlexKV's groups is there several
-        times: from the second one on, the group is behind its name.
-
-        Args:
-            kv_caches: the engine's tensors, by layer.
-
-        Raises:
-            ConfigError: a layer has no tensor, or one with smaller blocks than vLLM's.
-        """
-        found: dict[str, Any] = {}
-        for span in self.spans:
-            for name in span.layers:
-                if (tensor := kv_caches.get(name)) is None:
-                    raise ConfigError("kv_caches", sorted(kv_caches), f"must have layer {name}")
-                if self.num_blocks and self.num_blocks not in tensor.shape[:2]:
-                    why = f"FlexKV serves only tensors of vLLM's own {self.num_blocks} blocks, not "
-                    why += "of an attention backend's smaller ones"
-                    raise ConfigError(f"kv_caches[{name!r}]", tuple(tensor.shape), why)
-                group = span.shape.kv_group
-                field = f"{name}, group {group}" if name in found else name
-                found[field] = self._opaque(tensor, span.shape) if span.is_opaque else tensor
-        return found
-
-    def _opaque(self, tensor: Any, shape: LayerGroup) -> Any:
-        import torch
-
-        tokens = (shape.tokens_per_block or self.tokens_per_block) // shape.compress_ratio
-        raw = torch.empty(0, dtype=torch.int8, device=tensor.device).set_(tensor.untyped_storage())
-        stride = tensor.stride(0) * tensor.element_size()
-        size = (tensor.shape[0], 1, tokens, shape.head_size)
-        begin = tensor.storage_offset() * tensor.element_size()
-        return raw.as_strided(size, (stride, stride, shape.head_size, 1), begin)
-
 
 def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
     """Return the KV groups of an engine; None if vLLM does not tell them.

@@ -12,6 +12,7 @@ from flexkv.common.errors import ClosedError
 from flexkv.integration.vllm.layer_loads import WorkerLayerLoads
 from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.setup import Setup
+from flexkv.integration.vllm.tensors import tensors_of
 from flexkv.server.agent import Agent
 
 STEPS_BEHIND = 2
@@ -44,9 +45,9 @@ class WorkerSide:
         """
         self._agent.close()
         self._agent, self._lent = self._new_agent(), kv_caches
-        groups = self.setup.groups
-        if groups is not None and self.setup.model.layer_groups is not None:
-            kv_caches = groups.tensors(kv_caches)
+        setup = self.setup
+        tokens = setup.cache.tokens_per_block
+        kv_caches = tensors_of(kv_caches, setup.model, tokens, setup.groups)
         self.layer_loads = WorkerLayerLoads(self.setup, self._agent, kv_caches)
         self._agent.start(kv_caches)
 
