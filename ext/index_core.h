@@ -269,9 +269,12 @@ void leaves_spend(struct block_index *index, ref leaf);
 struct reach {
     const ref *chain;            /* the nodes of the chain, by position, up to `ready` */
     size_t first;                /* leaves before this position are not needed */
-    size_t ready;                /* where the ready chain ends that begins at `first` */
+    size_t ready;                /* where the chain ends that begins at `first` and can be loaded */
     size_t end;                  /* the result: where the prefix ends, at least `first` */
     unsigned unusable;           /* a bit for each tier that must not be used */
+    bool waits;                  /* whether blocks that the first tier is being filled with count */
+    const int64_t *shunned;      /* unless one of these ops fills them */
+    size_t shunned_count;
     const uint8_t *device;       /* by group and position: whether the device has a block for the
                                     leaf; NULL if none is needed */
     size_t device_blocks;        /* positions of each group in `device`; behind them it has none */
@@ -283,8 +286,11 @@ struct reach {
     } leaves[GROUPS_MAX];
 };
 
-/* Find the longest prefix for which all needed blocks of every group can be loaded; the chain must
- * be ready for `drop` blocks more. */
+/* Return whether the first tier is being filled with a block, and this may be waited for. */
+bool reach_awaits(const struct block_index *index, const struct reach *reach, ref number);
+
+/* Find the longest prefix for which all needed blocks of every group can be loaded; so must `drop`
+ * more blocks of the chain. */
 void reach_find(const struct block_index *index, struct reach *reach, size_t drop);
 
 /* Return the leaf at a position that the prefix needs, or NONE. It may be before `first`. */

@@ -121,6 +121,22 @@ static size_t align(const struct block_index *index, size_t blocks)
     return blocks - blocks % index->alignment;
 }
 
+bool reach_awaits(const struct block_index *index, const struct reach *reach, ref number)
+{
+    ref id = node_at(index, number)->place[0];
+    const struct place *place;
+
+    if (!reach->waits || id == NONE || reach->unusable & 1)
+        return false;
+    place = &index->tier[0].places[id];
+    if (place->state != PLACE_RESERVED)
+        return false;
+    for (size_t i = 0; i < reach->shunned_count; i++)
+        if (place_filler(place) == reach->shunned[i])
+            return false;
+    return true;
+}
+
 /* Return the leaf at a position, or NONE if it cannot be loaded. */
 static ref leaf_to_load(const struct block_index *index, const struct reach *reach, unsigned group,
                         size_t position, ref guess)
@@ -131,7 +147,9 @@ static ref leaf_to_load(const struct block_index *index, const struct reach *rea
                           !reach->device[(group - 1) * reach->device_blocks + position]))
         return NONE;
     leaf = leaf_find(index, reach->chain[position], group, guess);
-    return leaf != NONE && is_loadable(index, leaf, reach->unusable) ? leaf : NONE;
+    if (leaf == NONE || is_loadable(index, leaf, reach->unusable))
+        return leaf;
+    return reach_awaits(index, reach, leaf) ? leaf : NONE;
 }
 
 /* Return the end of the longest prefix of at most `end` blocks of which all leaves of a group can

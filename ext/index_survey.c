@@ -359,12 +359,18 @@ static int read_device(PyObject *self, const struct parameter *parameter, struct
     return Py_IsNone(value->object) ? 0 : read_bytes(self, parameter, value);
 }
 
-/* Read what must not be used: a set of tiers, and leaves without a block of the device, both of
- * which may be left out. Return 0 or -1. */
-static int limits_read(const BlockIndex *self, const struct value *unusable,
-                       const struct value *device, struct reach *reach)
+/* Read op ids, or None: nothing is waited for. */
+static int read_shunned(PyObject *self, const struct parameter *parameter, struct value *value)
+{
+    return Py_IsNone(value->object) ? 0 : read_aligned(self, parameter, value);
+}
+
+/* Read what must not be used, all of which may be left out: a set of tiers, leaves without a block
+ * of the device, and what some ops, or all, are filling. Return 0 or -1. */
+static int limits_read(const BlockIndex *self, const struct value *values, struct reach *reach)
 {
     static const uint8_t nothing[1];
+    const struct value *unusable = &values[0], *device = &values[1], *shunned = &values[2];
     bool is_given = device->view.buffer.obj != NULL;
     Py_ssize_t bytes = is_given ? device->view.buffer.len : 0;
     Py_ssize_t groups = (Py_ssize_t)self->index.groups - 1;
@@ -379,7 +385,28 @@ static int limits_read(const BlockIndex *self, const struct value *unusable,
     reach->unusable = (unsigned)tiers;
     reach->device = bytes ? device->view.buffer.buf : is_given ? nothing : NULL;
     reach->device_blocks = groups ? (size_t)(bytes / groups) : 0;
+    reach->waits = shunned->view.buffer.obj != NULL;
+    reach->shunned = reach->waits ? shunned->view.buffer.buf : NULL;
+    reach->shunned_count = reach->waits ? (size_t)shunned->view.count : 0;
     return 0;
+}
+
+/* Find where the chain that can be loaded ends. Return where what is ready of it ends. */
+static size_t reach_chain(BlockIndex *self, struct reach *reach, struct strip *strip,
+                          struct alike *alikes)
+{
+    size_t ready;
+
+    strip->count = patterns_tell(self, strip, reach->waits ? TOLD_NEAREST : TOLD_READY, alikes);
+    ready = alikes[1].count ? alikes[1].first : strip->count; /* pattern 1 is being filled */
+    reach->ready = reach->first + strip->count;
+    for (size_t number = ready; reach->shunned_count && number < strip->count; number++) {
+        if (strip->kinds[number] != 1 || reach_awaits(&self->index, reach, strip->nodes[number]))
+            continue;
+        reach->ready = reach->first + number;
+        break;
+    }
+    return reach->first + ready;
 }
 
 static PyObject *reach(BlockIndex *self, struct value *values)
@@ -387,23 +414,22 @@ static PyObject *reach(BlockIndex *self, struct value *values)
     const unsigned char *keys = values[0].view.buffer.buf;
     struct alike alikes[PATTERNS_MAX] = {0};
     struct reach reach;
-    size_t range[2], from, known;
+    size_t range[2], from, known, ready;
     struct strip strip;
     PyObject *chain, *leaves;
     ref *used;
 
-    if (range_read(values, range) < 0 || limits_read(self, &values[5], &values[6], &reach) < 0 ||
+    if (range_read(values, range) < 0 || limits_read(self, &values[5], &reach) < 0 ||
         reach_open(self, &reach, range[1], &used) < 0)
         return NULL;
     from = values[4].integer ? 0 : range[0];
     known = from + nodes_find(&self->index, keys, from, range[1], self->nodes + from);
     strip = (struct strip){self->nodes + range[0], self->kinds,
                            known > range[0] ? known - range[0] : 0, range[0], 1, reach.unusable};
-    strip.count = patterns_tell(self, &strip, TOLD_READY, alikes);
     reach.first = range[0];
-    reach.ready = range[0] + strip.count;
+    ready = reach_chain(self, &reach, &strip, alikes);
     reach_find(&self->index, &reach, (size_t)values[3].integer);
-    if (reach.end < reach.ready) {
+    if (reach.end < range[0] + strip.count) {
         strip.count = reach.end - range[0];
         alikes_count(&strip, alikes);
     }
@@ -419,9 +445,9 @@ static PyObject *reach(BlockIndex *self, struct value *values)
         index_use(&self->index, used, reach_nodes(&self->index, &reach, known, used));
         prompt_asked(self, &(struct batch){.keys = keys, .blocks = range[1]}, known, &reach);
     }
-    return Py_BuildValue("(nnNN)", (Py_ssize_t)reach.end, (Py_ssize_t)reach.ready, chain, leaves);
+    return Py_BuildValue("(nnNN)", (Py_ssize_t)reach.end, (Py_ssize_t)ready, chain, leaves);
 }
 
 CALL(call_, reach, BlockIndex, 5, READ("keys", read_bytes), OBJECT("begin"), OBJECT("end"),
      INTEGER("drop", 0, UINT32_MAX), READ("use", read_flag), OBJECT("unusable"),
-     READ("device", read_device))
+     READ("device", read_device), READ("shunned", read_shunned))

@@ -341,11 +341,11 @@ class BlockIndex:
         use: bool,
         unusable: int = 0,
         device: Memory | None = None,
+        shunned: Memory | None = None,
     ) -> tuple[int, int, list[Alike], list[tuple[int, list[Alike]]]]:
         """Return the longest prefix up to `end` that every KV group can load.
 
-        Blocks are reported in their nearest tier, like those of `survey`; all of them are ready
-        there. Leaves before `begin` are not needed.
+        Blocks are told in their nearest tier, as by `survey`, without leaves before `begin`.
 
         Args:
             keys: the keys of the request.
@@ -354,11 +354,12 @@ class BlockIndex:
             drop: how many more blocks of the chain must be ready behind the prefix.
             use: whether to count a use of the blocks of the chain from the root on, and of the
                 leaves that the prefix needs.
-            unusable: a bit for each tier whose blocks must not be loaded. A block in the first tier
-                is only ever loaded from there.
+            unusable: a bit for each tier not to load from; one in the first is only loaded there.
             device: bool[groups - 1, n], for each group but the chain's whether there is a device
                 block for its leaf at each position, and for none from position n on: a leaf
                 without one cannot be loaded. None: device blocks do not matter.
+            shunned: int64[n], ops whose blocks must not be waited for. What others fill the first
+                tier with counts as if it was ready. None: only blocks that are ready count.
 
         Returns:
             Where the prefix ends, at least `begin`; where the chain of ready blocks ends; the

@@ -30,9 +30,10 @@ from flexkv.common.errors import (
 )
 from flexkv.common.request import Operation, Request, Span
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Route, Tier
+from flexkv.graph.draft import NOTHING_AVOIDED, Avoid
 from flexkv.graph.ops import OpSpec, OpState
 from flexkv.graph.plan import OPS_MAX, Plan
-from flexkv.graph.planner import Avoid, Planned, Planner
+from flexkv.graph.planner import Planned, Planner
 from flexkv.graph.run import (
     AnswerCaller,
     CancelRun,
@@ -171,7 +172,7 @@ class Scheduler:
 
     def update_avoid(self) -> None:
         """Set what plans must avoid: tiers that are down, and ops that hang or wait for layers."""
-        avoid = None
+        avoid = NOTHING_AVOIDED
         if not self.watch.all_up or self._stuck or self._awaiting_layers:
             waiting = {op_id for flight in self._awaiting_layers for op_id in flight.unfed_op_ids()}
             avoid = Avoid(*self.watch.unusable(), frozenset(self._stuck | waiting))

@@ -10,6 +10,7 @@ from flexkv.common.errors import ConfigError, StorageError
 from flexkv.common.request import Operation
 from flexkv.common.terms import Tier
 from flexkv.engine.pins import Pins
+from flexkv.index.found import READY_ONLY
 from flexkv.index.intake import Intake
 from flexkv.index.keys import Namespace
 from flexkv.index.residency import NO_QUOTA, Residency
@@ -110,5 +111,6 @@ class Retention:
             holdings = self._residency.namespace_holdings(self._intake.root(namespace))
         else:
             request = self._intake.request(Operation.PREFETCH, 0, token_ids, None, namespace)
-            holdings = self._residency.find(request.keys).holdings
+            # What is on its way may fail to come, and then a prefix would lack its leaves.
+            holdings = self._residency.reach(request.keys, limits=READY_ONLY).holdings
         return self.pins.pin(holdings, ttl_s, owner)

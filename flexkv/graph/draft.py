@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 from msgspec import structs
 
 from flexkv.common.request import Operation, Request
@@ -12,6 +13,7 @@ from flexkv.common.terms import BlockIds, Positions, Route, Tier
 from flexkv.graph.compile import TEMPLATES_MAX, compile_shape
 from flexkv.graph.ops import CHUNKS_MAX, LEAF_CHUNKS_MAX, Leg, Shape
 from flexkv.graph.plan import LegFill, Plan, Template, even_bounds
+from flexkv.index.claims import Claims
 from flexkv.index.found import Placement
 from flexkv.index.keys import leaf_keys
 
@@ -30,6 +32,18 @@ class PlanLimits(NamedTuple):
     """Blocks of one pipelined chunk, approximately; a leg has at most CHUNKS_MAX chunks."""
     write_behind_blocks_max: int
     """How many blocks puts may queue for one lower tier; further ones are owed to it."""
+
+
+class Avoid(NamedTuple):
+    """What a plan must not use for now."""
+
+    unreadable: frozenset[Tier] = frozenset()
+    unwritable: frozenset[Tier] = frozenset()
+    fillers: frozenset[int] = frozenset()
+    """Ops that fill host blocks, and that no plan may wait for."""
+
+
+NOTHING_AVOIDED = Avoid()
 
 
 class Owed(NamedTuple):
@@ -67,40 +81,35 @@ class Draft:
         group: int = 0,
     ) -> None:
         """Add a leg that waits for no other request; the draft takes over `ids`."""
-        if group:
-            self._add_leaves(hops, positions, ids, owed_to, group)
-            return
-        leg, bounds = chunked(hops, positions.block_count, self._chunk_blocks)
+        leg, bounds = chunked(hops, positions.block_count, self._chunk_blocks, group)
         self._legs.append(leg)
-        fill = fill_of(self._request, positions, ids, bounds)
+        fill = self._fill(leg, positions, ids, bounds)
         self._fills.append(structs.replace(fill, owed_to=owed_to) if owed_to else fill)
 
-    def _add_leaves(
-        self,
-        hops: tuple[Route, ...],
-        positions: Positions,
-        ids: dict[Tier, BlockIds],
-        owed_to: tuple[Tier, ...],
-        group: int,
+    def add_waiting(
+        self, hops: tuple[Route, ...], pending: Placement, chunks: Chunks, group: int = 0
     ) -> None:
-        if hops[0] == STORE or hops[-1] == LOAD:
+        """Add a leg over blocks that other requests are filling, one chunk for each filling op."""
+        starts, fillers = chunks
+        leg = Leg(hops, len(starts), True, group)
+        self._legs.append(leg)
+        ids, bounds = {Tier.HOST: pending.block_ids}, (*starts, pending.block_count)
+        fill = self._fill(leg, pending.positions, ids, bounds)
+        self._fills.append(structs.replace(fill, fillers=tuple(fillers)))
+
+    def _fill(
+        self, leg: Leg, positions: Positions, ids: dict[Tier, BlockIds], bounds: tuple[int, ...]
+    ) -> LegFill:
+        """Return the fill of a leg, after adding the device's places to `ids`."""
+        group = leg.group
+        if not group:
+            return fill_of(self._request, positions, ids, bounds)
+        if leg.hops and (leg.hops[0] == STORE or leg.hops[-1] == LOAD):
             leaves = next(each for each in self._request.leaves if each.group == group)
             ids[Tier.DEVICE] = leaves.ids_at(positions)
         if group not in self._leaf_keys:
             self._leaf_keys[group] = leaf_keys(self._request.keys, group)
-        leg, bounds = chunked(hops, positions.block_count, self._chunk_blocks, group)
-        self._legs.append(leg)
-        fill = LegFill(self._leaf_keys[group], positions, ids, bounds, (), owed_to)
-        self._fills.append(fill)
-
-    def add_waiting(
-        self, hops: tuple[Route, ...], pending: Placement, starts: list[int], fillers: list[int]
-    ) -> None:
-        """Add a leg over blocks that other requests are filling, one chunk for each filling op."""
-        self._legs.append(Leg(hops, len(starts), waits=True))
-        ids, bounds = {Tier.HOST: pending.block_ids}, (*starts, pending.block_count)
-        fill = fill_of(self._request, pending.positions, ids, bounds, tuple(fillers))
-        self._fills.append(fill)
+        return LegFill(self._leaf_keys[group], positions, ids, bounds)
 
     def plan(self, run_id: int) -> Plan:
         """Return the plan: the shape's template with these fills."""
@@ -113,12 +122,28 @@ def fill_of(
     positions: Positions,
     ids: dict[Tier, BlockIds],
     bounds: tuple[int, ...],
-    fillers: tuple[int, ...] = (),
 ) -> LegFill:
     """Return the fill of a leg of the chain, after adding the device's places to `ids`."""
     if request.device_ids is not None:
         ids[Tier.DEVICE] = positions.within(request.device_ids, request.span.first_block)
-    return LegFill(request.keys, positions, ids, bounds, fillers)
+    return LegFill(request.keys, positions, ids, bounds)
+
+
+class Chunks(NamedTuple):
+    """Blocks that others are filling, in chunks that are each filled by one op.
+
+    `starts` has the index of the first block of each chunk, `fillers` the id of the op.
+    """
+
+    starts: list[int]
+    fillers: list[int]
+
+
+def chunks_filled(claims: Claims, pending: Placement) -> Chunks:
+    """Return the chunks in which blocks of host memory are being filled."""
+    fillers = claims.fillers(Tier.HOST, pending.block_ids)
+    starts = [0, *(np.flatnonzero(np.diff(fillers)) + 1).tolist()]
+    return Chunks(starts, fillers[starts].tolist())
 
 
 @lru_cache(maxsize=4096)

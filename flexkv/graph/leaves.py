@@ -6,7 +6,7 @@ and the request a device block for each. See `common/space.py` for which blocks 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from math import lcm
 from typing import NamedTuple
 
@@ -16,10 +16,14 @@ from numpy.typing import NDArray
 from flexkv.common.request import LeafBlocks, Operation, Request
 from flexkv.common.space import GroupRule
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Positions, Route, Tier
-from flexkv.graph.draft import ONWARD, Draft
+from flexkv.graph.draft import NOTHING_AVOIDED, ONWARD, Avoid, Draft, chunks_filled
+from flexkv.graph.ops import CHUNKS_MAX
 from flexkv.index.claims import Holding
-from flexkv.index.found import AlikeBlocks, Found, Placement
+from flexkv.index.found import AlikeBlocks, Found, LeafFound, Limits
 from flexkv.index.residency import ALL, READY, Residency
+
+TOO_MANY = -1
+"""What `LeafFinder.load` returns if a leg would have more than CHUNKS_MAX ops to wait for."""
 
 
 class Prefix(NamedTuple):
@@ -55,13 +59,17 @@ class LeafFinder:
         self._alignment = lcm(*(rule.ratio for rule in self._rules))
 
     def find(
-        self, prefix: Prefix, unreadable: Set[Tier], before: int | None = None, use: bool = False
+        self,
+        prefix: Prefix,
+        avoid: Avoid = NOTHING_AVOIDED,
+        before: int | None = None,
+        use: bool = False,
     ) -> Found:
-        """Return the longest prefix that can be loaded whole.
+        """Return the longest prefix that can be loaded whole, or will be soon.
 
         Args:
             prefix: what is asked for.
-            unreadable: tiers that must not be used.
+            avoid: tiers that must not be read, and ops whose blocks must not be waited for.
             before: the prefix must end before this position.
             use: count a use of the blocks that are found.
         """
@@ -69,7 +77,8 @@ class LeafFinder:
         last = last if before is None else min(last, before - 1)
         keys = keys[: (max(0, last + drop) + 1) * BLOCK_KEY_BYTES]
         device = None if leaves is None else self._device_blocks(leaves, max(0, last))
-        return self._residency.reach(keys, first, use, drop, unreadable, device)
+        limits = Limits(avoid.unreadable, avoid.fillers, device)
+        return self._residency.reach(keys, first, use, drop, limits)
 
     def _device_blocks(self, leaves: tuple[LeafBlocks, ...], last: int) -> NDArray[np.bool_]:
         """Return whether there is a device block for the leaf of each group at each position.
@@ -85,17 +94,20 @@ class LeafFinder:
         return device
 
     def load(self, request: Request, found: Found, draft: Draft) -> int:
-        """Draft the loads of all that was found; return 0, or how many blocks found no place."""
-        missing = self._load(request, found.ready, draft, 0)
+        """Draft the loads of all that was found; return 0, or how many blocks found no place.
+
+        Return TOO_MANY if too many ops would have to be waited for.
+        """
+        missing = self._load(request, LeafFound(0, found.ready, found.pending), draft)
         for leaves in found.leaves:
-            missing = missing or self._load(request, leaves.ready, draft, leaves.group)
+            missing = missing or self._load(request, leaves, draft)
         return missing
 
-    def _load(
-        self, request: Request, ready: dict[Tier, Placement], draft: Draft, group: int
-    ) -> int:
+    def _load(self, request: Request, found: LeafFound, draft: Draft) -> int:
+        """Draft the loads of one group, perhaps the chain's."""
         onward = ONWARD if request.operation is Operation.GET else ()
-        for tier, placement in ready.items():
+        group = found.group
+        for tier, placement in found.ready.items():
             positions, block_ids = placement.positions, placement.block_ids
             if tier is Tier.HOST:
                 if onward:
@@ -107,6 +119,11 @@ class LeafFinder:
             draft.reserved.append(host_ids)
             ids = {tier: block_ids, Tier.HOST: host_ids}
             draft.add((Route(tier, Tier.HOST), *onward), positions, ids, group=group)
+        if found.pending is not None:
+            chunks = chunks_filled(self._residency.claims, found.pending)
+            if len(chunks.starts) > CHUNKS_MAX:
+                return TOO_MANY
+            draft.add_waiting(onward, found.pending, chunks, group)
         return 0
 
     def to_store(self, request: Request, leaves: LeafBlocks, use: bool = True) -> list[AlikeBlocks]:

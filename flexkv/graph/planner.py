@@ -20,35 +20,27 @@ from flexkv.common.request import LeafBlocks, Operation, Request
 from flexkv.common.space import GroupRule
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Positions, Route, Tier
 from flexkv.graph.draft import (
+    NOTHING_AVOIDED,
     ONWARD,
     STORE,
+    Chunks,
     Draft,
     Owed,
     PlanLimits,
     chunked,
+    chunks_filled,
     fill_of,
     template_of,
 )
 from flexkv.graph.far import with_far
-from flexkv.graph.leaves import LeafFinder, Prefix, prefix_of
+from flexkv.graph.leaves import TOO_MANY, LeafFinder, Prefix, prefix_of
 from flexkv.graph.ops import CHUNKS_MAX
 from flexkv.graph.plan import OPS_MAX, LegFill, Plan
 from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
 from flexkv.index.claims import Claim, Holding
-from flexkv.index.found import AlikeBlocks, Found, Placement
+from flexkv.index.found import AlikeBlocks, Found
 from flexkv.index.owed import Taken
 from flexkv.index.residency import ABSENT, PREFIX, READY, WORTHY, Residency
-
-NO_TIERS: frozenset[Tier] = frozenset()
-
-
-class Avoid(NamedTuple):
-    """What a plan must not use for now."""
-
-    unreadable: frozenset[Tier] = NO_TIERS
-    unwritable: frozenset[Tier] = NO_TIERS
-    fillers: frozenset[int] = frozenset()
-    """Ops that fill host blocks, and that no plan may wait for."""
 
 
 class Planned(NamedTuple):
@@ -78,7 +70,7 @@ class Planner:
         self._residency, self.tiers = residency, residency.tiers
         self.limits = limits
         self.catalogue = catalogue
-        self.avoid: Avoid | None = None
+        self.avoid = NOTHING_AVOIDED
         self.tiers_owed: frozenset[Tier] = frozenset()
         """Lower tiers that are owed blocks: blocks of new puts are owed, too, and come last."""
         self._lower = [(n, tier) for n, tier in enumerate(residency.tiers) if tier != Tier.HOST]
@@ -101,7 +93,7 @@ class Planner:
         above: Sequence[Holding] = ()
         if not self.catalogue.is_empty:
             found, above = with_far(
-                request, found, self._residency, self.catalogue, self._unreadable
+                request, found, self._residency, self.catalogue, self.avoid.unreadable
             )
         if found.host_only:
             return Planned(self._claimed(self._from_host(request, found, run_id)), found, None)
@@ -121,7 +113,7 @@ class Planner:
 
     def _plan_whole(self, leaves: LeafFinder, request: Request, run_id: int) -> Planned:
         """Plan a load that brings what it finds of every KV group, or nothing."""
-        found, told = leaves.find(prefix_of(request), self._unreadable, use=True), None
+        found, told = leaves.find(prefix_of(request), self.avoid, use=True), None
         while True:
             draft = Draft(request, self.limits)
             with self._residency.holding(found.holdings):
@@ -130,7 +122,8 @@ class Planner:
                     plan = self._claimed(draft.plan(run_id))
                     return Planned(plan, found, told, is_whole=True)
                 self._drop(draft)
-            told = told or self._residency.shortfall(Tier.HOST, lacks)
+            if lacks != TOO_MANY:
+                told = told or self._residency.shortfall(Tier.HOST, lacks)
             found = self._shorter(leaves, request, found)
 
     def _shorter(self, leaves: LeafFinder, request: Request, found: Found) -> Found:
@@ -143,7 +136,7 @@ class Planner:
         fits, fails = found.first + 1, found.last
         while fits < fails:  # `best` is the longest that ends before `fits`
             before = max(fails - step + 1, (fits + fails + 1) // 2)
-            shorter = leaves.find(prefix, self._unreadable, before)
+            shorter = leaves.find(prefix, self.avoid, before)
             if shorter.last > best.last and not self._has_room(leaves, request, shorter, best):
                 fails = shorter.last
             else:
@@ -168,7 +161,7 @@ class Planner:
         if self._leaves is None:
             return self.visible(self._residency.find(keys, first, True, drop))
         last = len(keys) // BLOCK_KEY_BYTES - 1 - drop
-        return self._leaves.find(Prefix(keys, first, last, drop), self._unreadable, use=True)
+        return self._leaves.find(Prefix(keys, first, last, drop), self.avoid, use=True)
 
     def most_places(self, request: Request) -> int:
         """Return an upper bound, cheap to compute, of the host places that a request needs."""
@@ -205,15 +198,15 @@ class Planner:
     def peek(self, request: Request) -> Found:
         """Return what a load would find if all tiers were up, without planning it."""
         if self._leaves is not None:
-            return self._leaves.find(prefix_of(request), NO_TIERS)
+            return self._leaves.find(prefix_of(request))
         first, drop = request.span.first_block, request.drop
         found = self._residency.find(request.keys, first, drop=drop)
-        return with_far(request, found, self._residency, self.catalogue, NO_TIERS).found
+        return with_far(request, found, self._residency, self.catalogue, frozenset()).found
 
     def visible(self, found: Found) -> Found:
         """Return the part of a run that needs nothing that is to be avoided."""
         avoid = self.avoid
-        if avoid is None:
+        if avoid is NOTHING_AVOIDED:
             return found
         for tier in avoid.unreadable & found.ready.keys():
             found = found.before(found.ready[tier].positions.first)
@@ -266,10 +259,11 @@ class Planner:
         """Draft the loads of the resident run; return where what can be loaded ends, and why."""
         onward = ONWARD if request.operation is Operation.GET else ()
         pending, last = found.pending, found.last
-        starts: list[int] = []
-        fillers: list[int] = []
+        waits = Chunks([], [])
         if pending is not None:
-            last, starts, fillers = self._fillers(pending, last)
+            waits = chunks_filled(self._residency.claims, pending)
+            if len(waits.starts) > CHUNKS_MAX:
+                last = pending.positions.at(waits.starts[CHUNKS_MAX])
         host_ids, last, shortfall = self._host_places(request, found, last)
         draft.reserved.extend(host_ids.values())
         for tier, placement in found.ready.items():
@@ -282,8 +276,9 @@ class Planner:
             elif onward:
                 draft.add(onward, placed.positions, {Tier.HOST: placed.block_ids})
         if pending is not None and (placed := pending.before(last)).block_count:
-            chunks = sum(start < placed.block_count for start in starts)
-            draft.add_waiting(onward, placed, starts[:chunks], fillers[:chunks])
+            count = sum(start < placed.block_count for start in waits.starts)
+            chunks = Chunks(waits.starts[:count], waits.fillers[:count])
+            draft.add_waiting(onward, placed, chunks)
         return last, shortfall
 
     def _host_places(
@@ -309,19 +304,6 @@ class Planner:
                 residency.abort(Tier.HOST, ids[kept:])
                 host_ids[tier] = ids[:kept]
         return host_ids, last, shortfall
-
-    def _fillers(self, pending: Placement, last: int) -> tuple[int, list[int], list[int]]:
-        """Return where the run ends, and the start and the filling op of each pending chunk.
-
-        A chunk is what one op fills. The run ends before a chunk beyond CHUNKS_MAX. The starts are
-        indices into the pending blocks.
-        """
-        fillers = self._residency.claims.fillers(Tier.HOST, pending.block_ids)
-        starts = [0, *(np.flatnonzero(np.diff(fillers)) + 1).tolist()]
-        if len(starts) > CHUNKS_MAX:
-            last = pending.positions.at(starts[CHUNKS_MAX])
-            starts = starts[:CHUNKS_MAX]
-        return last, starts, fillers[starts].tolist()
 
     # -- stores: put ----------------------------------------------------------------------------
 
@@ -385,7 +367,7 @@ class Planner:
                 stores.append(_Store(positions, host_ids, False, lacking, group))
             elif states[0] == ABSENT and shortfall is None:
                 # A block that host memory would not keep passes through it if a lower tier may.
-                how = PREFIX if set(lacking) - self._unwritable else WORTHY
+                how = PREFIX if set(lacking) - self.avoid.unwritable else WORTHY
                 host_ids = self._residency.reserve(Tier.HOST, request.keys, positions, how, group)
                 if len(host_ids) < positions.block_count:
                     shortfall = self._residency.shortfall(Tier.HOST, positions.block_count)
@@ -427,17 +409,9 @@ class Planner:
                 owed_to = owed_to if is_new else ()
                 draft.add(hops, positions.part(begin, end), ids_by_tier, owed_to, group)
 
-    @property
-    def _unreadable(self) -> frozenset[Tier]:
-        return NO_TIERS if self.avoid is None else self.avoid.unreadable
-
-    @property
-    def _unwritable(self) -> frozenset[Tier]:
-        return NO_TIERS if self.avoid is None else self.avoid.unwritable
-
     def _room_behind(self, tier: Tier, wanted_blocks: int) -> int:
         """Return how many blocks of a put may be queued for a tier at once."""
-        if tier in self.tiers_owed or tier in self._unwritable:
+        if tier in self.tiers_owed or tier in self.avoid.unwritable:
             return 0
         waiting = self._residency.counts(tier).reserved
         return min(wanted_blocks, max(0, self.limits.write_behind_blocks_max - waiting))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from flexkv.common.terms import BlockIds, Positions, Tier
 from flexkv.index.claims import Holding
@@ -57,17 +59,39 @@ class AlikeBlocks(NamedTuple):
     block_ids: tuple[BlockIds | None, ...]
 
 
+class Limits(NamedTuple):
+    """What a search must not use.
+
+    Attributes:
+        tiers: those whose blocks cannot be loaded.
+        fillers: ops whose blocks must not be waited for; None: nothing may be waited for.
+        device: bool[groups - 1, n], whether there is a device block for the leaf of each group but
+            the chain's at each position; there is none from position n on. A leaf without one
+            cannot be loaded. None if nothing is loaded to a device.
+    """
+
+    tiers: Set[Tier] = frozenset()
+    fillers: Set[int] | None = frozenset()
+    device: NDArray[np.bool_] | None = None
+
+
+NO_LIMITS, READY_ONLY = Limits(), Limits(fillers=None)
+
+
 class LeafFound(msgspec.Struct, frozen=True):
     """The leaves of one KV group that a prefix needs, by nearest tier."""
 
     group: int
     ready: dict[Tier, Placement]
     """Only tiers that are the nearest one of some leaf; positions are those of the chain."""
+    pending: Placement | None = None
+    """Those with which host memory is being filled."""
 
     @property
     def block_count(self) -> int:
         """Return the number of leaves."""
-        return sum(placed.block_count for placed in self.ready.values())
+        pending = self.pending.block_count if self.pending else 0
+        return pending + sum(placed.block_count for placed in self.ready.values())
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -75,7 +99,8 @@ class Found(msgspec.Struct, frozen=True):
 
     For a load, `graph.far.with_far` adds what is said to lie far behind it.
 
-    Where the model has leaves, every KV group has what the prefix up to `last` needs.
+    Where the model has leaves, every KV group has, or is being filled with, what the prefix up to
+    `last` needs.
     """
 
     first: int
@@ -83,7 +108,7 @@ class Found(msgspec.Struct, frozen=True):
     ready: dict[Tier, Placement]
     """Only tiers that are the nearest one of some block."""
     pending: Placement | None = None
-    """Host blocks that are being filled; None where the model has leaves."""
+    """Host blocks that are being filled."""
     leaves: tuple[LeafFound, ...] = ()
     """The needed leaves from `first` on, without groups that need none."""
     chain: int = 0
@@ -95,7 +120,7 @@ class Found(msgspec.Struct, frozen=True):
         host = self.ready.get(Tier.HOST)
         if (host.positions.block_count if host else 0) != self.last - self.first:
             return False
-        return not self.leaves or all(leaf.ready.keys() == {Tier.HOST} for leaf in self.leaves)
+        return all(of.ready.keys() == {Tier.HOST} and not of.pending for of in self.leaves)
 
     def before(self, last: int) -> Found:
         """Return the part of the run before a position.

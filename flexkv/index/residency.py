@@ -23,7 +23,7 @@ from flexkv.common.terms import BLOCK_KEY_BYTES, BLOCK_RECORD_BYTES, BlockIds, P
 from flexkv.index.claims import Claims, Holding
 from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
-from flexkv.index.found import AlikeBlocks, Found, LeafFound, Placement
+from flexkv.index.found import NO_LIMITS, AlikeBlocks, Found, LeafFound, Limits, Placement
 
 ABSENT, PENDING, READY = 0, 1, 2
 """State of a block in one tier: nowhere, being filled, there."""
@@ -143,8 +143,8 @@ class Residency:
     def find(self, keys: bytes, first: int = 0, use: bool = False, drop: int = 0) -> Found:
         """Return the longest resident run that starts at position `first`.
 
-        Where there are leaves, it ends where every KV group is ready to load what the prefix needs,
-        on a multiple of all groups' blocks. Blocks that are being filled do not count then.
+        Where there are leaves, it ends where every KV group can load what the prefix needs, on a
+        multiple of all groups' blocks. Blocks with which host memory is being filled count, too.
 
         Args:
             keys: root and keys of the prompt's blocks.
@@ -160,22 +160,11 @@ class Residency:
 
     def _run(self, keys: bytes, first: int, blocks: int, use: bool = False) -> Found:
         """Return the longest resident run of the chain alone."""
-        ready: dict[Tier, Placement] = {}
-        pending, last = None, first
         if blocks <= first:
-            return Found(first, first, ready, chain=first)
-        for pattern, begin, count, places, ids in self._table.survey(
-            keys, first, blocks, True, _ASKED if use else _UNUSED
-        ):
-            last += count
-            number, tier, is_ready = self._nearest[pattern]
-            block_ids = _array(ids[number])
-            assert block_ids is not None, pattern
-            placement = Placement(Positions(begin, count, _array(places)), block_ids)
-            if is_ready:
-                ready[tier] = placement
-            else:
-                pending = placement
+            return Found(first, first, {}, chain=first)
+        told = self._table.survey(keys, first, blocks, True, _ASKED if use else _UNUSED)
+        ready, pending = self._by_tier(told)
+        last = first + sum([count for _, _, count, _, _ in told])
         chain = pending.positions.first if pending else last
         return Found(first, last, ready, pending, chain=chain)
 
@@ -185,41 +174,36 @@ class Residency:
         first: int = 0,
         use: bool = False,
         drop: int = 0,
-        unreadable: Set[Tier] = frozenset(),
-        device: NDArray[np.bool_] | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> Found:
-        """Return the longest run that every KV group can load, as `find` does.
-
-        Args:
-            keys: as for `find`, and so are `first`, `use` and `drop`.
-            first: where the run starts.
-            use: whether to count a use.
-            drop: how many more blocks the chain must have behind the run.
-            unreadable: tiers whose blocks cannot be loaded.
-            device: bool[groups - 1, n], whether there is a device block for the leaf of each group
-                but the chain's at each position; there is none from position n on. A leaf without
-                one cannot be loaded. None if nothing is loaded to a device.
-        """
+        """Return the longest run that every KV group can load, as `find` does, within limits."""
         blocks = len(keys) // BLOCK_KEY_BYTES - 1
         if blocks <= first:
             return Found(first, first, {}, chain=first)
-        unusable = sum([1 << self._number[tier] for tier in unreadable & self._number.keys()])
+        unusable = sum([1 << self._number[tier] for tier in limits.tiers & self._number.keys()])
+        shunned = None if limits.fillers is None else _op_ids(limits.fillers)
         last, chain, told, leaves = self._table.reach(
-            keys, first, blocks, drop, use, unusable, device
+            keys, first, blocks, drop, use, unusable, limits.device, shunned
         )
-        found = [LeafFound(group, self._by_tier(of)) for group, of in leaves]
-        return Found(first, last, self._by_tier(told), None, tuple(found), chain)
+        found = [LeafFound(group, *self._by_tier(of)) for group, of in leaves]
+        return Found(first, last, *self._by_tier(told), tuple(found), chain)
 
-    def _by_tier(self, told: Sequence[_ext.Alike]) -> dict[Tier, Placement]:
-        """Return where blocks are, all of them ready."""
-        placed = {}
+    def _by_tier(
+        self, told: Sequence[_ext.Alike]
+    ) -> tuple[dict[Tier, Placement], Placement | None]:
+        """Return where blocks are ready, and those with which host memory is being filled."""
+        ready: dict[Tier, Placement] = {}
+        pending = None
         for pattern, begin, count, places, ids in told:
             number, tier, is_ready = self._nearest[pattern]
             block_ids = _array(ids[number])
-            assert is_ready, pattern
             assert block_ids is not None, pattern
-            placed[tier] = Placement(Positions(begin, count, _array(places)), block_ids)
-        return placed
+            placement = Placement(Positions(begin, count, _array(places)), block_ids)
+            if is_ready:
+                ready[tier] = placement
+            else:
+                pending = placement
+        return ready, pending
 
     def parent(self, keys: bytes, first: int) -> list[Holding] | None:
         """Return what to pin of the block before position `first`; None if it is nowhere.
@@ -471,6 +455,14 @@ class Residency:
                     f"{tier.label}: no claim is open, yet {counts.reserved} blocks are "
                     f"reserved and {counts.pinned} pinned"
                 )
+
+
+def _op_ids(fillers: Set[int]) -> NDArray[np.int64]:
+    """Return ids of ops as int64[n]."""
+    return np.array([*fillers], np.int64) if fillers else _NO_OPS
+
+
+_NO_OPS = np.zeros(0, np.int64)
 
 
 def _array(blob: bytes | None) -> BlockIds | None:

@@ -18,7 +18,7 @@ from flexkv.common.space import GroupRule
 from flexkv.common.terms import Positions, Tier
 from flexkv.index.eviction import Eviction
 from flexkv.index.forest import forest
-from flexkv.index.found import Placement
+from flexkv.index.found import Found, LeafFound, Limits
 from flexkv.index.residency import (
     ABSENT,
     ALL,
@@ -49,8 +49,9 @@ from tests.property.index_names import (
 class Place:
     """The place of one block in one tier."""
 
-    def __init__(self, block_id: int) -> None:
+    def __init__(self, block_id: int, filler: int) -> None:
         self.block_id, self.state, self.pins = block_id, PENDING, 0
+        self.filler = filler
 
 
 class Lease(NamedTuple):
@@ -60,18 +61,10 @@ class Lease(NamedTuple):
     places: list[Place]
 
 
-class Limits(NamedTuple):
-    """What a search must not use: tiers, and leaves for which the device has no block."""
-
-    unreadable: frozenset[Tier] = frozenset()
-    device: NDArray[np.bool_] | None = None
-    """bool[groups - 1, n], for each leaf whether there is a block."""
-
-    def allow(self, group: int, position: int) -> bool:
-        """Return whether the device has a block for a leaf."""
-        if self.device is None:
-            return True
-        return position < self.device.shape[1] and bool(self.device[group - 1, position])
+def allows(limits: Limits, group: int, position: int) -> bool:
+    """Return whether the device has a block for a leaf."""
+    device = limits.device
+    return device is None or (position < device.shape[1] and bool(device[group - 1, position]))
 
 
 class Driver:
@@ -97,6 +90,8 @@ class Driver:
         self.quota: dict[tuple[Tier, int], int] = {}
         self.nameless: dict[Tier, set[Place]] = {tier: set() for tier in TIERS}
         self.leases: list[Lease] = []
+        self.fillers = 0
+        """The number of ops that have filled places so far, which is the id of the last."""
         self.pins: list[tuple[Tier, Place]] = []
         self.now_s = 0
         self.index.watch(1000)
@@ -184,22 +179,20 @@ class Driver:
     def _nearest(self, path: Path, limits: Limits) -> tuple[Tier, int, bool] | None:
         """Return from where a block would be loaded, and whether it is ready there."""
         for tier, place in sorted(self.blocks.get(path, {}).items(), key=lambda item: item[0]):
-            if tier not in limits.unreadable and (tier == Tier.HOST or place.state == READY):
+            is_awaited = tier == Tier.HOST and limits.fillers is not None
+            is_awaited = is_awaited and place.filler not in (limits.fillers or ())
+            if tier not in limits.tiers and (place.state == READY or is_awaited):
                 return tier, place.block_id, place.state == READY
             if tier == Tier.HOST:
                 return None
         return None
-
-    def _is_ready(self, path: Path, limits: Limits) -> bool:
-        nearest = self._nearest(path, limits)
-        return nearest is not None and nearest[2]
 
     def _reached(
         self, prompt: Path, first: int, chain: int, drop: int, limits: Limits
     ) -> tuple[int, dict[int, list[int]]]:
         """Return the longest prefix that every KV group can load, and the positions of its leaves.
 
-        `chain` is where the chain of ready blocks ends.
+        `chain` is where the chain ends.
         """
         step = lcm(*(of.ratio for of in self.rules))
         for last in range((chain - drop) // step * step, first, -step):
@@ -209,7 +202,7 @@ class Driver:
                 at = [p for p in ((n + 1) * ratio - 1 for n in own) if p >= first]
                 wanted |= {group: at} if at else {}
             if all(
-                self._is_ready((*prompt[: n + 2], -group), limits) and limits.allow(group, n)
+                self._nearest((*prompt[: n + 2], -group), limits) and allows(limits, group, n)
                 for group in wanted
                 for n in wanted[group]
             ):
@@ -254,7 +247,7 @@ class Driver:
         self._note_evictions(tier)
         possible = max(0, min(len(lacking), free + evictable, left + own))
         assert len(ids) == (possible if possible == len(lacking) or not atomic else 0)
-        places = [Place(block_id) for block_id in ids.tolist()]
+        places = self._leased(tier, ids)
         for number, place in zip(lacking, places, strict=False):
             self.blocks.setdefault(names[number], {})[tier] = place
         if places:
@@ -281,7 +274,7 @@ class Driver:
         for path in {path for path, outcome in told if outcome == TAKEN} & had:
             self._drop(path, target)  # it was evicted for another block, and then reserved again
         self._note_evictions(target)
-        places = iter([Place(block_id) for block_id in taken.tolist()])
+        places = iter(self._leased(target, taken))
         leased, wanted = [], set[Path]()
         for path, outcome in told:
             if path not in ready:
@@ -301,6 +294,12 @@ class Driver:
             assert len(leased) == free + evictable, "places were left"
         if leased:
             self.leases.append(Lease(target, leased))
+
+    def _leased(self, tier: Tier, ids: NDArray[np.int64]) -> list[Place]:
+        """Let an op fill reserved places."""
+        self.fillers += 1
+        self.index._table.lease(self.index._number[tier], ids, self.fillers)
+        return [Place(block_id, self.fillers) for block_id in ids.tolist()]
 
     def settle(self, number: int, filled: bool) -> None:
         """Commit or abort a lease."""
@@ -345,7 +344,7 @@ class Driver:
         """Find a prompt as a use, and compare what is found."""
         of_every_group, limits = bool(self.rules or limits), limits or Limits()
         if of_every_group:
-            found = self.index.reach(keys_of(path), first, True, drop, *limits)
+            found = self.index.reach(keys_of(path), first, True, drop, limits)
         else:
             found = self.index.find(keys_of(path), first, True, drop)
         at = [self._nearest(path[: n + 2], limits) for n in range(len(path) - 1)]
@@ -354,15 +353,12 @@ class Driver:
         chain, last = max(first, chain), max(first, last)
         leaves: dict[int, list[int]] = {}
         if of_every_group:
-            last, leaves = self._reached(path, first, chain, drop, limits)
+            last, leaves = self._reached(path, first, last, drop, limits)
         else:
             last = max(first, last - drop)
         assert (found.last, found.chain) == (last, chain)
-        pending = {Tier.HOST: found.pending} if found.pending else {}
-        assert _told(found.ready, True) | _told(pending, False) == {
-            n: at[n] for n in range(first, last)
-        }
-        assert {of.group: _told(of.ready, True) for of in found.leaves} == {
+        assert _places(found) == {n: at[n] for n in range(first, last)}
+        assert {of.group: _places(of) for of in found.leaves} == {
             group: {n: self._nearest((*path[: n + 2], -group), limits) for n in positions}
             for group, positions in leaves.items()
         }
@@ -483,15 +479,18 @@ class Driver:
         self.index.restore(Tier.DISK, records[reached.order], reached.parents, ids[reached.order])
         for path in sorted(ready, key=len):
             if len(path) == 2 or path[:-1] in self.blocks:
-                self.blocks[path] = {Tier.DISK: Place(ready[path].block_id)}
+                self.blocks[path] = {Tier.DISK: Place(ready[path].block_id, 0)}
                 self.blocks[path][Tier.DISK].state = READY
         self.check()
 
 
-def _told(ready: dict[Tier, Placement], is_ready: bool) -> dict[int, tuple[Tier, int, bool]]:
-    """Return where blocks were found, by position."""
+def _places(found: Found | LeafFound) -> dict[int, tuple[Tier, int, bool]]:
+    """Return where blocks were found, by position, and whether they are ready there."""
+    placed = [(tier, each, True) for tier, each in found.ready.items()]
+    if found.pending is not None:
+        placed.append((Tier.HOST, found.pending, False))
     return {
         n: (tier, block_id, is_ready)
-        for tier, (positions, ids) in ((t, (p.positions, p.block_ids)) for t, p in ready.items())
-        for n, block_id in zip(positions, ids.tolist(), strict=True)
+        for tier, each, is_ready in placed
+        for n, block_id in zip(each.positions, each.block_ids.tolist(), strict=True)
     }

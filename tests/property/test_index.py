@@ -17,8 +17,9 @@ from flexkv.common.space import GroupRule
 from flexkv.common.terms import Positions, Tier
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.eviction import POLICIES, Eviction
+from flexkv.index.found import Limits
 from flexkv.index.residency import Change, Residency
-from tests.property.index_model import Driver, Limits
+from tests.property.index_model import Driver
 from tests.property.index_names import (
     DEPTH,
     NAMESPACES,
@@ -201,14 +202,17 @@ def random_step(driver: Driver, random: Random) -> None:
 
 
 def random_limits(driver: Driver, random: Random) -> Limits:
-    """Return tiers and leaves that a search must not use; most leaves may be used."""
-    unreadable = frozenset(tier for tier in TIERS if random.random() < 0.3)
+    """Return tiers, ops and leaves that a search must not use; most leaves may be used."""
+    tiers = frozenset(tier for tier in TIERS if random.random() < 0.3)
+    last = driver.fillers
+    some = frozenset(op for op in range(last - 5, last + 1) if random.random() < 0.3)
+    fillers = random.choice([None, frozenset(), some])
     if random.random() < 0.3:
-        return Limits(unreadable)
+        return Limits(tiers, fillers)
     shape = len(driver.rules), random.randint(0, DEPTH)
     often = random.choice([0.5, 0.9, 1.0])
     has = [random.random() < often for _ in range(shape[0] * shape[1])]
-    return Limits(unreadable, np.array(has, np.bool_).reshape(shape))
+    return Limits(tiers, fillers, np.array(has, np.bool_).reshape(shape))
 
 
 # -- the order of evictions ----------------------------------------------------------------------

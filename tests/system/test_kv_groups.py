@@ -175,22 +175,6 @@ async def test_a_prefetch_brings_what_every_group_needs(any_rig: GroupRig) -> No
     assert rig.manager.statistics().routes["disk→host"].blocks == read
 
 
-async def test_gets_at_once_are_right_or_shorter(rig: GroupRig) -> None:
-    """Two gets of one prompt at once bring right bytes, or a shorter prefix; a third brings all."""
-    await rig.put(PROMPT)
-    await fill(rig)
-    first, second = rig.everything(PROMPT), rig.caches.places(40, 45)
-    responses = await asyncio.gather(rig.get(PROMPT, first), rig.get(PROMPT, second))
-    for places, response in zip((first, second), responses, strict=True):
-        end = int(np.count_nonzero(response.return_mask))
-        assert response.return_mask[:end].all()
-        if end:
-            rig.check(places, end)
-    assert responses[0].return_mask.all()
-    got = await rig.get(PROMPT, first)
-    assert got.return_mask.all()
-
-
 async def test_a_cancelled_get_leaves_nothing_behind(tmp_path: Path) -> None:
     """Cancelling a get of several groups releases everything that it held of any of them."""
     async with KVManager(MODEL, cache_config(tmp_path)) as manager:

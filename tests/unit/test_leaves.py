@@ -140,18 +140,24 @@ def test_a_hole_before_the_first_position_does_not_matter() -> None:
     assert index.find(KEYS, 4).last == 12
 
 
-def test_what_is_being_filled_does_not_count() -> None:
-    """A pending leaf, and a pending block of the chain, end the prefix."""
+def test_what_is_being_filled_counts() -> None:
+    """Pending leaves and blocks of the chain belong to the prefix, and are reported as pending."""
     index = table(rule(1, STATE), chain=8)
     put(index, [3, 5], 1)
     ids = reserved(index, [7], 1)
-    assert index.find(KEYS).last == 6
-    tail = reserved(index, [8])
     found = index.find(KEYS)
-    assert (found.last, found.chain, found.pending) == (6, 8, None)
-    index.commit(Tier.HOST, ids)
+    assert (found.last, found.chain, found.pending) == (8, 8, None)
+    (of,) = found.leaves
+    assert (of.ready, of.block_count) == ({}, 1)
+    assert of.pending is not None
+    assert of.pending.block_ids.tolist() == ids.tolist()
+    assert not found.host_only
+    assert len(found.holdings) == 1  # what is being filled needs no pin
+    tail = reserved(index, [8])
+    assert (index.find(KEYS).last, index.find(KEYS).chain) == (8, 8)
+    index.abort(Tier.HOST, ids)
+    assert index.find(KEYS).last == 6
     index.commit(Tier.HOST, tail)
-    assert index.find(KEYS).last == 8
     assert index.find(KEYS).chain == 9
 
 
@@ -175,7 +181,11 @@ def test_leaves_are_found_in_lower_tiers() -> None:
     with pytest.raises(AssertionError):
         found.before(2)
     reserved(index, [2], 1)  # on its way from disk to host memory
-    assert index.find(KEYS).last == 2
+    (of,) = index.find(KEYS).leaves
+    assert of.pending is not None
+    assert list(of.pending.positions) == [2]
+    assert of.ready.keys() == {Tier.HOST, Tier.DISK}
+    assert not index.find(KEYS).host_only
 
 
 def test_a_survey_reports_the_leaves_of_one_group() -> None:

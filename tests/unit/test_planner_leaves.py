@@ -12,8 +12,8 @@ from flexkv.common.errors import CapacityError
 from flexkv.common.request import NO_BLOCK, LeafBlocks, Operation, Request
 from flexkv.common.space import GroupRule, Kind
 from flexkv.common.terms import Positions, Route, Tier, positions_of
-from flexkv.graph.draft import PlanLimits
-from flexkv.graph.planner import Avoid, Planned, Planner
+from flexkv.graph.draft import Avoid, PlanLimits
+from flexkv.graph.planner import Planned, Planner
 from flexkv.index.keys import leaf_keys
 from flexkv.index.residency import Residency
 from tests.unit.prompts import LIMITS, keys, request

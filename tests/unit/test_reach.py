@@ -14,15 +14,16 @@ import pytest
 from flexkv.common.request import NO_BLOCK, LeafBlocks
 from flexkv.common.space import GroupRule
 from flexkv.common.terms import Positions, Tier, positions_of
+from flexkv.graph.draft import NOTHING_AVOIDED, Avoid
 from flexkv.graph.leaves import LeafFinder, Prefix
-from flexkv.index.found import Found
+from flexkv.index.claims import Claim, Holding
+from flexkv.index.found import READY_ONLY, Found, Limits
 from flexkv.index.residency import Residency
 from tests.unit.leaves import CHUNK, FULL, KEYS, STATE, WINDOW, prompt, put, reserved, rule, table
 
 BLOCKS = 60
 LONG = prompt(*range(BLOCKS + 1))
-DOWN: frozenset[Tier] = frozenset({Tier.DISK})
-NONE_DOWN: frozenset[Tier] = frozenset()
+DOWN = Avoid(frozenset({Tier.DISK}))
 GROUPS = [
     (rule(1, STATE),),
     (rule(1, WINDOW, 40),),
@@ -85,7 +86,7 @@ def test_what_only_an_unreadable_tier_has_counts_as_absent(rules: tuple[GroupRul
         expected = without.find(LONG)
         assert (found.last, found.chain) == (expected.last, BLOCKS)
         assert needs(found) == needs(expected)
-        assert finder.find(Prefix(LONG, 0, BLOCKS), frozenset()).last == BLOCKS
+        assert finder.find(Prefix(LONG, 0, BLOCKS)).last == BLOCKS
 
 
 def test_the_chain_ends_before_a_block_that_only_an_unreadable_tier_has() -> None:
@@ -93,9 +94,10 @@ def test_the_chain_ends_before_a_block_that_only_an_unreadable_tier_has() -> Non
     index = tiers_of(rule(1, STATE), host=range(20))
     put(index, range(20, 40), 0, Tier.DISK, keys=LONG)
     put(index, ends(rule(1, STATE), 40), 1, keys=LONG)
-    found = index.reach(LONG, unreadable=DOWN)
+    down = Limits(DOWN.unreadable)
+    found = index.reach(LONG, limits=down)
     assert (found.last, found.chain, found.ready.keys()) == (20, 20, {Tier.HOST})
-    assert index.reach(LONG, 20, unreadable=DOWN) == Found(20, 20, {}, chain=20)
+    assert index.reach(LONG, 20, limits=down) == Found(20, 20, {}, chain=20)
     assert index.reach(LONG).last == 40
 
 
@@ -106,30 +108,92 @@ def test_a_block_is_loaded_from_the_next_tier_that_can_be_read() -> None:
         put(index, range(2), 0, tier)
         put(index, range(2), 1, tier)
     for unreadable, tiers in (
-        (frozenset(), {Tier.DISK}),
-        (DOWN, {Tier.REMOTE}),
+        (frozenset[Tier](), {Tier.DISK}),
+        (DOWN.unreadable, {Tier.REMOTE}),
         (frozenset({Tier.REMOTE}), {Tier.DISK}),
         (frozenset({Tier.DISK, Tier.REMOTE}), set()),
         (frozenset({Tier.PEER}), {Tier.DISK}),
     ):
-        found = index.reach(KEYS, unreadable=unreadable)
+        found = index.reach(KEYS, limits=Limits(unreadable))
         assert found.ready.keys() == tiers
         assert [of.ready.keys() for of in found.leaves] == ([tiers] if tiers else [])
 
 
 def test_a_block_in_host_memory_is_loaded_from_there_or_not_at_all() -> None:
     """It has its host place already, so nothing can be read into a second one."""
-    index = table(rule(1, STATE), chain=2)
+    index, without_host = table(rule(1, STATE), chain=2), Limits(frozenset({Tier.HOST}))
     put(index, range(4), 0, Tier.DISK)
     put(index, [1, 3], 1, Tier.DISK)
-    assert index.reach(KEYS, unreadable=frozenset({Tier.HOST})).last == 0
-    assert index.reach(KEYS, 2, unreadable=frozenset({Tier.HOST})).last == 4
+    assert index.reach(KEYS, limits=without_host).last == 0
+    assert index.reach(KEYS, 2, limits=without_host).last == 4
     ids = put(index, [3], 1)
     assert index.reach(KEYS, 2).last == 4
-    assert index.reach(KEYS, 2, unreadable=frozenset({Tier.HOST})).last == 2
+    assert index.reach(KEYS, 2, limits=without_host).last == 2
     index.forget(Tier.HOST, ids)
     reserved(index, [3], 1)
-    assert index.reach(KEYS, 2).last == 2
+    assert index.reach(KEYS, 2).last == 4
+    assert index.reach(KEYS, 2, limits=without_host).last == 2
+    assert index.reach(KEYS, 2, limits=READY_ONLY).last == 2
+
+
+# -- what is being filled ------------------------------------------------------------------------
+
+
+def filling(index: Residency, op_id: int, positions: Any, group: int = 0) -> None:
+    """Reserve host places for blocks, and let an op fill them."""
+    ids = reserved(index, positions, group, Tier.HOST, LONG)
+    index.claims.open(op_id, Claim(1, None, Holding(Tier.HOST, ids)))
+
+
+def test_what_an_op_fills_counts_unless_it_must_not_be_waited_for() -> None:
+    """Blocks of the chain and leaves that host memory is being filled with are reported so."""
+    rules = rule(1, STATE), rule(2, WINDOW, 9)
+    index = tiers_of(*rules, host=range(10))
+    put(index, [9], 1, keys=LONG)
+    put(index, [8, 9], 2, Tier.DISK, keys=LONG)
+    filling(index, 5, range(10, 14))
+    filling(index, 6, range(14, 20))
+    filling(index, 7, [17, 19], 1)
+    filling(index, 8, [18, 19], 2)
+
+    def found(*shunned: int) -> Found:
+        return index.reach(LONG, limits=Limits(fillers=frozenset(shunned)))
+
+    whole = found()
+    assert (whole.last, whole.chain, list(whole.ready[Tier.HOST].positions)) == (
+        20, 10, [*range(10)],
+    )  # fmt: skip
+    assert whole.pending is not None
+    assert list(whole.pending.positions) == [*range(10, 20)]
+    assert [(of.group, of.ready, list(of.pending.positions)) for of in whole.leaves if of.pending] \
+        == [(1, {}, [19]), (2, {}, [18, 19])]  # fmt: skip
+    assert (whole.host_only, len(whole.leaves), whole.leaves[1].block_count) == (False, 2, 2)
+    assert found(4, 9).last == index.find(LONG).last == 20
+    for shunned in ((5,), (6,), (7,), (8,), (5, 6, 7, 8)):
+        assert (found(*shunned).last, found(*shunned).chain) == (10, 10), shunned
+        assert found(*shunned).pending is None
+    assert index.reach(LONG, limits=READY_ONLY).last == 10
+    assert index.reach(LONG, 18).last == 20
+    assert index.reach(LONG, 18, limits=READY_ONLY) == Found(18, 18, {}, chain=18)
+    index.claims.settle(7, filled=True)
+    index.claims.settle(8, filled=False)
+    assert found().last == 10
+    index.claims.settle(5, filled=False)
+    assert found().chain == 10
+    index.claims.settle(6, filled=True)
+    index.validate()
+
+
+def test_a_block_that_is_filled_counts_only_where_its_tier_may_be_used() -> None:
+    """Neither a pending place of a lower tier nor an unusable first tier can be waited for."""
+    index = tiers_of(rule(1, STATE), host=range(4))
+    reserved(index, [3], 1, Tier.DISK, LONG)
+    assert index.find(LONG).last == 0
+    filling(index, 3, [3], 1)
+    assert index.find(LONG).last == 4
+    assert index.reach(LONG, limits=Limits(frozenset({Tier.HOST}))).last == 0
+    no_block = np.zeros((1, 4), np.bool_)
+    assert index.reach(LONG, limits=Limits(device=no_block)).last == 0
 
 
 # -- leaves without a device block ---------------------------------------------------------------
@@ -153,7 +217,7 @@ def test_a_leaf_without_a_device_block_counts_as_absent(
         for before in (None, 48, 31, first + 1, 0):
             last = BLOCKS if before is None else max(0, before - 1)
             prefix = Prefix(LONG, first, BLOCKS, 0, leaf_blocks(rules, has))
-            found = finder.find(prefix, frozenset(), before)
+            found = finder.find(prefix, before=before)
             expected = only.find(LONG[: 16 * (last + 1)], first)
             assert (found.last, needs(found)) == (expected.last, needs(expected))
 
@@ -181,9 +245,9 @@ def test_a_search_takes_as_many_calls_for_a_long_prompt_as_for_a_short_one() -> 
     whole = [LeafBlocks(group, Positions(0, BLOCKS), np.arange(BLOCKS)) for group in (1, 2, 3)]
     few = LeafBlocks(2, Positions(0, 4), np.arange(4))
     for unreadable, leaves, last in (
-        (NONE_DOWN, (whole[0], few, whole[2]), 4),
-        (NONE_DOWN, (whole[0], whole[2]), 0),
-        (NONE_DOWN, (), 0),
+        (NOTHING_AVOIDED, (whole[0], few, whole[2]), 4),
+        (NOTHING_AVOIDED, (whole[0], whole[2]), 0),
+        (NOTHING_AVOIDED, (), 0),
         (DOWN, tuple(whole), 10),
         (DOWN, (whole[0], few, whole[2]), 4),
         (DOWN, None, 10),
@@ -200,7 +264,7 @@ def test_what_a_search_must_not_use_is_not_counted_as_used() -> None:
     put(index, [1, 3], 1)
     has = np.array([[True, True, True]])  # none at position 3
     for _ in range(3):
-        assert index.reach(KEYS, 0, True, 0, frozenset(), has).last == 2
+        assert index.reach(KEYS, 0, True, 0, Limits(device=has)).last == 2
     assert index.evict(Tier.HOST, 1) == 1
     assert index.reach(KEYS).last == 2
 
@@ -215,7 +279,11 @@ def test_an_impossible_limit_is_refused() -> None:
     with pytest.raises(ValueError, match="device has 1 bytes, must be as many for each of 0 gr"):
         Residency({Tier.HOST: 4})._table.reach(KEYS, 0, 12, 0, False, 0, bytes(1))
     with pytest.raises(TypeError):
+        index._table.reach(KEYS, 0, 12, 0, False, 0, None, 7)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="shunned"):
+        index._table.reach(KEYS, 0, 12, 0, False, 0, None, b"12")
+    with pytest.raises(TypeError):
         index._table.reach(KEYS, 0, 12, 0, False, 0, 7)  # type: ignore[arg-type]
     for nothing in (bytes(0), np.zeros((2, 0), np.bool_)):
-        assert index.reach(KEYS, device=nothing).last == 0  # type: ignore[arg-type]
+        assert index.reach(KEYS, limits=Limits(device=nothing)).last == 0  # type: ignore[arg-type]
     assert index.find(KEYS).last == 0
