@@ -282,6 +282,7 @@ static PyMethodDef index_methods[] = {
     FAST("reach", call_reach, "Return the longest prefix that every KV group can load."),
     FAST("group_blocks", call_group_blocks, "Count a tier's READY places by KV group."),
     FAST("reserve", call_reserve, "Take places."),
+    FAST("make_room", call_make_room, "Evict for a batch, or not at all."),
     FAST("reserve_copies", call_reserve_copies, "Take places for what another tier holds."),
     FAST("lacking", call_lacking, "Return the places whose blocks another tier lacks."),
     FAST("lease", call_lease, "Record who fills places."),

@@ -129,6 +129,23 @@ CALL(call_, reserve, BlockIndex, 6, READ("tier", read_tier), READ("keys", read_b
      OBJECT("begin"), OBJECT("end"), READ("positions", read_positions),
      INTEGER("how", 0, RESERVE_HOWS - 1), OBJECT("group"))
 
+static PyObject *make_room(BlockIndex *self, struct value *values)
+{
+    struct block_index *index = &self->index;
+    const unsigned char *keys = values[1].view.buffer.buf;
+    const struct batch batch = {.keys = keys, .n = (size_t)values[2].integer};
+    unsigned quota;
+
+    if (request_blocks(&values[1]) < 0)
+        return NULL;
+    quota = index->quotas ? quota_of(index, key_at(keys, -1)) : 0;
+    return PyBool_FromLong(room_make(index, (unsigned)values[0].integer, quota, &batch,
+                                     RESERVE_ALL, NULL) == batch.n);
+}
+
+CALL(call_, make_room, BlockIndex, 3, READ("tier", read_tier), READ("keys", read_bytes),
+     INTEGER("count", 0, UINT32_MAX))
+
 /* -- batches of ids ---------------------------------------------------------------------------- */
 
 #define TIER_AND_IDS READ("tier", read_tier), READ("ids", read_aligned)

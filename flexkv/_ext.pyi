@@ -307,8 +307,8 @@ class BlockIndex:
             tiers: (blocks, policy, its parameter, blocks per eviction) of each.
             broken_error: the exception for a broken law.
             rules: (group, kind, window, ratio, block_tokens) of each KV group but the chain's, in
-                the order of their numbers; see `needed`. A block of the group covers
-                `ratio` blocks of the chain, and has the position of the last of them.
+                the order of their numbers; see `needed`. A block of the group covers `ratio` blocks
+                of the chain, and has the position of the last of them.
 
         Raises:
             ValueError: a rule is impossible, or contradicts those before it.
@@ -321,8 +321,7 @@ class BlockIndex:
 
         Args:
             keys: the keys of the request.
-            begin: first position.
-            end: last position, exclusive.
+            begin, end: the first position, and the last, exclusive.
             nearest: report a block only in its nearest tier that has it ready, or in the first tier
                 while that is being filled; stop before the first block that has no such tier.
             use: 1: count a use of each block found from the root on, in every tier; 2: the same,
@@ -349,8 +348,7 @@ class BlockIndex:
 
         Args:
             keys: the keys of the request.
-            begin: first position.
-            end: last position, exclusive.
+            begin, end: the first position, and the last, exclusive.
             drop: how many more blocks of the chain must be ready behind the prefix.
             use: whether to count a use of the blocks of the chain from the root on, and of the
                 leaves that the prefix needs.
@@ -381,15 +379,18 @@ class BlockIndex:
     ) -> bytes:
         """Reserve places for the blocks from `begin` to `end`, or only for those at `positions`.
 
-        Return the places. `how` decides for how many when there is too little room: 0 the first
-        ones, 1 all or none, 2 the first ones that are worth an eviction.
+        Return the places. `how` is for how many if there is too little room: 0 the first ones, 1
+        all or none, 2 the first ones that are worth an eviction.
         """
+
+    def make_room(self, tier: int, keys: bytes, count: int) -> bool:
+        """Evict what `count` places for a namespace need, or nothing if that is too little."""
 
     def agreeing(self, keys: bytes, /) -> int:
         """Return how many blocks, from the first on, `keys` chains without a contradiction.
 
-        A block that is named twice, or known under another parent, is one. Keys that were derived
-        from tokens have none; keys from another process must be checked before `reserve` gets them.
+        That is a block that is named twice, or known under another parent. Only keys from another
+        process may have one, and must be checked before `reserve` gets them.
         """
 
     def reserve_copies(
@@ -406,8 +407,8 @@ class BlockIndex:
 
         Returns:
             The outcome for each block, uint8[n]: 0 it has a RESERVED place now; 1 `source` lost it;
-            2 `target` has it, or it is on its way there; 3 there is no room, or it is not worth an
-            eviction. Then the places of the blocks with outcome 0, in order: int64.
+            2 `target` has it, or is getting it; 3 there is no room, or it is not worth an eviction.
+            Then the places of the blocks with outcome 0, in order: int64.
         """
 
     def lacking(self, source: int, target: int, begin: int, end: int, /) -> bytes:

@@ -6,7 +6,6 @@ and the request a device block for each. See `common/space.py` for which blocks 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import lcm
 from typing import NamedTuple
 
@@ -15,11 +14,10 @@ from numpy.typing import NDArray
 
 from flexkv.common.request import LeafBlocks, Operation, Request
 from flexkv.common.space import GroupRule
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Positions, Route, Tier
+from flexkv.common.terms import BLOCK_KEY_BYTES, Route, Tier
 from flexkv.graph.draft import NOTHING_AVOIDED, ONWARD, Avoid, Draft, chunks_filled
 from flexkv.graph.ops import CHUNKS_MAX
-from flexkv.index.claims import Holding
-from flexkv.index.found import AlikeBlocks, Found, LeafFound, Limits
+from flexkv.index.found import Found, LeafFound, Limits
 from flexkv.index.residency import ALL, READY, Residency
 
 TOO_MANY = -1
@@ -98,6 +96,14 @@ class LeafFinder:
 
         Return TOO_MANY if too many ops would have to be waited for.
         """
+        below = [
+            placed.block_count
+            for ready in (found.ready, *(leaves.ready for leaves in found.leaves))
+            for tier, placed in ready.items()
+            if tier is not Tier.HOST
+        ]
+        if below and not self._residency.make_room(Tier.HOST, request.keys, sum(below)):
+            return sum(below)
         missing = self._load(request, LeafFound(0, found.ready, found.pending), draft)
         for leaves in found.leaves:
             missing = missing or self._load(request, leaves, draft)
@@ -126,28 +132,6 @@ class LeafFinder:
             draft.add_waiting(onward, found.pending, chunks, group)
         return 0
 
-    def to_store(self, request: Request, leaves: LeafBlocks, use: bool = True) -> list[AlikeBlocks]:
-        """Return the leaves that a put brings, grouped by their present states in the tiers.
-
-        Leaves whose parent is nowhere are left out, as no prefix could use them.
-        """
-        wanted = leaves.positions.chosen(leaves.device_ids >= 0)
-        if not wanted.block_count:
-            return []
-        first, last = wanted.first, wanted.at(wanted.block_count - 1) + 1
-        found = self._residency.survey(request.keys, first, last, use, leaves.group)
-        within = [_within(alike, wanted) for alike in found]
-        return [alike for alike in within if alike.positions.block_count]
-
-    def parents(self, request: Request, leaves: LeafBlocks) -> list[Holding]:
-        """Return the part of the chain that has the leaves' parents, to be pinned meanwhile."""
-        positions = leaves.positions
-        if not positions.block_count:
-            return []
-        last = positions.at(positions.block_count - 1) + 1
-        chain = self._residency.survey(request.keys, positions.first, last, False)
-        return [holding for alike in chain for holding in self._nearest(alike)]
-
     def lacking_from(self, request: Request) -> int:
         """Return the position of the first block that host memory lacks of a put's longest prefix.
 
@@ -172,25 +156,3 @@ class LeafFinder:
             return last
         # The leaf that spans the first block is not looked up if its block of the chain is nowhere.
         return max(first, min(starts) // self._alignment * self._alignment)
-
-    def _nearest(self, alike: AlikeBlocks) -> Iterator[Holding]:
-        for tier, state, ids in zip(
-            self._residency.tiers, alike.states, alike.block_ids, strict=True
-        ):
-            if state == READY and ids is not None:
-                yield Holding(tier, ids)
-                return
-
-
-def _within(alike: AlikeBlocks, wanted: Positions) -> AlikeBlocks:
-    """Return those of the blocks that are at wanted positions."""
-    states, positions, block_ids = alike
-    if wanted.places is None:  # no gaps, and only that range was surveyed
-        return alike
-    which = np.isin(positions.array, wanted.array, assume_unique=True)
-    if which.all():
-        return alike
-    ids: tuple[BlockIds | None, ...] = tuple(
-        [None if each is None else each[which] for each in block_ids]
-    )
-    return AlikeBlocks(states, positions.chosen(which), ids)

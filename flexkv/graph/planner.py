@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import structs
 
 from flexkv.common.errors import CapacityError, ClearedError
-from flexkv.common.request import LeafBlocks, Operation, Request
+from flexkv.common.request import Operation, Request
 from flexkv.common.space import GroupRule
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Positions, Route, Tier
 from flexkv.graph.draft import (
@@ -32,7 +32,9 @@ from flexkv.graph.draft import (
     fill_of,
     template_of,
 )
+from flexkv.graph.ends import Leaves
 from flexkv.graph.far import with_far
+from flexkv.graph.leaf_stores import LeafStores, Store
 from flexkv.graph.leaves import TOO_MANY, LeafFinder, Prefix, prefix_of
 from flexkv.graph.ops import CHUNKS_MAX
 from flexkv.graph.plan import OPS_MAX, LegFill, Plan
@@ -40,7 +42,7 @@ from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.found import AlikeBlocks, Found
 from flexkv.index.owed import Taken
-from flexkv.index.residency import ABSENT, PREFIX, READY, WORTHY, Residency
+from flexkv.index.residency import ABSENT, ALL, PREFIX, READY, WORTHY, Residency
 
 
 class Planned(NamedTuple):
@@ -77,6 +79,7 @@ class Planner:
         self.groups = 1 + len(rules)
         """The number of KV groups of the model."""
         self._leaves = LeafFinder(residency, rules) if rules else None
+        self._leaf_stores = LeafStores(residency, rules)
 
     def plan(self, request: Request, run_id: int) -> Planned:
         """Plan a request and open its claims, which only the run's events end."""
@@ -182,9 +185,7 @@ class Planner:
             return sum(lacking)
         first, last = request.span.first_block, request.span.last_block
         surveyed = self._residency.survey(request.keys, first, last, use=False)
-        if self._leaves is not None:
-            for leaves in request.leaves:
-                surveyed += self._leaves.to_store(request, leaves, use=False)
+        surveyed += [alike for _, alike in self._leaf_stores.brought(request, use=False)]
         return sum(alike.positions.block_count for alike in surveyed if alike.states[0] == ABSENT)
 
     def lacking_from(self, request: Request) -> int:
@@ -335,48 +336,73 @@ class Planner:
             stores, shortfall = self._in_host(request, found)
             for store in stores:
                 self._behind(request, draft, store)
-            for leaves in request.leaves:
-                shortfall = shortfall or self._store_leaves(request, leaves, draft)
+            if request.leaves and shortfall is None:
+                shortfall = self._store_leaves(request, draft)
         return shortfall
 
-    def _store_leaves(
-        self, request: Request, leaves: LeafBlocks, draft: Draft
-    ) -> CapacityError | None:
+    def _store_leaves(self, request: Request, draft: Draft) -> CapacityError | None:
         """Draft the stores of leaves whose parents are resident, or are being stored."""
-        residency, finder = self._residency, self._leaves
-        assert finder is not None, "the model has one KV group"
-        with residency.holding(finder.parents(request, leaves)):
-            found = finder.to_store(request, leaves)
-            there = [alike.block_ids[0] for alike in found if alike.states[0] == READY]
-            with residency.holding([Holding(Tier.HOST, ids) for ids in there if ids is not None]):
-                stores, shortfall = self._in_host(request, found, leaves.group)
-                for store in stores:
-                    self._behind(request, draft, store)
+        residency, finder = self._residency, self._leaf_stores
+        with residency.holding(finder.parents(request)):
+            brought = finder.brought(request)
+            there = [
+                Store(positions, ids[0], False, self._lacking(states), group)
+                for group, (states, positions, ids) in brought
+                if states[0] == READY and ids[0] is not None
+            ]
+            with residency.holding([Holding(Tier.HOST, store.host_ids) for store in there]):
+                new, shortfall = finder.place(
+                    request, brought, lambda leaves: self._all_in_host(request, leaves)
+                )
+                for store in [*there, *new]:
+                    if store.is_new or store.lacking:
+                        self._behind(request, draft, store)
         return shortfall
+
+    def _all_in_host(self, request: Request, leaves: Leaves) -> Store | None:
+        """Reserve host places for all of some leaves, or for none."""
+        group, (states, positions, _) = leaves
+        lacking = self._lacking(states)
+        how = self._how(lacking) if self._residency.selective else ALL
+        how = ALL if how == PREFIX else how
+        host_ids = self._residency.reserve(Tier.HOST, request.keys, positions, how, group)
+        if len(host_ids) < positions.block_count:
+            self._residency.abort(Tier.HOST, host_ids)
+            return None
+        return Store(positions, host_ids, True, lacking, group)
+
+    def _lacking(self, states: tuple[int, ...]) -> tuple[Tier, ...]:
+        """Return the lower tiers that lack blocks with these states."""
+        return tuple([tier for number, tier in self._lower if states[number] == ABSENT])
+
+    def _how(self, lacking: tuple[Tier, ...]) -> int:
+        """Return how much host memory takes of new blocks which these tiers lack, too.
+
+        A block that host memory would not keep passes through it if a lower tier may keep it.
+        """
+        return PREFIX if set(lacking) - self.avoid.unwritable else WORTHY
 
     def _in_host(
-        self, request: Request, found: list[AlikeBlocks], group: int = 0
-    ) -> tuple[list[_Store], CapacityError | None]:
+        self, request: Request, found: list[AlikeBlocks]
+    ) -> tuple[list[Store], CapacityError | None]:
         """Return new blocks, with host places reserved, and host blocks that lower tiers lack."""
-        stores: list[_Store] = []
+        stores: list[Store] = []
         shortfall = None
         for states, positions, block_ids in found:
-            lacking = tuple([tier for number, tier in self._lower if states[number] == ABSENT])
-            host_ids = block_ids[0]
+            lacking, host_ids = self._lacking(states), block_ids[0]
             if states[0] == READY and host_ids is not None and lacking:
-                stores.append(_Store(positions, host_ids, False, lacking, group))
+                stores.append(Store(positions, host_ids, False, lacking, 0))
             elif states[0] == ABSENT and shortfall is None:
-                # A block that host memory would not keep passes through it if a lower tier may.
-                how = PREFIX if set(lacking) - self.avoid.unwritable else WORTHY
-                host_ids = self._residency.reserve(Tier.HOST, request.keys, positions, how, group)
+                how = self._how(lacking)
+                host_ids = self._residency.reserve(Tier.HOST, request.keys, positions, how)
                 if len(host_ids) < positions.block_count:
                     shortfall = self._residency.shortfall(Tier.HOST, positions.block_count)
                     positions = positions.part(0, len(host_ids))
                 if len(host_ids):
-                    stores.append(_Store(positions, host_ids, True, lacking, group))
+                    stores.append(Store(positions, host_ids, True, lacking, 0))
         return stores, shortfall
 
-    def _behind(self, request: Request, draft: Draft, store: _Store) -> None:
+    def _behind(self, request: Request, draft: Draft, store: Store) -> None:
         """Draft one store, and as many writes behind it as the limit and the tiers' room allow."""
         positions, host_ids, is_new, lacking, group = store
         if not lacking:
@@ -439,16 +465,6 @@ class Planner:
             leased = Holding(target, ids[target][begin:end]) if target in own else None
             claims.open(run_id * OPS_MAX + op.index, Claim(run_id, pinned, leased))
         return plan
-
-
-class _Store(NamedTuple):
-    """Blocks that are in host memory, or new and on their way there; the tiers `lacking` them."""
-
-    positions: Positions
-    host_ids: BlockIds
-    is_new: bool
-    lacking: tuple[Tier, ...]
-    group: int
 
 
 def _last(found: Found) -> int:

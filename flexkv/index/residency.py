@@ -334,6 +334,10 @@ class Residency:
             self._table.reserve(number, keys, begin, last, places, how, group), np.int64
         )
 
+    def make_room(self, tier: Tier, keys: bytes, blocks: int) -> bool:
+        """Return whether a namespace can get this many places; evict for all of them or none."""
+        return self._table.make_room(self._number[tier], keys, blocks)
+
     def reserve_copies(
         self, source: Tier, target: Tier, block_ids: BlockIds, keys: bytes
     ) -> tuple[NDArray[np.uint8], BlockIds]:

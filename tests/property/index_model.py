@@ -18,7 +18,7 @@ from flexkv.common.space import GroupRule
 from flexkv.common.terms import Positions, Tier
 from flexkv.index.eviction import Eviction
 from flexkv.index.forest import forest
-from flexkv.index.found import Found, LeafFound, Limits
+from flexkv.index.found import Limits
 from flexkv.index.residency import (
     ABSENT,
     ALL,
@@ -38,10 +38,12 @@ from tests.property.index_names import (
     PROMPTS,
     TIERS,
     Path,
+    allows,
     chain_of,
     group_of,
     key_of,
     keys_of,
+    places_found,
     positions_of,
 )
 
@@ -59,12 +61,6 @@ class Lease(NamedTuple):
 
     tier: Tier
     places: list[Place]
-
-
-def allows(limits: Limits, group: int, position: int) -> bool:
-    """Return whether the device has a block for a leaf."""
-    device = limits.device
-    return device is None or (position < device.shape[1] and bool(device[group - 1, position]))
 
 
 class Driver:
@@ -255,6 +251,16 @@ class Driver:
         for of, place in held:
             self._unpin(of, place)
 
+    def make_room(self, tier: Tier, space: int, count: int) -> None:
+        """Make room for a number of blocks of a namespace, or evict nothing."""
+        free, left = self.capacity[tier] - self.used(tier), self.left_of(tier, space)
+        possible = min(free + self._evictable(tier), left + self._evictable(tier, space))
+        told = self.index.make_room(tier, key_of((space,)), count)
+        assert told == (count <= possible or not count)
+        evicted = self._note_evictions(tier)
+        assert told or not evicted
+        assert not told or self.capacity[tier] - self.used(tier) >= count
+
     def reserve_copies(self, source: Tier, paths: list[Path]) -> None:
         """Reserve places in the other tier for blocks of `source`; some of them may be gone."""
         (target,) = (tier for tier in TIERS if tier is not source)
@@ -357,8 +363,8 @@ class Driver:
         else:
             last = max(first, last - drop)
         assert (found.last, found.chain) == (last, chain)
-        assert _places(found) == {n: at[n] for n in range(first, last)}
-        assert {of.group: _places(of) for of in found.leaves} == {
+        assert places_found(found) == {n: at[n] for n in range(first, last)}
+        assert {of.group: places_found(of) for of in found.leaves} == {
             group: {n: self._nearest((*path[: n + 2], -group), limits) for n in positions}
             for group, positions in leaves.items()
         }
@@ -482,15 +488,3 @@ class Driver:
                 self.blocks[path] = {Tier.DISK: Place(ready[path].block_id, 0)}
                 self.blocks[path][Tier.DISK].state = READY
         self.check()
-
-
-def _places(found: Found | LeafFound) -> dict[int, tuple[Tier, int, bool]]:
-    """Return where blocks were found, by position, and whether they are ready there."""
-    placed = [(tier, each, True) for tier, each in found.ready.items()]
-    if found.pending is not None:
-        placed.append((Tier.HOST, found.pending, False))
-    return {
-        n: (tier, block_id, is_ready)
-        for tier, each, is_ready in placed
-        for n, block_id in zip(each.positions, each.block_ids.tolist(), strict=True)
-    }

@@ -9,6 +9,7 @@ from operator import xor
 from flexkv import _ext
 from flexkv.common.space import GroupRule
 from flexkv.common.terms import Tier
+from flexkv.index.found import Found, LeafFound, Limits
 
 Path = tuple[int, ...]
 """A block of a chain, named by its whole prompt up to it; the first number is the namespace.
@@ -95,3 +96,21 @@ def positions_of(rules: tuple[GroupRule, ...], group: int, end: int) -> list[int
     """Return the positions before `end` at which a KV group may have a block."""
     ratio = rules[group - 1].ratio if group else 1
     return [p for p in range(end) if (p + 1) % ratio == 0]
+
+
+def allows(limits: Limits, group: int, position: int) -> bool:
+    """Return whether the device has a block for a leaf."""
+    device = limits.device
+    return device is None or (position < device.shape[1] and bool(device[group - 1, position]))
+
+
+def places_found(found: Found | LeafFound) -> dict[int, tuple[Tier, int, bool]]:
+    """Return where blocks were found, by position, and whether they are ready there."""
+    placed = [(tier, each, True) for tier, each in found.ready.items()]
+    if found.pending is not None:
+        placed.append((Tier.HOST, found.pending, False))
+    return {
+        n: (tier, block_id, is_ready)
+        for tier, each, is_ready in placed
+        for n, block_id in zip(each.positions, each.block_ids.tolist(), strict=True)
+    }

@@ -97,6 +97,15 @@ class IndexMachine(RuleBasedStateMachine):
         """Find a prompt as a use, where some tiers and leaves must not be used."""
         self.driver.use(path, first, 0, random_limits(self.driver, random))
 
+    @rule(
+        tier=st.sampled_from(TIERS),
+        space=st.integers(0, NAMESPACES - 1),
+        count=st.integers(0, 8),
+    )
+    def make_room(self, tier: Tier, space: int, count: int) -> None:
+        """Make room for blocks, or evict nothing."""
+        self.driver.make_room(tier, space, count)
+
     @rule(tier=st.sampled_from(TIERS), blocks=st.integers(0, 8))
     def evict(self, tier: Tier, blocks: int) -> None:
         """Evict blocks ahead of need."""
@@ -189,6 +198,7 @@ def random_step(driver: Driver, random: Random) -> None:
         (60, lambda: driver.pin(tier, name)),
         (60, lambda: driver.unpin(random.randrange(9))),
         (40, lambda: driver.evict(tier, few)),
+        (20, lambda: driver.make_room(tier, space, few)),
         (25, lambda: driver.forget(tier, name)),
         (10, lambda: driver.set_quota(tier, space, random.choice([None, few]))),
         (15, lambda: driver.resize(tier, random.randint(1, 16))),

@@ -1,0 +1,126 @@
+"""Which leaves make up whole prefixes, where not all leaves of a put find room."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import lcm
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.common.space import GroupRule
+from flexkv.common.terms import BlockIds, Positions
+from flexkv.index.found import AlikeBlocks
+
+Marks = Mapping[int, NDArray[np.bool_]]
+"""Some leaves: for each group bool[n], by the numbers of its own blocks in the prompt."""
+
+
+class Leaves(NamedTuple):
+    """Leaves of one KV group that have the same state in each tier."""
+
+    group: int
+    alike: AlikeBlocks
+
+    def at(self, marks: Marks, ratio: int) -> Leaves:
+        """Return those that are marked."""
+        own = (self.alike.positions.array + 1) // ratio - 1
+        return Leaves(self.group, chosen(self.alike, marks[self.group][own]))
+
+
+class WholeEnds:
+    """The ends of prefixes whose leaves are all there, or brought by a put that lacks room.
+
+    Ends that need nothing new are left out.
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[GroupRule],
+        blocks: int,
+        there: Sequence[Leaves],
+        new: Sequence[Leaves],
+    ) -> None:
+        """Find the ends.
+
+        Args:
+            rules: of the groups of leaves.
+            blocks: where the chain ends.
+            there: leaves that some tier has, or is being filled with.
+            new: leaves that the put brings and host memory lacks.
+        """
+        self._rules = rules
+        step = lcm(*(rule.ratio for rule in rules))
+        ends = np.arange(step, blocks + 1, step)
+        is_whole, is_lacking = np.ones(len(ends), np.bool_), np.zeros(len(ends), np.bool_)
+        spans = {}
+        for rule in rules:
+            first = np.array([rule.needed(0, end)[0] for end in ends.tolist()], np.int64)
+            last, count = ends // rule.ratio, blocks // rule.ratio
+            lacks = _marked(rule, count, new)
+            has = lacks | _marked(rule, count, there)
+            is_whole &= _number(has, first, last) == last - first
+            is_lacking |= _number(lacks, first, last) > 0
+            spans[rule.group] = first, last, count
+        which = is_whole & is_lacking
+        self._spans = {
+            group: (first[which], last[which], count)
+            for group, (first, last, count) in spans.items()
+        }
+        self._count = int(np.count_nonzero(which))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def needed(self, begin: int, end: int) -> Marks:
+        """Return the leaves that the begin-th to the end-th (exclusive) of the ends need."""
+        marks = {}
+        for group, (first, last, count) in self._spans.items():
+            steps = np.zeros(count + 1, np.int64)
+            np.add.at(steps, first[begin:end], 1)
+            np.add.at(steps, last[begin:end], -1)
+            marks[group] = np.cumsum(steps[:-1]) > 0
+        return marks
+
+    def has_all(self, marks: Marks, leaves: Sequence[Leaves]) -> bool:
+        """Return whether the marked leaves are all among these."""
+        return not any(
+            (marks[rule.group] & ~_marked(rule, len(marks[rule.group]), leaves)).any()
+            for rule in self._rules
+        )
+
+
+def chosen(alike: AlikeBlocks, which: NDArray[np.bool_]) -> AlikeBlocks:
+    """Return those blocks for which `which`, bool[n], is True."""
+    if which.all():
+        return alike
+    states, positions, block_ids = alike
+    ids: tuple[BlockIds | None, ...] = tuple(
+        [None if each is None else each[which] for each in block_ids]
+    )
+    return AlikeBlocks(states, positions.chosen(which), ids)
+
+
+def within(alike: AlikeBlocks, wanted: Positions) -> AlikeBlocks:
+    """Return those of the blocks that are at wanted positions."""
+    if wanted.places is None:  # no gaps, and only that range was surveyed
+        return alike
+    return chosen(alike, np.isin(alike.positions.array, wanted.array, assume_unique=True))
+
+
+def _marked(rule: GroupRule, count: int, leaves: Sequence[Leaves]) -> NDArray[np.bool_]:
+    marks = np.zeros(count, np.bool_)
+    for group, alike in leaves:
+        if group == rule.group:
+            own = (alike.positions.array + 1) // rule.ratio - 1
+            marks[own[own < count]] = True
+    return marks
+
+
+def _number(
+    marks: NDArray[np.bool_], first: NDArray[np.int64], last: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return how many marks there are in each range."""
+    before = np.concatenate(([0], np.cumsum(marks)))
+    return before[last] - before[first]
