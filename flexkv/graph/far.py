@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from typing import NamedTuple
 
+from msgspec import structs
+
 from flexkv.common.request import Request
 from flexkv.common.terms import Positions, Tier
 from flexkv.index.catalogue import Catalogue
@@ -49,4 +51,4 @@ def with_far(
         if len(ids):
             ready[tier] = Placement(Positions(at, len(ids)), ids)
             at += len(ids)
-    return Extended(Found(found.first, at, ready, found.pending), above)
+    return Extended(structs.replace(found, last=at, ready=ready), above)

@@ -103,7 +103,7 @@ class Simulation:
             shutdown_flush_s=random.choice([0.0, 0.01, 1.0]),
         )
         self.capacity = {Tier.HOST: host_blocks, Tier.DISK: disk_blocks}
-        self.far = random.choice([None, FakeFar()]) if not leaf_groups else None
+        self.far = random.choice([None, FakeFar()])
         self.backend = FakeBackend(host_blocks, faults, remains, far=self.far)
         piece_bytes = random.choice([1, 2, 100]) * BLOCK_KEY_BYTES
         inbound, outbound = [

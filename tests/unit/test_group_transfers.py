@@ -10,7 +10,6 @@ import pytest
 
 from flexkv.common.request import LeafBlocks
 from flexkv.common.terms import Positions
-from flexkv.integration.common import request_transfers
 from flexkv.integration.common.kv_groups import KVGroups
 from flexkv.integration.common.pending_matches import PendingMatches
 from flexkv.server.prompts import PromptPart
@@ -63,9 +62,10 @@ def test_a_load_writes_what_the_prefix_needs_of_each_group(local: int) -> None:
         {"status": "success", "moved": 2},
         {"status": "success", "moved": 0},
         {"status": "cancelled", "moved": 0},
+        {"status": "notfound", "moved": 0},
         {"status": "timeout", "moved": 3},
     ],
-    ids=["failed", "short", "nothing", "cancelled", "late"],
+    ids=["failed", "short", "nothing", "cancelled", "gone", "late"],
 )
 def test_a_load_that_is_not_whole_has_failed_whole(end: dict[str, Any]) -> None:
     """The request is reported as failed, its blocks are not, and it does not load again."""
@@ -76,22 +76,6 @@ def test_a_load_that_is_not_whole_has_failed_whole(end: dict[str, Any]) -> None:
     assert step.settle == [1]
     assert (request.may_load, request.stored_blocks, request.load) == (False, 0, None)
     assert rig.step().failed == set()
-
-
-def test_a_load_that_finds_nothing_is_retried_while_another_may_fill_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What was offered may be hidden while another request loads it; later the load fails."""
-    now_s = 100.0
-    monkeypatch.setattr(request_transfers.time, "monotonic", lambda: now_s)
-    rig, request = rig_with(), request_with()
-    rig.load_groups(request, IDS, 3)
-    assert rig.step(Done(1, "notfound", 0)).received == set()
-    now_s += request_transfers.AGAIN_S
-    rig.step()
-    assert [each[0] for each in rig.client.begun] == ["get", "get"]
-    now_s += request_transfers.FILLING_S
-    assert rig.step(Done(2, "notfound", 0)).failed == {"a"}
 
 
 def test_what_is_computed_after_a_failed_load_counts_as_new() -> None:

@@ -14,8 +14,9 @@ from flexkv.common.space import GroupRule, Kind
 from flexkv.common.terms import Positions, Route, Tier, positions_of
 from flexkv.graph.draft import Avoid, PlanLimits
 from flexkv.graph.planner import Planned, Planner
-from flexkv.index.keys import leaf_keys
+from flexkv.index.keys import block_keys, leaf_keys
 from flexkv.index.residency import Residency
+from flexkv.testing.fake_far import FakeFar
 from tests.unit.prompts import LIMITS, keys, request
 
 WINDOW, STATE, PAIR = 1, 2, 3
@@ -241,6 +242,22 @@ def test_blocks_behind_a_hit_must_be_there_for_a_draft_model() -> None:
     made = asked(Operation.GET, leaves, span=span, drop=1, device_ids=np.arange(6))
     planned = planner.plan(made, 1)
     assert planned.found.last == 6
+    settle(tiers, planned)
+
+
+@pytest.mark.parametrize("operation", [Operation.GET, Operation.PREFETCH])
+def test_far_tiers_are_not_asked_for_a_model_with_leaves(operation: Operation) -> None:
+    """What others are said to hold lengthens no prefix: they have no leaves of it."""
+    far = FakeFar()
+    far.hold(block_keys(KEYS))
+    tiers = index()
+    fill(tiers, Tier.HOST, {WINDOW: [2, 3], STATE: [3], PAIR: [1, 3]}, chain=5)
+    planner = Planner(tiers, LIMITS, far, RULES)
+    made = asked(operation, {WINDOW: list(NUMBERS), STATE: list(NUMBERS), PAIR: [1, 3, 5, 7]})
+    planned = planner.plan(made, 1)
+    assert (planned.found.last, planned.found.chain) == (4, 5)
+    assert (planner.peek(made).last, planner.find(KEYS).last, far.looks) == (4, 4, [])
+    assert moved(planned, LOAD).keys() == ({0, 1, 2, 3} if operation is Operation.GET else set())
     settle(tiers, planned)
 
 

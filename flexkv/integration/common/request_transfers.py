@@ -29,9 +29,6 @@ from flexkv.server.wire import Done, Matched
 
 ROOM_S = 2.0
 """How long a load for which host memory has no room is retried."""
-FILLING_S = 0.5
-"""How long a load of several KV groups that finds nothing is retried: what it was offered cannot be
-found while another request loads a part of it."""
 AGAIN_S = 0.002
 """Pause before a load is retried."""
 
@@ -137,14 +134,10 @@ class RequestTransfers:
         return self.load
 
     def retries(self, done: Done) -> bool:
-        """Return whether its load is to begin again, as other requests will end soon.
-
-        Host memory had no room for blocks from SSD, or another request is loading some of them.
-        """
+        """Return whether its load, for which host memory had no room, is to begin again."""
         load, now_s = self.load, time.monotonic()
         assert load is not None
-        retried_s = {"unready": ROOM_S, "notfound": FILLING_S if load.is_whole else 0.0}
-        if self.finished or now_s >= load.wanted_s + retried_s.get(done.status, 0.0):
+        if done.status != "unready" or self.finished or now_s >= load.wanted_s + ROOM_S:
             return False
         load.number, load.again_s = None, now_s + AGAIN_S
         return True
