@@ -21,7 +21,10 @@ LONG_ANSWERS: dict[str, Any] = {
     "conversations": 4, "turns": 3, "first_tokens": 200, "turn_tokens": 40, "answer_tokens": 150,
 }  # fmt: skip
 SHORT_OF_BLOCKS = {"gemma3": 76, "gpt_oss": 60, "llama4": 84, "nemotron_h": 56}
-"""Device blocks with which requests are preempted. With fewer, vLLM itself may stand still."""
+"""Device blocks with which requests are preempted."""
+CROWDED: dict[str, Any] = {
+    "conversations": 12, "turns": 3, "first_tokens": 330, "turn_tokens": 150, "answer_tokens": 40,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "group"), GROUPS)
@@ -91,6 +94,24 @@ def test_preempted_requests_answer_the_same(
     check_sound(told)
     assert told["answers"] == expected["answers"]
     assert told["preemptions"] > 0
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("gemma3", 64), ("llama4", 72)])
+def test_loads_do_not_stop_an_engine_with_few_blocks(
+    hybrids: Hybrids, tmp_path: Path, name: str, blocks: int
+) -> None:
+    """Prompts that load leave each other enough blocks: answers are the same, and none is lost.
+
+    vLLM by itself takes more loads than the device has blocks for, and then stands still for ever.
+    """
+    engine = {"max_model_len": 900}
+    (tmp_path / "without").mkdir()
+    expected = hybrids.run(name, tmp_path / "without", engine=engine, **CROWDED)
+    engine = {**engine, "num_gpu_blocks_override": blocks}
+    told = hybrids.run(name, tmp_path, connector="own", engine=engine, **CROWDED)
+    check_sound(told)
+    assert told["answers"] == expected["answers"]
+    assert sum(told["external"]) > 0
 
 
 @pytest.mark.parametrize("name", SEVERAL)

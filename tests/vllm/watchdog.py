@@ -1,7 +1,8 @@
 """A watchdog over an engine: it notices one that stands still, and says whose fault that is.
 
-vLLM 0.32 can stand still by itself: a loaded prompt holds its blocks and waits for more, those
-behind it hold theirs, and nothing runs that could be preempted. Its scheduler then spins for ever.
+vLLM can stand still by itself: a loaded prompt holds its blocks and waits for more, those behind it
+hold theirs, and nothing runs that could be preempted. Its scheduler then spins for ever. FlexKV
+makes no loads that lead there (`room.py`), other connectors do.
 """
 
 from __future__ import annotations

@@ -91,6 +91,9 @@ class RequestTransfers:
     """The match that is offered to it, with a hold on its blocks."""
     local_blocks: int = 0
     """How many of its blocks the device had when a load was offered."""
+    waits_for: tuple[int, int] | None = None
+    """The blocks and computed tokens for which `found` was matched, while its load waits for other
+    loads."""
     by_layer: bool = False
     """Whether the step loads what was found for it, layer by layer."""
     may_load: bool = True

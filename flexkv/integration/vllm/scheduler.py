@@ -17,6 +17,8 @@ Hazards, and how they are met:
   for ever).
 - With several KV groups, blocks outside a window are given away by the very next step: see
   `leaf_sources.py`.
+- Prompts that load hold blocks and cannot be preempted; too many of them would stop vLLM for ever:
+  see `room.py`.
 - The server dies: everything under way is reported as failed, after each worker has made sure that
   no copy is left.
 """
@@ -38,11 +40,13 @@ from flexkv.integration.vllm.leaf_sources import LeafSources
 from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.prompt import Scopes
 from flexkv.integration.vllm.request_state import RequestState, RequestStates
+from flexkv.integration.vllm.room import Room
 from flexkv.integration.vllm.setup import Setup
 from flexkv.integration.vllm.stats import Counts, FlexKVStats
 from flexkv.observe.logs import get_logger
 from flexkv.server.client import Client
 from flexkv.server.operator import command
+from flexkv.server.wire import Matched
 
 log = get_logger(__name__)
 
@@ -85,6 +89,7 @@ class SchedulerSide:
         self.engine_groups = setup.groups
         self._chain = setup.groups.chain if setup.groups else 0
         self._mixes = setup.groups is None or setup.groups.mixes
+        self._room = Room(setup.pool) if setup.pool else None
         self._counts = Counts(cache.num_log_interval_requests)
         wait_s = settings.server_answer_ms / 1e3
         self.transfers = Transfers(
@@ -105,26 +110,25 @@ class SchedulerSide:
     def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Return how many tokens after the computed ones can be loaded, and whether that is slow.
 
-        The number is None if the server has not answered yet: vLLM asks again. If too many matches
-        are under way for one more, a prompt is put off once in its life, then computed: vLLM serves
-        younger prompts before one that is put off.
+        The number is None if the server has not answered yet, or the device has no room for one
+        more load: vLLM asks again. If too many matches are under way for one more, a prompt is put
+        off once in its life, then computed: vLLM serves younger prompts before one that is put off.
 
         Args:
             request: vLLM's request.
             computed: how many of its tokens the device has, in whole blocks.
         """
         state = self._requests.track(request)
-        transfers, matches = state.transfers, self._pending_matches
+        transfers, matches, room = state.transfers, self._pending_matches, self._room
+        if room is not None:
+            room.leave(request.request_id)  # it has no blocks: it is new, was preempted, or failed
         if not (blocks := self._wanted(state, computed)):
             matches.release(transfers)
             return 0, False
-        transfers.local_blocks = computed // self._per_block
-        found = matches.found(transfers, blocks, lambda n: self._requests.part(state, n))
+        found = self._found(state, blocks, computed)
         if found is None:
             self._counts.count("late_matches")
             return None, False
-        transfers.found = found
-        self._counts.count("matches")
         extra = found.blocks * self._per_block - computed
         if not self.client.is_ready:  # nothing can be loaded; that may be news since `_wanted`
             extra = 0
@@ -132,12 +136,32 @@ class SchedulerSide:
             self._counts.count("declined_blocks", extra // self._per_block)
             transfers.may_load = False
         elif extra > 0:
-            self._counts.count("hits")
-            self._counts.count("offered_blocks", extra // self._per_block)
             transfers.by_layer = self.transfers.suits_layers(transfers)
-            return extra, not transfers.by_layer
+            if room is None or transfers.by_layer or room.fits(request.num_tokens):
+                self._counts.count("hits")
+                self._counts.count("offered_blocks", extra // self._per_block)
+                return extra, not transfers.by_layer
+            if room.may_wait(request.request_id):
+                transfers.waits_for = (blocks, computed)
+                self._counts.count("late_loads")
+                return None, False
+            self._counts.count("crowded_out_blocks", extra // self._per_block)
         matches.release(transfers)
         return 0, False
+
+    def _found(self, state: RequestState, blocks: int, computed: int) -> Matched | None:
+        """Return the match of a prompt that is tried; None if it is not known in this step."""
+        transfers = state.transfers
+        waited_for, transfers.waits_for = transfers.waits_for, None
+        if transfers.found is not None and waited_for == (blocks, computed):
+            return transfers.found  # its hold was kept
+        transfers.local_blocks = computed // self._per_block
+        matches = self._pending_matches
+        found = matches.found(transfers, blocks, lambda n: self._requests.part(state, n))
+        if found is not None:
+            transfers.found = found
+            self._counts.count("matches")
+        return found
 
     def _wanted(self, state: RequestState, computed: int) -> int:
         """Return how many blocks of a prompt could be loaded; 0 if none after those computed."""
@@ -170,6 +194,8 @@ class SchedulerSide:
         if not external:  # another connector's offer was taken
             self._pending_matches.release(state.transfers)
             return
+        if self._room is not None and not state.transfers.by_layer:
+            self._room.enter(request.request_id, request.num_tokens)
         ids = self._by_group(blocks.get_block_ids())
         last = state.transfers.local_blocks + external // self._per_block
         self.transfers.load(state.transfers, ids, last)
@@ -194,6 +220,7 @@ class SchedulerSide:
             if state is not None:
                 self._has_blocks(state, new.block_ids, new.num_computed_tokens)
                 self._put(state, new.num_computed_tokens, output)
+                self._runs(state, new.num_computed_tokens + output.num_scheduled_tokens[new.req_id])
         self._go_on(output)
         copies = getattr(output, "kv_cache_block_copies", None) or ()
         self.transfers.overwritten([int(copy.dst_block_id) for copy in copies])
@@ -213,10 +240,13 @@ class SchedulerSide:
         """
         cached, scheduled = output.scheduled_cached_reqs, output.num_scheduled_tokens
         drafts, per_block = output.scheduled_spec_decode_tokens, self._per_block
+        resumed, room = cached.resumed_req_ids, self._room or ()
         for request_id, new_ids, computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
             after = computed + scheduled[request_id]
+            if (request_id in room or request_id in resumed) and request_id in self._states:
+                self._runs(self._states[request_id], after)
             inside = computed % per_block
             is_inside = inside >= STEPS_LATE and inside + scheduled[request_id] < per_block
             if is_inside and new_ids is None and not drafts:
@@ -226,13 +256,18 @@ class SchedulerSide:
                 continue
             transfers = state.transfers
             if new_ids is not None:
-                if request_id in cached.resumed_req_ids:
+                if request_id in resumed:
                     transfers.begins_anew(self.client.generation)
                     self._has_blocks(state, new_ids, computed)
                 else:
                     self._has_more_blocks(state, new_ids)
             if after >= (transfers.stored_blocks + 1) * per_block:
                 self._put(state, computed, output)
+
+    def _runs(self, state: RequestState, after: int) -> None:
+        """Record that a step computes a request up to `after`; its prompt may need more steps."""
+        if self._room is not None:
+            self._room.runs(state.request.request_id, state.request.num_tokens, after)
 
     def _has_blocks(self, state: RequestState, ids: Sequence[list[int]], computed: int) -> None:
         """Record all device blocks of a request that is scheduled, by vLLM's groups."""
@@ -275,6 +310,8 @@ class SchedulerSide:
     def _forget(self, request_id: str) -> None:
         """Forget a request that is over, and what has changed for it until then."""
         self._hear()
+        if self._room is not None:
+            self._room.forget(request_id)
         self._requests.forget(request_id)
 
     def request_finished(self, request: Any, ids: Sequence[list[int]] | None = None) -> bool:
@@ -347,7 +384,7 @@ class SchedulerSide:
         self._pending_matches.give_up_all()  # their answers are from before
         self.transfers.blocks.reset()
         for request_id, state in list(self._states.items()):
-            state.transfers.stored_blocks = 0
+            state.transfers.stored_blocks, state.transfers.waits_for = 0, None
             if not state.transfers.has_begun:
                 self._pending_matches.release(state.transfers)
                 self._requests.forget(request_id)

@@ -10,6 +10,7 @@ from flexkv.integration.vllm.extra_config import mixed_local_hits, with_extra
 from flexkv.integration.vllm.groups import EngineGroups, groups_of
 from flexkv.integration.vllm.identity import lora_facts, model_id
 from flexkv.integration.vllm.refusals import check_engine
+from flexkv.integration.vllm.room import Pool
 from flexkv.observe.logs import get_logger
 from flexkv.settings import load_settings
 
@@ -39,6 +40,8 @@ class Setup(NamedTuple):
     """Whether a step loads blocks of host memory itself, layer by layer."""
     groups: EngineGroups | None = None
     """The KV groups; None if they are unknown, and then there is one of all layers."""
+    pool: Pool | None = None
+    """The device's blocks; None if vLLM itself sees to it that loads leave each other enough."""
 
     @property
     def cache(self) -> CacheConfig:
@@ -78,7 +81,35 @@ def setup_of(vllm_config: Any, computation: str = "", kv_cache_config: Any = Non
         _names_media(vllm_config),
         lora_facts(vllm_config),
         groups=groups,
+        pool=_pool(vllm_config, kv_cache_config),
     )
+
+
+def _pool(vllm_config: Any, kv_cache_config: Any) -> Pool | None:
+    """Return the blocks of the device, unless vLLM itself sees to it that loads leave enough.
+
+    It does, from the version on that counts what prompts under way still need, unless a KV group
+    gives blocks back (it counts too few of such a group), or loads are served in another order than
+    they were admitted in and it admits more than fits.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    cache, scheduling = vllm_config.cache_config, vllm_config.scheduler_config
+    most_tokens = int(vllm_config.model_config.max_model_len)
+    specs = [each.kv_cache_spec for each in getattr(kv_cache_config, "kv_cache_groups", ())]
+    sizes = [int(spec.block_size) for spec in specs] or [int(cache.block_size)]
+    most = [int(spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes) for spec in specs]
+    groups = list(zip(sizes, most or [-(-most_tokens // sizes[0])], strict=True))
+    reserves = hasattr(Scheduler, "_inflight_prefill_reserved_blocks")
+    in_order = getattr(scheduling, "policy", "fcfs") == "fcfs"
+    fits_whole = getattr(scheduling, "scheduler_reserve_full_isl", False)
+    keeps_all = all(most * size >= most_tokens for size, most in groups)
+    if reserves and keeps_all and (in_order or fits_whole):
+        return None
+    blocks = getattr(kv_cache_config, "num_blocks", 0) or getattr(cache, "num_gpu_blocks", 0) or 0
+    drafts = getattr(vllm_config, "speculative_config", None)
+    more = 1 + 2 * int(getattr(drafts, "num_speculative_tokens", 0) or 0) if drafts else 0
+    return Pool(int(blocks) - 1, tuple(groups), more) if blocks > 1 else None
 
 
 def _groups(vllm_config: Any, kv_cache_config: Any) -> EngineGroups | None:

@@ -90,8 +90,10 @@ class Stand:
             cache: keys of FlexKV's `cache_config`.
             config: more for vLLM's `create_vllm_config`; and `behind`, the steps that are under way
                 when the next is scheduled, and `drafts`, whether the runner makes drafts after each
-                forward, and only then tells the connector that the step is done.
+                forward, and only then tells the connector that the step is done. `scheduling` has
+                fields of vLLM's `SchedulerConfig`.
         """
+        scheduling = config.pop("scheduling", {})
         self._behind, self._drafts = config.pop("behind", 0), config.pop("drafts", False)
         self._under_way: deque[tuple[Any, list[_Row]]] = deque()
         self.unchecked = False
@@ -115,6 +117,8 @@ class Stand:
         wanted = {"max_num_batched_tokens": 1024, "max_model_len": 1024, **connector, **config}
         self.config = create_vllm_config(kv_role="kv_both", block_size=PER_BLOCK, **wanted)
         self.config.scheduler_config.async_scheduling = self._behind > 0
+        for name, value in scheduling.items():
+            setattr(self.config.scheduler_config, name, value)
         self.kv_caches, caches = self._allocated(num_blocks)
         self.scheduler = create_scheduler(self.config, num_blocks, **self._of_caches(caches))
         try:

@@ -1,0 +1,108 @@
+"""Which prompts may load at the same time, so that each of them can go on to its end.
+
+vLLM takes no blocks from a prompt that loads or has loaded and is not running yet. If several such
+prompts hold blocks, none gets the rest it needs, and nothing runs, vLLM stands still for ever. So
+it admits a load only if it leaves the blocks that earlier ones still need. But it counts too few of
+them where layers give blocks back (sliding windows, chunks), and with priorities a later load may
+come before those earlier ones. Versions before that rule admit any load.
+
+The law here needs neither the free blocks nor an order: **all prompts that load, or are not
+computed yet, fit into the device together**, each with what it needs up to its end. Whatever else
+holds blocks runs, so it ends or is preempted. A load that would break the law waits, or, after
+`WAIT_S`, its prompt is computed: then it holds blocks only while it runs.
+
+    new ──match──▶ fits? ──yes──▶ loads ──▶ is computed ──▶ leaves
+                    └─no─▶ asked again in the next step … computed
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flexkv.observe.logs import get_logger
+
+log = get_logger(__name__)
+
+WAIT_S = 1.0
+"""How long a load waits for others at most, before its prompt is computed."""
+
+
+class Pool(NamedTuple):
+    """The blocks of an engine's device.
+
+    Attributes:
+        blocks: how many a prompt can get.
+        groups: of each KV group, the tokens of a block, and how many blocks the engine lets one
+            request hold at most.
+        more_tokens: for how many tokens beyond its own a request needs blocks: drafts.
+    """
+
+    blocks: int
+    groups: tuple[tuple[int, int], ...]
+    more_tokens: int = 0
+
+    def needed(self, tokens: int) -> int:
+        """Return how many blocks a request of this many tokens holds at most at one time."""
+        tokens += self.more_tokens
+        return sum(min(-(-tokens // per_block), most) for per_block, most in self.groups)
+
+
+class Room:
+    """The prompts that load or are being computed, and the loads that wait for them."""
+
+    def __init__(self, pool: Pool, now_s: Callable[[], float] = time.monotonic) -> None:
+        """Begin with an empty device; `now_s` returns the time in seconds."""
+        self._pool, self._now_s = pool, now_s
+        self._needs: dict[str, int] = {}
+        """The blocks that each prompt needs in all."""
+        self._waits: dict[str, float] = {}
+        """Since when loads have waited, by request."""
+        self._is_told = False
+
+    def __contains__(self, request_id: str) -> bool:
+        """Return whether a prompt is loaded or computed."""
+        return request_id in self._needs
+
+    def __len__(self) -> int:
+        """Return how many prompts are loaded or computed."""
+        return len(self._needs)
+
+    def fits(self, tokens: int) -> bool:
+        """Return whether a prompt of this many tokens can load now; the first always can."""
+        others = sum(self._needs.values())
+        return not others or others + self._pool.needed(tokens) <= self._pool.blocks
+
+    def may_wait(self, request_id: str) -> bool:
+        """Return whether a load that does not fit may wait on, and note since when it waits."""
+        now_s = self._now_s()
+        since_s = self._waits.setdefault(request_id, now_s)
+        if not self._is_told:
+            self._is_told = True
+            log.warning(
+                "loads_wait_for_blocks", blocks=self._pool.blocks, loading=len(self._needs),
+                reason="prompts that load at the same time need more blocks than the device has",
+                remedy="more memory for the KV cache, or fewer requests at a time (max_num_seqs)",
+            )  # fmt: skip
+        return now_s < since_s + WAIT_S
+
+    def enter(self, request_id: str, tokens: int) -> None:
+        """Record that a prompt of this many tokens gets blocks, and is not computed yet."""
+        self._waits.pop(request_id, None)
+        self._needs[request_id] = self._pool.needed(tokens)
+
+    def runs(self, request_id: str, tokens: int, computed: int) -> None:
+        """Record that a step computes a prompt of `tokens` tokens up to `computed`."""
+        self.enter(request_id, tokens)
+        if computed >= tokens:
+            self.leave(request_id)
+
+    def leave(self, request_id: str) -> None:
+        """Record that a prompt is computed, or holds no blocks any more."""
+        self._needs.pop(request_id, None)
+
+    def forget(self, request_id: str) -> None:
+        """Forget a request that is over."""
+        self.leave(request_id)
+        self._waits.pop(request_id, None)
