@@ -62,8 +62,8 @@ log = get_logger(__name__)
 
 HANG_S = 60.0
 """With requests under way, a server that sends nothing for this long counts as lost."""
-POLL_S_MAX = 0.02
-"""How long one `poll` may read, so that a server that keeps sending does not delay a step."""
+RECEIVE_S_MAX = 0.02
+"""How long one call may read, so that a server that keeps sending does not delay a step."""
 UNSENT_BYTES_MAX = 16 << 20
 
 
@@ -199,7 +199,8 @@ class Client:
         until_s = time.monotonic() + wait_s
         while self._awaited.asked_s(number) is not None:
             self.flush()
-            heard, now_s = self._receive(0.0), time.monotonic()
+            # The time first: after a long wait for a CPU, the answer may be there.
+            now_s, heard = time.monotonic(), self._receive_all()
             asked_s = self._awaited.asked_s(number)
             if asked_s is not None and now_s > asked_s + self._answer_s:
                 self._lost(f"no answer within {self._answer_s} s")
@@ -304,11 +305,9 @@ class Client:
         """Return the requests that ended since the last call, each exactly once. Never waits."""
         if self._connected():
             self.flush()
-            until_s = time.monotonic() + POLL_S_MAX
-            while self._receive(0.0) and time.monotonic() < until_s:
-                if self._socket is None or self._socket.is_drained:
-                    break
-            if self._awaited.requests and time.monotonic() > self._heard_s + HANG_S:
+            now_s = time.monotonic()
+            self._receive_all()
+            if self._awaited.requests and now_s > self._heard_s + HANG_S:
                 self._lost(f"it sent nothing for {HANG_S} s")
         return self._awaited.ended()
 
@@ -454,6 +453,15 @@ class Client:
         except (OSError, ClosedError) as error:
             self._lost(str(error))
         return self._socket is not None
+
+    def _receive_all(self) -> bool:
+        """Process what has arrived, for a bounded time; return whether something valid had."""
+        until_s, heard = time.monotonic() + RECEIVE_S_MAX, False
+        while self._receive(0.0):
+            heard = True
+            if self._socket is None or self._socket.is_drained or time.monotonic() >= until_s:
+                break
+        return heard
 
     def _take(self, message: FromServer) -> None:
         match message:

@@ -218,6 +218,32 @@ def test_a_server_that_never_stops_talking_holds_no_step(
     assert not hung
 
 
+@pytest.mark.parametrize("others", [0, 2000], ids=["alone", "behind much else"])
+def test_an_engine_that_got_no_cpu_takes_the_answer_that_has_come(
+    client: Client, server: FakeServer, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    """A server that answered while the engine did not run is not lost, whatever came before."""
+    now = [1e6]
+    monkeypatch.setattr(client_module.time, "monotonic", lambda: now[0])
+    peer, receive = server.next_peer(), client._receive
+    news = framed(State(True, 64, "kv tokens heads dim", 1)) * others
+    number = client.ask(KEYS)
+
+    def starved(wait_s: float) -> bool:
+        heard = receive(wait_s)
+        monkeypatch.setattr(client, "_receive", receive)
+        peer.sendall(news + framed(Matched(number, 2, {"host": 2})))
+        now[0] += 3600.0
+        return heard
+
+    monkeypatch.setattr(client, "_receive", starved)
+    found = client.answer(number, 0.4e-3)
+    found = found or client.answer(number, 0.4e-3)  # the first may have waited long enough
+    assert found is not None
+    assert found.blocks == 2
+    assert client.is_ready
+
+
 def test_a_request_that_is_longer_than_a_frame_fails_by_itself(
     client: Client, server: FakeServer
 ) -> None:
