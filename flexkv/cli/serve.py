@@ -21,6 +21,7 @@ from flexkv.kvmanager import KVManager
 from flexkv.metrics import MetricsServer
 from flexkv.observe.logs import configure_logging, get_logger
 from flexkv.process.stoppable import failure_within
+from flexkv.process.wakeups import wake_promptly
 from flexkv.server.address import socket_path
 from flexkv.server.backend import ServerBackend
 from flexkv.server.handshake import connect
@@ -79,6 +80,7 @@ def serve(
     else:
         config, settings = ModelConfig(**load_file(model, "model")), load_settings()
         configure_logging(context.obj or settings.log_level, settings.logging_prefix)
+    log.debug("server_scheduling", refused=wake_promptly())  # this thread will run the loop
     try:
         asyncio.run(run(config, settings, watch))
     except (FlexKVError, OSError, MemoryError) as error:

@@ -25,6 +25,7 @@ from flexkv.cli import serve
 from flexkv.common.config import Settings
 from flexkv.common.errors import BackendUnavailableError, ConfigError
 from flexkv.common.request import Operation
+from flexkv.process.wakeups import SLICE_NS, scheduling_of
 from flexkv.server import launch
 from flexkv.server.launch import LaunchedServer, ProcessHandle
 from flexkv.server.listen import Listener
@@ -103,6 +104,17 @@ def test_a_server_is_in_no_tree_of_its_engine(begun: Begun) -> None:
     assert child in engine.children(recursive=True)
     assert server not in engine.children(recursive=True)
     assert os.getsid(server.pid) == os.getpgid(server.pid) == server.pid
+
+
+def test_a_server_runs_soon_after_it_wakes(settings: Settings) -> None:
+    """The loop's thread has asked for a short time slice; the server's other threads have not."""
+    server = LaunchedServer(MODEL, settings)
+    loop, *others = sorted(int(name) for name in os.listdir(f"/proc/{server.pid}/task"))
+    slice_ns = scheduling_of(loop).slice_ns
+    assert slice_ns in (SLICE_NS, 0)  # kernels before 6.12 have no slices
+    assert others
+    assert all(scheduling_of(each).slice_ns > slice_ns or not slice_ns for each in others)
+    server.close()
 
 
 @pytest.mark.parametrize("whole_tree", [False, True], ids=["engine", "tree"])
