@@ -19,6 +19,7 @@ from flexkv.server.operator import command
 from flexkv.testing.vllm_serve import OWN, SHIM
 from tests.system.mounted import Disk
 from tests.vllm.conversations import Conversations, Sizes
+from tests.vllm.division import DIVIDED, divide
 from tests.vllm.fork import fork_workers
 from tests.vllm.sabotage import LAYER_LOADS, flip, sabotage
 from tests.vllm.watchdog import Watchdog
@@ -74,6 +75,8 @@ class Plan(Sizes):
     """Variables that override the process's own."""
     extra: dict[str, Any] = field(default_factory=dict)
     """The connector's `kv_connector_extra_config`."""
+    kernel_tokens: int = 0
+    """Tokens of the attention backend's blocks, if they are smaller than vLLM's."""
     script: list[list[list[int]]] = field(default_factory=list)
     """Answers by turn, by which conversations go on whatever the engine answers."""
 
@@ -213,6 +216,8 @@ def finish(llm: Any) -> None:
 
 def run(plan: Plan) -> dict[str, Any]:
     """Run the plan, and return its results."""
+    if plan.kernel_tokens:
+        divide(plan.kernel_tokens)
     llm = started(plan)
     scheduler, asking = scheduler_of(llm), Asking(plan, llm)
     flips, flipped = random.Random(plan.seed + 2), 0
@@ -243,6 +248,7 @@ def run(plan: Plan) -> dict[str, Any]:
         "drafted": counted(llm, "vllm:spec_decode_num_draft_tokens"),
         "accepted": counted(llm, "vllm:spec_decode_num_accepted_tokens"),
         "layer_loads": len(LAYER_LOADS),
+        "divided": DIVIDED,
     }
     if plan.has_server:
         flush(plan)
