@@ -13,10 +13,12 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
+    CircularBufferSpec,
     FullAttentionSpec,
     KVCacheGroupSpec,
     MambaSpec,
     MLAAttentionSpec,
+    SlidingWindowMLASpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
@@ -60,6 +62,17 @@ def mla(size: int = 16, **more: Any) -> MLAAttentionSpec:
     """Return the spec of a layer with MLA."""
     told = {**SHAPE, "num_kv_heads": 1, "head_size": size, "max_tp_shards": 1, **more}
     return MLAAttentionSpec(**told)
+
+
+def ring(**more: Any) -> CircularBufferSpec:
+    """Return the spec of a layer that keeps the tokens of one compressed state."""
+    return CircularBufferSpec(**{**SHAPE, "block_size": 8, **more})
+
+
+def replayed(tokens: int = 32, **more: Any) -> SlidingWindowMLASpec:
+    """Return the spec of a layer with a window that vLLM computes again after each hit."""
+    shape = {**SHAPE, "num_kv_heads": 1, **more}
+    return SlidingWindowMLASpec(**shape, sliding_window=tokens, bounded_replay=True)
 
 
 def several(**specs: Any) -> UniformTypeKVCacheSpecs:

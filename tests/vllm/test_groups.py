@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +21,7 @@ from vllm.v1.kv_cache_interface import (
     HiSparseHotSpec,
     HiSparseResidentSpec,
     KVCacheGroupRole,
+    KVCacheSpec,
     RSWASpec,
     SinkFullAttentionSpec,
     SlidingWindowMLASpec,
@@ -27,7 +30,8 @@ from vllm.v1.kv_cache_interface import (
 from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.space import Kind
-from flexkv.integration.vllm.groups import groups_of
+from flexkv.integration.vllm.groups import LEFT_OUT, WHY_REFUSED, groups_of
+from flexkv.integration.vllm.shapes import KINDS
 
 from .caches import (
     SHAPE,
@@ -40,6 +44,8 @@ from .caches import (
     mla,
     of_scheduler,
     planned,
+    replayed,
+    ring,
     several,
     state,
     window,
@@ -271,7 +277,6 @@ def test_loads_continue_local_hits_of_kinds_that_are_proved(configured: Any) -> 
 
 ONE = {**SHAPE, "num_kv_heads": 1}
 REFUSED = [
-    (CircularBufferSpec(**SHAPE), "kv_cache_spec", "x.*ring"),
     (CrossAttentionSpec(**SHAPE), "kv_cache_spec", "x.*cross"),
     (EncoderOnlyAttentionSpec(**SHAPE), "kv_cache_spec", "x.*both directions"),
     (HiSparseHotSpec(block_size=16, page_size=4096, blocks_per_request=2), "kv_cache_spec",
@@ -279,8 +284,7 @@ REFUSED = [
     (HiSparseResidentSpec(block_size=16, page_size=4096), "kv_cache_spec", "x.*HiSparse"),
     (RSWASpec(**SHAPE, rswa_window=32), "kv_cache_spec", "x.*middle"),
     (HiddenStateCacheSpec(**ONE), "kv_cache_spec", "x.*hidden states"),
-    (SlidingWindowMLASpec(**ONE, sliding_window=32, bounded_replay=True), "kv_cache_spec",
-     "x.*does not cache"),
+    (full(tokens_per_state=3), "kv_cache_spec", "x.*whole states of 3 tokens"),
     (state("none"), "kv_cache_spec", "x.*mamba_cache_mode is none"),
     (full(non_causal=True), "kv_cache_spec", "x.*later tokens"),
     (window(block_size=24), "kv_cache_spec", "x.*24 tokens.*multiple.*16"),
@@ -323,6 +327,86 @@ def test_groups_that_vllm_does_not_transfer_are_left_out(configured: Any) -> Non
     replica = group(CircularBufferSpec(**SHAPE), "r", enable_kv_transfer=False)
     found = judged(configured, replica, group(full(), "a"), group(window(), "b"))
     assert (found.engine_ids, found.layers) == ((1, 2), ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        pytest.param(ring(), id="ring"),
+        pytest.param(replayed(), id="replayed"),
+        pytest.param(several(x=ring(), y=ring(head_size=4)), id="rings"),
+        pytest.param(several(x=replayed(), y=replayed()), id="replayed_layers"),
+    ],
+)
+def test_groups_that_vllm_makes_anew_are_left_out(configured: Any, left_out: Any) -> None:
+    """They are neither stored nor loaded, nor is what vLLM loads judged by block then.
+
+    With one group left, hits end on vLLM's alignment, and the model is not a plain one: FlexKV
+    lends the layers of this group only.
+    """
+    told = group(left_out, "x", "y"), group(mla(tokens_per_state=4), "a", "b")
+    found = judged(configured, *told, layout="BLHNC")
+    assert (found.engine_ids, found.layers) == ((1,), ("a", "b"))
+    assert (found.are_several, found.fail_whole) == (False, True)
+    assert not found.fit(found.model(1, False, "m").model_copy(update={"layer_groups": None}))
+    assert list(lent(found, allocated(planned(configured, *told, layout="BLHNC")))) == ["a", "b"]
+    beside = judged(configured, *told, group(window(), "w"), layout="BLHNC")
+    assert (beside.engine_ids, beside.layers) == ((1, 2), ("a", "b", "w"))
+
+
+def test_hits_end_on_the_alignment_that_left_out_groups_ask_for() -> None:
+    """vLLM's alignment covers the blocks of all its groups; ours is a multiple of it."""
+    told = SimpleNamespace(
+        kv_cache_groups=[group(ring(block_size=12), "x"), group(full(), "a")],
+        cache_hit_alignment_tokens=48,
+    )
+    found = groups_of(told, engine())
+    assert found is not None
+    assert (found.tokens_per_block, found.alignment_tokens) == (16, 48)
+    told.kv_cache_groups.append(group(window(), "w"))
+    with pytest.raises(ConfigError, match="cache_hit_alignment_tokens=48"):
+        groups_of(told, engine())
+
+
+def test_other_groups_without_prefixes_are_refused() -> None:
+    """Nothing says that vLLM makes the content of an unknown kind anew, or of a mixed group."""
+
+    class Newer(CircularBufferSpec):
+        """A ring with a difference."""
+
+    class Cached(type(replayed())):  # type: ignore[misc]
+        """A window without replay that keeps no prefixes."""
+
+        prefix_cacheable, prefix_replay_tokens = False, 0
+
+    Cached.__name__ = "SlidingWindowMLASpec"
+    refused = [
+        (Newer(**SHAPE), "Newer.*x.*does not know"),
+        (Cached(**ONE, sliding_window=32), "x.*does not cache prefixes"),
+        (several(y=ring(), x=full()), "CircularBufferSpec.*y.*does not know"),
+    ]
+    for spec, words in refused:
+        config = SimpleNamespace(kv_cache_groups=[group(full(), "f"), group(spec, "x", "y")])
+        with pytest.raises(ConfigError, match=words):
+            groups_of(config, engine())
+    for more in ({"host_resident": True}, {"role": KVCacheGroupRole.HISPARSE_INDEXER}):
+        config = SimpleNamespace(kv_cache_groups=[group(full(), "f"), group(ring(), "x", **more)])
+        with pytest.raises(ConfigError, match=r"x.*host memory"):
+            groups_of(config, engine())
+
+
+def test_the_documentation_lists_every_kind_of_cache() -> None:
+    """It says of each of vLLM's specs whether it is served, left out or refused."""
+    listed: dict[str, set[str]] = {"served": set(), "left out": set(), "refused": set()}
+    text = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text()
+    for names, how in re.findall(r"^\| (.*`\w+Spec`.*) \| \*(.+?)\* \|", text, re.MULTILINE):
+        listed[how] |= set(re.findall(r"`(\w+Spec)`", names))
+    assert listed == {"served": {*KINDS}, "left out": {*LEFT_OUT}, "refused": {*WHY_REFUSED}}
+    every, above = set[str](), [KVCacheSpec]
+    while above:
+        above = [below for spec in above for below in spec.__subclasses__()]
+        every |= {spec.__name__ for spec in above if spec.__module__ == KVCacheSpec.__module__}
+    assert every - set().union(*listed.values()) == {"AttentionSpec", "UniformTypeKVCacheSpecs"}
 
 
 def test_models_without_full_attention_are_refused() -> None:

@@ -33,19 +33,22 @@ class KVGroups:
 
     Attributes:
         several: whether there are more groups than the chain.
+        fail_whole: whether a load that comes short has failed as a whole, as it has with several.
         drop: how many blocks of the chain behind a hit must be there as well. A draft model drops
             the last block of a hit: its KV there depends on the token that comes next.
     """
 
     def __init__(
-        self, spaces: Sequence[BlockSpace], alignment_tokens: int, drops_last: bool = False
-    ) -> None:
+        self, spaces: Sequence[BlockSpace], alignment_tokens: int, drops_last: bool = False,
+        fail_whole: bool = False,
+    ) -> None:  # fmt: skip
         """Take the engine's groups.
 
         Args:
             spaces: the block space of each group; the first is the chain's.
             alignment_tokens: hits of the engine end on multiples of this many tokens.
             drops_last: whether a draft model drops the last block of a hit.
+            fail_whole: whether loads of this engine fail as a whole, whatever groups it has.
 
         Raises:
             ConfigError: the alignment does not fit the groups' blocks.
@@ -53,6 +56,7 @@ class KVGroups:
         self._per_block = spaces[0].tokens_per_block
         self._leaf_spaces = {space.group: space for space in spaces[1:]}
         self.several, self.drop = len(spaces) > 1, int(drops_last)
+        self.fail_whole = self.several or fail_whole
         unit = lcm(*(space.tokens_per_block for space in spaces))
         if self.several and alignment_tokens != unit:  # the index finds hits on this unit
             why = f"must be the least common multiple of the groups' blocks: {unit}"
@@ -68,7 +72,11 @@ class KVGroups:
         it twice.
         """
         blocks = max(0, num_tokens - 1) // self._per_block
-        return blocks if self.drop else self._aligned(blocks)
+        return blocks if self.drop else self.aligned(blocks)
+
+    def aligned(self, blocks: int) -> int:
+        """Return how many of the chain's first blocks a hit can have, of those that were found."""
+        return blocks // self._alignment * self._alignment
 
     def needed(self, group: int, blocks: int, local: int = 0) -> range:
         """Return the positions in the chain of those blocks of a group that a prefix needs.
@@ -99,7 +107,7 @@ class KVGroups:
         replayed = self.wanted(prompt_tokens)
         continued = max(0, prompt_tokens) // self._per_block
         ends = {
-            self._aligned(chain - self.drop)
+            self.aligned(chain - self.drop)
             for chain in (replayed, continued, min(junction_blocks, replayed))
         }
         return tuple(sorted(end for end in ends if end > 0))
@@ -149,9 +157,6 @@ class KVGroups:
     def _ratio(self, group: int) -> int:
         """Return how many blocks of the chain one block of a group covers."""
         return self._leaf_spaces[group].tokens_per_block // self._per_block
-
-    def _aligned(self, blocks: int) -> int:
-        return blocks // self._alignment * self._alignment
 
     def _leaves(self, group: int, positions: range, ids: GroupIds) -> LeafBlocks:
         own, ratio = ids[group], self._ratio(group)

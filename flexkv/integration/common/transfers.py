@@ -10,9 +10,10 @@
 So no request ever loads and stores at once, and the engine is told only one end of each.
 
 With several KV groups, a load is whole or it has failed: without the leaves that its end needs, the
-blocks of the chain are worth nothing. Blocks are known by their device ids, which are unique over
-all groups. An engine frees the blocks behind a sliding window while a request goes on, and gives
-them away in the next step; so a step waits a little for puts that read its blocks.
+blocks of the chain are worth nothing. The same holds if the engine has groups that are not
+transferred. Blocks are known by their device ids, which are unique over all groups. An engine frees
+the blocks behind a sliding window while a request goes on, and gives them away in the next step; so
+a step waits a little for puts that read its blocks.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ class TransferRules(NamedTuple):
         gates_loads: whether loads wait until the workers have finished the step under way.
         loads_by_layer: whether a step loads blocks of host memory itself, layer by layer.
         wait_s: how long a step waits for cancelled puts before it disconnects.
-        groups: the engine's KV groups, if it has several.
-        grace_s: how long a step of an engine with several KV groups waits for the puts that read
-            its blocks before it cancels them.
+        groups: the engine's KV groups, if they are known.
+        grace_s: how long a step of an engine whose loads fail as a whole waits for the puts that
+            read its blocks before it cancels them.
     """
 
     gates_loads: bool
@@ -120,7 +121,7 @@ class Transfers(Generic[Step]):
         self._client, self._rules, self._new_step = client, rules, new_step
         self._count, self._forget, self._costs = count, forget, costs
         groups = rules.groups
-        self._groups = groups if groups is not None and groups.several else None
+        self._groups = groups if groups is not None and groups.fail_whole else None
         self.blocks = DeviceBlocks()
         self._of_number: dict[int, RequestTransfers] = {}
         self._layer_loads: dict[int, tuple[RequestTransfers, Load]] = {}

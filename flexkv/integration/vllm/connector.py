@@ -99,7 +99,7 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1, SupportsHMA):
         ), None
 
     def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
-        """Return which of vLLM's KV groups a load writes: all that are transferred."""
+        """Return which of vLLM's KV groups a load writes; vLLM makes the others anew."""
         groups = None if self.scheduler is None else self.scheduler.engine_groups
         return (0,) if groups is None else groups.engine_ids
 

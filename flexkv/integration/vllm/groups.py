@@ -13,6 +13,16 @@ FlexKV's group 0 is a full-attention group; the others follow in vLLM's order. A
 are smaller than those of group 0 becomes several of FlexKV's groups: see `Source`. All groups
 overlay one allocation: a block id belongs to one group at a time.
 
+Some groups are left out, since vLLM does not cache prefixes of them either, and makes their content
+anew after each hit, its own or FlexKV's:
+
+    CircularBuffer                       it holds the tokens of one compressed state that is not
+                                         complete yet; there are none at the end of a hit
+    SlidingWindowMLA, bounded_replay     vLLM computes the last window of each hit again for it
+
+That is known of these two kinds only. Another kind without prefixes may have a cache elsewhere, as
+HiSparse has, and is refused.
+
 Both sides of the connector must come to the same result. But of a group whose layers differ in
 shape, the scheduler's side has only the first layer's spec. The pages of the other layers are taken
 from the tensors' placement, as bytes of unknown meaning (*opaque* layers).
@@ -49,8 +59,9 @@ FAILS_WHOLE = hasattr(sys.modules[KVConnectorBase_V1.__module__], "KVConnectorTr
 MIXED_STATES = ("MAMBA2",)
 """vLLM's names of the kinds of states for which tests show that a load may continue a prefix that
 the device has. A prompt with other states is loaded only if the device has nothing of it."""
-_WHY = {
-    "CircularBufferSpec": "its ring holds only tokens that are still being compressed",
+LEFT_OUT = ("CircularBufferSpec", "SlidingWindowMLASpec")
+"""Specs whose groups are left out if vLLM does not cache prefixes of them."""
+WHY_REFUSED = {
     "CrossAttentionSpec": "cross attention depends on more than the tokens before",
     "EncoderOnlyAttentionSpec": "encoder layers attend in both directions",
     "HiSparseHotSpec": "HiSparse has a host cache of its own",
@@ -58,7 +69,7 @@ _WHY = {
     "RSWASpec": "it forgets blocks in the middle of a prefix",
     "HiddenStateCacheSpec": "it keeps hidden states, not KV",
 }
-"""Why some specs are not served."""
+"""Why some specs are refused."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class EngineGroups:
         num_blocks: how many blocks the device has; 0 if it was not told.
         hash_tokens: the tokens of each of the engine's own hashes.
         mixes: whether what is loaded may continue what the device has.
-        engine_tokens: of a block of each of vLLM's groups; 0 for a group that is not served.
+        engine_tokens: of a block of each of vLLM's groups; 0 for a group that is left out.
     """
 
     spans: tuple[Span, ...]
@@ -106,6 +117,14 @@ class EngineGroups:
     def chain(self) -> int:
         """Return vLLM's index of FlexKV's group 0."""
         return self.sources[0].engine_id
+
+    @property
+    def fail_whole(self) -> bool:
+        """Return whether a load that comes short has failed as a whole.
+
+        vLLM accepts single blocks that were not loaded only of an engine with one group.
+        """
+        return len(self.engine_tokens) > 1
 
     @property
     def have_states(self) -> bool:
@@ -152,7 +171,8 @@ class EngineGroups:
         names = "num_layers", "num_kv_heads", "head_size", "kv_dim"
         is_same = all(getattr(shape, name) == getattr(plain, name) for name in names)
         same_items = ITEM_BYTES[shape.dtype or plain.dtype] == ITEM_BYTES[plain.dtype]
-        return not others and is_same and same_items and shape.compress_ratio == 1
+        is_plain = shape.compress_ratio == 1 and len(self.engine_tokens) == 1
+        return not others and is_same and same_items and is_plain
 
     def model(self, tp_size: int, use_mla: bool, model_id: str) -> ModelConfig:
         """Return the configuration of the model, with this name and number of ranks."""
@@ -190,19 +210,22 @@ def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
     }
     for number, spec in served.items():
         _check(told[number], spec)
+    served = {number: spec for number, spec in served.items() if not _is_left_out(spec)}
     full = [number for number, spec in served.items() if type(spec).__name__ in FULL]
     if not full:
         kinds = ", ".join(type(spec).__name__ for spec in served.values())
         why = "FlexKV: a model without full attention is not served: prefixes are found by it"
         raise ConfigError("kv_cache_groups", kinds or "none", why)
-    if len(served) > 1 and not FAILS_WHOLE:
+    if len(told) > 1 and not FAILS_WHOLE:
         why = "FlexKV: several KV groups need vLLM 0.32 or later, where a load may fail as a whole"
-        raise ConfigError("kv_cache_groups", len(served), why)
+        raise ConfigError("kv_cache_groups", len(told), why)
     chain = min(full, key=lambda number: served[number].block_size)
     tokens = int(served[chain].block_size)
     alignment = lcm(*(int(spec.block_size) for spec in served.values()))
-    hits = getattr(kv_cache_config, "cache_hit_alignment_tokens", None)
-    _check_blocks(told, served, tokens, alignment, hits or 1)
+    hits = int(getattr(kv_cache_config, "cache_hit_alignment_tokens", None) or 1)
+    if len(served) == 1:
+        alignment = lcm(alignment, hits)
+    _check_blocks(told, served, tokens, alignment, hits)
     order = [chain, *(number for number in served if number != chain)]
     sources = [source for each in order for source in sources_of(each, served[each], tokens)]
     if len(sources) > GROUPS_MAX:
@@ -240,6 +263,14 @@ def _first_spec(group: Any) -> Any:
     return next(iter(several.values())) if several else spec
 
 
+def _is_left_out(spec: Any) -> bool:
+    """Return whether vLLM by itself makes the content of a group anew after each hit."""
+    name = type(spec).__name__
+    if name not in LEFT_OUT or getattr(spec, "prefix_cacheable", True):
+        return False
+    return name == "CircularBufferSpec" or bool(getattr(spec, "prefix_replay_tokens", 0))
+
+
 def _name(spec: Any) -> str:
     """Return vLLM's own name of a kind of cache, as in its KV events."""
     module = sys.modules[FullAttentionSpec.__module__]
@@ -263,10 +294,13 @@ def _check(group: Any, first: Any) -> None:
             group.layer_names[0], first, "its blocks are in the host memory of the engine"
         )
     kinds = set[str]()
-    for layer, spec in layer_specs(group):
+    specs = list(layer_specs(group))
+    if all(_is_left_out(spec) for _, spec in specs):
+        return
+    for layer, spec in specs:
         kind = KINDS.get(type(spec).__name__)
         if kind is None:
-            why = _WHY.get(type(spec).__name__, "FlexKV does not know this kind of cache")
+            why = WHY_REFUSED.get(type(spec).__name__, "FlexKV does not know this kind of cache")
             raise refusal(layer, spec, why)
         kinds.add(kind)
         _check_spec(layer, spec, kind)
@@ -287,6 +321,9 @@ def _check_spec(layer: str, spec: Any, kind: str) -> None:
     per_state = getattr(spec, "tokens_per_state", 1)
     if kind != "state" and per_state != int(per_state):
         raise refusal(layer, spec, f"it keeps {1 / per_state} states for each token")
+    if kind != "state" and spec.block_size % per_state:
+        why = f"its blocks of {spec.block_size} tokens must be whole states of {per_state} tokens"
+        raise refusal(layer, spec, why)
 
 
 def _check_blocks(

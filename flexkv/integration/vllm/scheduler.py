@@ -69,8 +69,8 @@ class SchedulerSide:
         self._setup = setup
         self._launched = OwnServer(setup.model, settings) if setup.launches else None
         self.client = Client(settings, setup.model, setup.instance, setup.tells_events)
-        several = setup.groups if setup.groups and setup.groups.are_several else None
-        self._events = KVEvents(cache.tokens_per_block, several) if setup.tells_events else None
+        told = setup.groups if setup.groups and setup.groups.fail_whole else None
+        self._events = KVEvents(cache.tokens_per_block, told) if setup.tells_events else None
         self._costs = Costs() if cache.load_if_faster else None
         groups = self._groups = _kv_groups(setup)
         self._pending_matches = PendingMatches(
@@ -129,7 +129,7 @@ class SchedulerSide:
         if found is None:
             self._counts.count("late_matches")
             return None, False
-        extra = found.blocks * self._per_block - computed
+        extra = self._groups.aligned(found.blocks) * self._per_block - computed
         if not self.client.is_ready:  # nothing can be loaded; that may be news since `_wanted`
             extra = 0
         if extra > 0 and self._costs and not self._costs.is_worth_it(found.by_tier, extra):
@@ -202,7 +202,7 @@ class SchedulerSide:
 
     def _by_group(self, ids: Any) -> GroupIds:
         """Return device blocks by FlexKV's KV groups, given them by vLLM's."""
-        return ids if self._leaves is None else self._leaves.ids(ids)
+        return [ids[self._chain]] if self._leaves is None else self._leaves.ids(ids)
 
     # -- puts, and each step --------------------------------------------------------------------
 
@@ -414,5 +414,7 @@ class SchedulerSide:
 def _kv_groups(setup: Setup) -> KVGroups:
     """Return what prefixes need of each KV group of an engine."""
     per_block, told = setup.cache.tokens_per_block, setup.groups
-    alignment, drops = (told.alignment_tokens, told.drops_last) if told else (per_block, False)
-    return KVGroups(setup.model.spaces(per_block), alignment, drops)
+    spaces = setup.model.spaces(per_block)
+    if told is None:
+        return KVGroups(spaces, per_block)
+    return KVGroups(spaces, told.alignment_tokens, told.drops_last, told.fail_whole)

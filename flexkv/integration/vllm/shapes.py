@@ -162,7 +162,7 @@ class Shapes:
             return 1
         if (shards := getattr(spec, "max_tp_shards", None)) is not None:
             return min(int(shards), self._ranks)
-        has_others = len(self._served) > 1
+        has_others = len(self._config.kv_cache_groups) > 1
         return self._ranks if has_others else min(self._model.get_total_num_kv_heads(), self._ranks)
 
 

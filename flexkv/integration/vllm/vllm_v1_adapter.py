@@ -58,7 +58,7 @@ class FlexKVConnectorV1Impl:
     def _setup(self) -> Setup:
         setup = setup_of(self._vllm_config, self._computation, self._caches)
         is_possible, reason = self.has_layer_hooks, "only FlexKV's own connector can: see vllm.md"
-        if setup.groups is not None and setup.groups.are_several:
+        if setup.groups is not None and setup.groups.fail_whole:
             is_possible, reason = False, "the model has several KV groups"
         is_wanted = setup.settings.enable_layerwise_transfer
         if is_wanted and not is_possible:

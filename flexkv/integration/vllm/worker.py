@@ -80,10 +80,10 @@ class WorkerSide:
     def _may_be_wrong(self) -> bool:
         """Return whether a step may have computed with blocks that were not loaded.
 
-        With several KV groups vLLM allows no such loads.
+        Where loads fail as a whole, vLLM allows no such loads.
         """
         groups = self.setup.groups
-        if groups is not None and groups.are_several:
+        if groups is not None and groups.fail_whole:
             return False
         return self.beside_others or self.setup.loads_by_layer
 

@@ -2,7 +2,9 @@
 
 Its forward writes and checks what layers of each kind would: attention reads the tokens that its
 window or chunk reaches, a state is read from the block of the last step and written to that of this
-one. All groups overlay one allocation, so a block of another group in the wrong place is noticed.
+one, a compressor's ring keeps the tokens of one state that is not complete, and a window that is
+replayed after a hit is computed again. All groups overlay one allocation, so a block of another
+group in the wrong place is noticed.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
+    CircularBufferSpec,
     FullAttentionSpec,
     KVCacheGroupSpec,
     MambaSpec,
     MLAAttentionSpec,
+    SlidingWindowMLASpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
@@ -47,6 +51,8 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 PAGE = PER_BLOCK * 2 * 16 * 2
 WINDOW, CHUNK = 48, 64
+RATIO = 4
+"""Tokens that a compressor's ring collects for one state."""
 
 
 def _full(**more: Any) -> FullAttentionSpec:
@@ -66,6 +72,15 @@ def _state() -> MambaSpec:
         block_size=PER_BLOCK, shapes=((4,), (3, 4)), dtypes=(torch.float16, torch.float16),
         page_size_padded=PAGE, mamba_cache_mode="align",
     )  # fmt: skip
+
+
+def _ring() -> CircularBufferSpec:
+    return CircularBufferSpec(**{**SHAPE, "block_size": PER_BLOCK // 2, "num_kv_heads": 4})
+
+
+def _replayed() -> SlidingWindowMLASpec:
+    shape = {**SHAPE, "num_kv_heads": 1, "head_size": 32}
+    return SlidingWindowMLASpec(**shape, sliding_window=WINDOW, bounded_replay=True)
 
 
 def _mla_with_indexer() -> UniformTypeKVCacheSpecs:
@@ -95,12 +110,12 @@ MODELS: dict[str, list[KVCacheGroupSpec]] = {
     "smallest_windows": [_group(_window(), "w0"),
                        _group(_full(block_size=4 * PER_BLOCK, head_size=4, num_kv_heads=1), "f0")],
     "indexer": [_group(_mla_with_indexer(), "mla", "indexer")],
+    "ring": [_group(_ring(), "r0"), _group(_full(), "f0", "f1")],
+    "replayed": [_group(_replayed(), "b0"), _group(_ring(), "r0"), _group(_window(), "w0"),
+                 _group(_full(), "f0")],
     "two_full": [_group(_full(), "f0"), _group(_full(head_size=4, num_kv_heads=4), "g0")],
 }  # fmt: skip
 """KV groups like those of models that people serve."""
-
-
-_LEAVES = (SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)
 
 
 class HybridStand(Stand):
@@ -138,9 +153,6 @@ class HybridStand(Stand):
         alignment = resolve_cache_hit_alignment_tokens(caches, self.config, *sizes)
         caches.hash_block_size, caches.cache_hit_alignment_tokens = sizes[1], alignment
         self.unit = sizes[0]
-        specs = [group.kv_cache_spec for group in self._groups]
-        self.chain_tokens = min(spec.block_size for spec in specs if not isinstance(spec, _LEAVES))
-        """Tokens of a block of the group of full attention that is FlexKV's chain."""
         layout = KVCacheLayout[cache.kv_cache_layout]
         tensors = allocate_kv_cache(caches, torch.device("cpu"), layout)
         self._group_of = {
@@ -154,6 +166,11 @@ class HybridStand(Stand):
             "kv_cache_config": generate_scheduler_kv_cache_config([caches]),
             "hash_block_size": caches.hash_block_size,
         }
+
+    @property
+    def chain_tokens(self) -> int:
+        """Return the tokens of a block of the group that is FlexKV's chain."""
+        return int(self.side.engine_groups.tokens_per_block)
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -223,6 +240,8 @@ class HybridStand(Stand):
             table = row.blocks[number]
             if isinstance(spec, MambaSpec):
                 self._run_state(row, name, tensor, mark, table)
+            elif isinstance(spec, CircularBufferSpec):
+                self._fill_ring(row, name, tensor, mark, table)
             else:
                 self._attend(row, name, tensor, mark, table, spec)
 
@@ -243,14 +262,28 @@ class HybridStand(Stand):
         assert block > 0, f"{where}: no block for the state after {row.end} tokens"
         bits[block] = int(mark[row.end - 1])
 
+    def _fill_ring(self, row: _Row, name: str, tensor: Any, mark: Any, table: Any) -> None:
+        """Read the tokens before the step's that are not compressed yet, and write the step's."""
+        bits, start, (block,) = tensor.view(torch.int16), row.end - row.count, table.tolist()
+        for at in range(start // RATIO * RATIO, row.end):
+            slot = bits[block, :, at % tensor.shape[2]]
+            if at >= start:
+                slot[:] = int(mark[at])
+            elif bool((slot != int(mark[at])).any()):
+                self._is_wrong(f"{row.request.request_id}, layer {name}: token {at} of the ring")
+
     def _attend(self, row: _Row, name: str, tensor: Any, mark: Any, table: Any, spec: Any) -> None:
         """Read the tokens that the step's tokens attend to, and write the step's own."""
         start, size = row.end - row.count, spec.block_size
-        first = 0
+        first, replayed = 0, row.request.replay_start
+        if replayed and not getattr(spec, "bounded_replay", False):
+            start = min(max(start, replayed + WINDOW), row.end)  # the cached KV stays as it is
         if isinstance(spec, SlidingWindowSpec):
             first = max(0, start - spec.sliding_window + 1)
         elif isinstance(spec, ChunkedLocalAttentionSpec):
             first = start // spec.attention_chunk_size * spec.attention_chunk_size
+        if getattr(spec, "bounded_replay", False):
+            first = max(first, replayed)
         if tensor.element_size() == 2:
             bits, wanted = tensor.view(torch.int16), torch.from_numpy(mark.astype(np.int16))
         else:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .hybrid_stand import MODELS, HybridStand
-from .stand import PER_BLOCK, WAITING
+from flexkv.integration.common.request_transfers import with_leaves
+
+from .hybrid_stand import MODELS, WINDOW, HybridStand
+from .stand import PER_BLOCK, TOKEN, WAITING
 
 Make = Callable[..., HybridStand]
 LONG = 230
 """Tokens of a prompt whose last whole blocks are in all groups; none is a chunk's last one."""
 RECURRENT = ("states", "states_and_windows")
-SEVERAL = [name for name in MODELS if name != "indexer"]
+LEFT_OUT = {"ring": [0], "replayed": [0, 1]}
+"""The groups of some models that vLLM makes anew after each hit."""
+SEVERAL = [name for name in MODELS if name not in ("indexer", *LEFT_OUT)]
 SOME = ["windows", "states", "states_and_windows"]
 """The models of most cases; with ALL_SCENARIOS=1 they run over every model."""
 if os.environ.get("ALL_SCENARIOS"):
@@ -194,4 +199,47 @@ def test_many_requests_on_a_small_device(make: Make, model: str, behind: int) ->
         talks = [[*talk, *prompt(30, turn)] for talk in talks]
         if chance.random() < 0.5:
             stand.scheduler.reset_prefix_cache()
+    stand.check_empty()
+
+
+@pytest.mark.parametrize("model", LEFT_OUT)
+def test_groups_that_vllm_makes_anew_are_never_touched(make: Make, model: str) -> None:
+    """Gets and puts name blocks of the other groups only, and hits end on vLLM's alignment."""
+    stand = make(model, max_num_batched_tokens=96)
+    alignment, client = stand.config.cache_config.block_size, stand.side.client
+    get, put, named = client.get, client.put, Counter[str]()
+
+    def check(call: Any, *args: Any, leaves: Any = ()) -> Any:
+        (request,) = stand.scheduler.requests.values()
+        served = set[int]()
+        for number, table in enumerate(stand.tables(request)):
+            served |= set(table) - {0} if number not in LEFT_OUT[model] else set()
+        leaves = leaves or (args[5] if len(args) > 5 else ())
+        assert served.issuperset(with_leaves(args[2], leaves).tolist())
+        assert args[0].blocks * PER_BLOCK % alignment == 0 or call is put
+        named[call.__name__] += 1
+        return call(*args, leaves=leaves) if len(args) < 5 else call(*args)
+
+    client.get = lambda *args: check(get, *args)
+    client.put = lambda *args, **more: check(put, *args, **more)
+    talk = prompt(150)
+    for turn in range(4):
+        request = stand.ask(f"turn {turn}", talk, max_tokens=20)
+        stand.run()
+        assert (named["get"], named["put"] > turn) == (turn, True)
+        assert stand.scheduler.reset_prefix_cache()
+        talk = [*talk, *[TOKEN] * 20, *prompt(30, turn)]
+    groups = stand.scheduler.connector.get_loaded_kv_cache_group_ids(request)
+    assert {*groups, *LEFT_OUT[model]} == set(range(len(MODELS[model])))
+    stand.check_empty()
+
+
+def test_a_hit_that_would_be_replayed_wholly_is_not_loaded(make: Make) -> None:
+    """What is found is released, and the prompt is computed."""
+    stand = make("replayed")
+    talk = stand.answer("first", prompt(WINDOW + 3))
+    assert stand.counts()["stored_blocks"] == WINDOW // PER_BLOCK
+    stand.answer("again", talk)
+    counts = stand.counts()
+    assert (counts["hits"], counts["loads"]) == (1, 0)
     stand.check_empty()
