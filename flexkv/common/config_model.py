@@ -23,6 +23,8 @@ from flexkv.common.errors import ConfigError
 from flexkv.common.layout import KVShape
 from flexkv.common.space import BlockSpace, in_one_pool
 
+_OF_PREFIXES = "full", "sliding_window"
+"""Kinds whose blocks can be those of the prefix: the first that a model has."""
 _RANKS_PART = "pipeline, data or context parallelism"
 
 
@@ -222,7 +224,7 @@ class ModelConfig(ConfigModel):
 
 
 def _check_kv_groups(groups: Sequence[LayerGroup]) -> None:
-    """Check that KV groups are numbered from 0 without a gap, and that group 0 has full attention.
+    """Check that KV groups are numbered from 0 without a gap, and that group 0 can be the prefix.
 
     Raises:
         ConfigError: they are not, or layers of one KV group differ in what all must share.
@@ -240,10 +242,12 @@ def _check_kv_groups(groups: Sequence[LayerGroup]) -> None:
             if value != getattr(first, name):
                 why = f"must be {getattr(first, name)!r}, as for other layers of its kv_group"
                 raise ConfigError(field, value, f"{why}, {group.kv_group}")
-        if group.kv_group == 0 and group.kind != "full":
-            why = "a model without full attention is not supported"
-            if any(each.kind == "full" for each in groups):
-                why = "must be 'full' for kv_group 0: its blocks are those of the prefix"
+        kinds = {each.kind for each in groups}
+        able = next((kind for kind in _OF_PREFIXES if kind in kinds), None)
+        if group.kv_group == 0 and group.kind != able:
+            why = f"must be {able!r} for kv_group 0: its blocks are those of the prefix"
+            if able is None:
+                why = "a model with neither full attention nor a window is not supported"
             raise ConfigError(f"layer_groups[{number}].kind", group.kind, why)
 
 

@@ -1,4 +1,6 @@
-"""Small random models with several KV groups, or with MLA, made offline: for tests under vLLM.
+"""Small random models with several KV groups, with MLA or windows alone: for tests under vLLM.
+
+They are made offline.
 
 python -m flexkv.testing.tiny_hybrids NAME FOLDER
 
@@ -82,6 +84,8 @@ RECIPES = {
         "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 2, "expand": 1,
         "rescale_prenorm_residual": False, "mtp_layers_block_type": [],
     }, "float32", {"dt_bias": -3.0}),
+    # Four layers with a sliding window, and none with full attention.
+    "mistral": Recipe("MistralConfig", {"num_hidden_layers": 4, "sliding_window": 64}),
     # Multi-head latent attention. On a CPU only bf16, with AMX.
     "deepseek_v3": Recipe("DeepseekV3Config", {
         "num_hidden_layers": 4, "first_k_dense_replace": 4, "num_key_value_heads": 4,

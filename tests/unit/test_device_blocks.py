@@ -36,3 +36,14 @@ def test_blocks_of_before_a_reset_are_old_until_they_are_written_behind_new_ones
     assert not blocks.are_old([0, 1, 2])
     assert blocks.are_old([0, 3])
     assert blocks.are_old([9])  # the device may turn out to be larger
+
+
+def test_a_null_block_is_never_old() -> None:
+    """It stands for blocks that are gone; whether later ones are old, those between have told."""
+    blocks = DeviceBlocks(has_null=True)
+    blocks.reset()
+    assert not blocks.are_old([0, 0])
+    blocks.written([0, 0, 1], 2)
+    assert not blocks.are_old([0, 1])
+    blocks.written([0, 2, 3], 2)
+    assert blocks.are_old([0, 3])

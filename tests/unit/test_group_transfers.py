@@ -120,6 +120,43 @@ def test_a_load_into_a_null_block_fails_and_sends_nothing(ids: Any) -> None:
     assert rig.over == ["a"]
 
 
+def alone() -> Rig:
+    """Return the transfers of an engine whose chain is a window of two blocks and a token."""
+    return Rig(groups=KVGroups(spaces_of(chain=(WINDOW, 9)), 4))
+
+
+@pytest.mark.parametrize("local", [0, 2, 4])
+def test_a_load_of_a_window_alone_moves_no_null_block(local: int) -> None:
+    """It moves the last window's blocks, and after it nothing of the prefix needs a put."""
+    rig, request, first = alone(), request_with(), max(local, 3)
+    request.local_blocks = local
+    rig.load_groups(request, [[0, 0, 0, 4, 5]], 5)
+    assert rig.client.begun == [("get", first, [0, 0, 0, 4, 5][first:], HELD, False)]
+    assert rig.step(Done(1, "success", 5 - first)).failed == set()
+    assert request.stored_blocks == (0 if local else 5)
+
+
+def test_a_load_of_a_window_alone_that_comes_short_has_failed_whole() -> None:
+    """The window before the first missing block is not loaded, so nothing is worth anything."""
+    rig, request = alone(), request_with()
+    rig.load_groups(request, [[0, 0, 0, 4, 5]], 5)
+    step = rig.step(Done(1, "success", 1))
+    assert (step.failed, step.failed_blocks) == ({"a"}, set())
+
+
+def test_a_put_of_a_window_alone_reads_no_null_block() -> None:
+    """It begins behind the blocks that are gone; if it stores nothing, nothing is tried again."""
+    rig, request = alone(), request_with(0, 0, 3, 4)
+    number = rig.put(request, 3)
+    assert rig.client.begun == [("put", 2, [3], 3, 5)]
+    rig.step(Done(number, "success", 0))
+    assert not rig.transfers.may_put(request, 3)
+    request.block_ids[2] = 0
+    assert rig.transfers.may_put(request, 4)
+    request.block_ids[3] = 0
+    assert not rig.transfers.may_put(request, 4)
+
+
 def test_a_load_never_goes_by_layer() -> None:
     """Layers of several groups are not loaded in the step."""
     request = request_with()

@@ -132,6 +132,15 @@ def test_each_kv_group_has_parts_of_its_own(
     assert spaces[1].block_bytes == 2 * leaf_bytes * heads
 
 
+def test_a_window_is_the_prefix_of_a_model_without_full_attention() -> None:
+    """Its blocks share keys neither with those of full attention nor with another window's."""
+    window = {**WINDOW, "kv_group": 0}
+    models = [model_of(window), model_of({**window, "window": 65}), model_of(FULL)]
+    chains = [model.spaces(32)[0] for model in models]
+    assert [chain.kind for chain in chains] == [Kind.WINDOW, Kind.WINDOW, Kind.FULL]
+    assert len({repr(chain.facts) for chain in chains}) == 3
+
+
 # -- what is refused, by name ---------------------------------------------------------------------
 
 
@@ -140,7 +149,12 @@ def test_each_kv_group_has_parts_of_its_own(
     [
         ([WINDOW, STATE], "layer_groups", "numbered from 0 without a gap, but .* given: 1$"),
         ([FULL, {**WINDOW, "kv_group": 2}], "layer_groups", "without a gap, but .* given: 0, 2$"),
-        ([{**WINDOW, "kv_group": 0}], "layer_groups[0].kind", "without full attention"),
+        ([{**STATE, "kv_group": 0}], "layer_groups[0].kind", "neither full attention nor a window"),
+        ([{**CHUNK, "kv_group": 0}], "layer_groups[0].kind", "neither full attention nor a window"),
+        ([{**WINDOW, "kv_group": 0}, {**FULL, "kv_group": 1}], "layer_groups[0].kind",
+         "must be 'full' for kv_group 0"),
+        ([{**STATE, "kv_group": 0}, {**WINDOW, "kv_group": 1}], "layer_groups[0].kind",
+         "must be 'sliding_window' for kv_group 0"),
         ([{**STATE, "kv_group": 0}, {**FULL, "kv_group": 1}], "layer_groups[0].kind",
          "must be 'full' for kv_group 0"),
         ([FULL, WINDOW, {**CHUNK, "window": 64}], "layer_groups[2].kind", "'sliding_window'"),

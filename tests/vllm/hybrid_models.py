@@ -1,4 +1,4 @@
-"""The small models with several KV groups: how vLLM runs them here, and the groups it makes."""
+"""The small models whose KV groups matter: how vLLM runs them here, and the groups it makes."""
 
 from __future__ import annotations
 
@@ -46,6 +46,9 @@ class Hybrid(NamedTuple):
     """Blocks of a device cache that is too small for all conversations."""
     host_share: int = 3
     """One in so many of the blocks that can be hit fits into the host tier."""
+    keeps: bool = True
+    """Whether such a device cache keeps what it has room for: of windows alone, that is enough for
+    all conversations."""
     answer_tokens: int = 12
     is_exact: bool = True
     """Whether answers do not depend on how many tokens were computed at once (fp32)."""
@@ -84,6 +87,9 @@ HYBRIDS = {
         Group("Mamba", 32, 16384, (0, 2)),
         Group("FullAttention", 32, 16384, (1, 3)),
     )),
+    "mistral": Hybrid((
+        Group("SlidingWindow", 32, 16384, (0, 1, 2, 3), 64),
+    ), keeps=False, host_share=6),
     "deepseek_v3": Hybrid((
         Group("MLAAttention", 32, 36864, (0, 1, 2, 3)),
     ), is_exact=False, needs="amx_tile"),
@@ -148,9 +154,12 @@ def reachable_blocks(name: str, sizes: Sizes) -> int:
     """Return how many blocks of all groups some prompt of the conversations can hit.
 
     Its prefixes end where the prompt itself may be hit, or where its answer ends; a state is
-    offered at the first of these only.
+    offered at the first of these only. Without full attention a hit needs all blocks of the window,
+    though it does not load them all.
     """
-    groups = HYBRIDS[name].groups
+    groups = list(HYBRIDS[name].groups)
+    if all(KINDS[group.kind] is not Kind.FULL for group in groups):
+        groups[0] = groups[0]._replace(kind="FullAttention", window=0)
     alignment = max(group.block_tokens for group in groups)
     found = set[tuple[int, int]]()
     for turn in range(sizes.turns):

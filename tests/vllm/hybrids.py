@@ -20,7 +20,12 @@ from .fork import Forked
 from .hybrid_models import HYBRIDS, engine_of, groups_of, make, patch_vllm, why_not
 
 SIZES = Sizes(first_tokens=300)
-SEVERAL = [name for name, hybrid in HYBRIDS.items() if len(hybrid.groups) > 1]
+SEVERAL = [
+    name
+    for name, hybrid in HYBRIDS.items()
+    if len(hybrid.groups) > 1 or hybrid.groups[0].kind == "SlidingWindow"
+]
+"""The models with several KV groups, or without full attention."""
 
 Told = dict[str, Any]
 
@@ -68,6 +73,8 @@ class Hybrids:
     def small(self, name: str, **engine: Any) -> dict[str, Any]:
         """Return the part of a plan that has a small device cache and the reference's script."""
         blocks = {"num_gpu_blocks_override": HYBRIDS[name].blocks}
+        if not HYBRIDS[name].keeps:
+            blocks["enable_prefix_caching"] = False
         script = self.answered(name, "warm")["answers"]
         return {"engine": {**alone(name), **blocks, **engine}, "script": script}
 

@@ -409,11 +409,51 @@ def test_the_documentation_lists_every_kind_of_cache() -> None:
     assert every - set().union(*listed.values()) == {"AttentionSpec", "UniformTypeKVCacheSpecs"}
 
 
-def test_models_without_full_attention_are_refused() -> None:
-    """Prefixes are found by full attention; a model without any is refused by name."""
-    for groups in ([group(state(), "s")], [group(window(), "a")], []):
-        with pytest.raises(ConfigError, match="without full attention"):
+def test_models_of_states_or_chunks_alone_are_refused() -> None:
+    """Prefixes are found by blocks of full attention or of a window; without both, by none."""
+    for groups in (
+        [group(state(), "s")], [group(chunked(), "c")], [group(ring(), "r")], [],
+        [group(window(1), "w")],
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match="neither full attention nor a window"):
             groups_of(SimpleNamespace(kv_cache_groups=groups), engine())
+
+
+def test_a_window_is_the_chain_of_a_model_without_full_attention(configured: Any) -> None:
+    """It is the longest of those with the smallest blocks; other windows and states are leaves."""
+    found = judged(
+        configured, group(state(), "s"), group(window(16), "a"), group(window(48), "b", "c"),
+        group(chunked(32), "d"),
+    )  # fmt: skip
+    assert [source.engine_id for source in found.sources] == [2, 0, 1, 3]
+    assert found.layers == ("b", "c", "s", "a", "d")
+    assert found.fail_whole
+    chain, *leaves = found.model(1, False, "m").spaces(16)
+    assert (chain.kind, chain.window) == (Kind.WINDOW, 48)
+    assert [leaf.kind for leaf in leaves] == [Kind.STATE, Kind.WINDOW, Kind.CHUNK]
+
+
+def test_a_window_alone_is_not_full_attention(configured: Any) -> None:
+    """Blocks of a window, and those of another one, have other keys than full attention's."""
+    alone = [judged(configured, group(each, "a", "b")) for each in (window(), window(48), full())]
+    plain = ModelConfig(num_layers=2, num_kv_heads=2, head_size=8, dtype="float32", model_id="m")
+    assert [found.fit(plain) for found in alone] == [False, False, True]
+    assert [found.fail_whole for found in alone] == [True, True, False]
+    facts = [repr(found.model(1, False, "m").spaces(16)[0].facts) for found in alone]
+    assert len({*facts, repr(plain.spaces(16)[0].facts)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("chain", "other"),
+    [(window(32), chunked(64)), (window(32), window(48, block_size=32))],
+)
+def test_without_full_attention_no_layer_may_reach_back_beyond_the_chain(
+    chain: Any, other: Any
+) -> None:
+    """A load moves the chain's own window, and everything that other groups need must be in it."""
+    config = SimpleNamespace(kv_cache_groups=[group(chain, "c"), group(other, "x")])
+    with pytest.raises(ConfigError, match=r"the layer x: without full attention.*such as c"):
+        groups_of(config, engine())
 
 
 def test_more_groups_than_flexkv_counts_are_refused() -> None:

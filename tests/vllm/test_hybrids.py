@@ -1,4 +1,4 @@
-"""Tests that models with several KV groups answer the same with FlexKV as without, on real engines.
+"""Tests that models with KV groups answer the same with FlexKV as without, on real engines.
 
 Their weights are random and so wide that a wrong byte of any group changes answers, as the negative
 controls show. Each asks 64 greedy requests in 8 growing conversations over a small device cache.
@@ -14,13 +14,13 @@ import pytest
 from .hybrid_models import HYBRIDS, reachable_blocks
 from .hybrids import SEVERAL, Hybrids, check_sound, sizes_of
 
+LATER = ("qwen3_next", "gemma4", "mistral")
+"""The models whose runs with a connector that finds nothing are left to `make soak-vllm`."""
+
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(each, marks=pytest.mark.soak if each in ("qwen3_next", "gemma4") else ())
-        for each in HYBRIDS
-    ],
+    [pytest.param(each, marks=pytest.mark.soak if each in LATER else ()) for each in HYBRIDS],
 )
 def test_a_connector_that_finds_nothing_changes_nothing(
     hybrids: Hybrids, tmp_path: Path, name: str

@@ -98,6 +98,8 @@ SHOWN = {
     "test_hybrids": (
         support("model", "with sliding windows (Gemma 3, gpt-oss)", "served",
                 "with its own connector"),
+        support("model", "with sliding windows alone (Mistral 7B v0.1, Phi-3, StarCoder2)",
+                "served", "with its own connector"),
         support("model", "with chunked attention (Llama 4)", "served", "with its own connector"),
         support("model", "hybrid: attention and state layers (Nemotron-H, Qwen3-Next)", "served",
                 "with its own connector"),
@@ -105,6 +107,10 @@ SHOWN = {
                 "with its own connector; in vLLM's scheduler, without the model"),
         support("feature", "KV groups whose blocks differ in size or dtype", "served",
                 "with its own connector; in vLLM's scheduler, without a model"),
+        support("feature", "KV groups of which vLLM caches no prefixes: compressors' rings, "
+                "replayed windows", "served",
+                "with its own connector, which leaves them out; in vLLM's scheduler, without a "
+                "model"),
     ),
     "test_clears": support(
         "feature",

@@ -20,7 +20,13 @@ class DeviceBlocks:
         readers: how many puts read each block, by block id.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, has_null: bool = False) -> None:
+        """Begin without blocks.
+
+        Args:
+            has_null: whether block 0 stands for blocks that a request does not have any more.
+        """
+        self._has_null = has_null
         self.readers: NDArray[np.uint32] = np.zeros(0, np.uint32)
         self._puts = 0
         self._old: NDArray[np.bool_] | None = None
@@ -66,7 +72,11 @@ class DeviceBlocks:
 
     def are_old(self, ids: list[int]) -> bool:
         """Return whether any of these blocks is from before the last reset."""
-        return self._old is not None and bool(self._old_of(ids).any())
+        if self._old is None:
+            return False
+        if self._has_null:
+            ids = [block for block in ids if block]
+        return bool(self._old_of(ids).any())
 
     def written(self, ids: list[int], first: int) -> None:
         """Record that a request writes its blocks from `first` on: old if one before them is."""

@@ -5,6 +5,10 @@ each is the chain's block at its position. A prefix can be offered only where ev
 it needs, so leaves are stored only at *boundaries*, where a later prompt can end its hit: the same
 rule decides both.
 
+In a model without full attention the chain itself has a window. All its blocks are stored as they
+are computed, and a match needs them all; but a load moves only those that the end of the hit needs,
+since the engine has null blocks before them.
+
 The device blocks of a request come as one list of block ids for each group, in the order of our
 group numbers. A list has the group's own blocks from the prompt's first one on. An id of 0 or less,
 or None, stands for a block that the engine does not have: such a null block is neither read nor
@@ -33,7 +37,9 @@ class KVGroups:
 
     Attributes:
         several: whether there are more groups than the chain.
-        fail_whole: whether a load that comes short has failed as a whole, as it has with several.
+        chain_is_full: whether a request keeps all blocks of the chain while it runs.
+        fail_whole: whether a load that comes short has failed as a whole. It has with several
+            groups, and without a whole chain: the window before a missing block is not loaded.
         drop: how many blocks of the chain behind a hit must be there as well. A draft model drops
             the last block of a hit: its KV there depends on the token that comes next.
     """
@@ -53,10 +59,11 @@ class KVGroups:
         Raises:
             ConfigError: the alignment does not fit the groups' blocks.
         """
-        self._per_block = spaces[0].tokens_per_block
+        self._per_block, self._chain = spaces[0].tokens_per_block, spaces[0]
+        self.chain_is_full = self._chain.kind is Kind.FULL
         self._leaf_spaces = {space.group: space for space in spaces[1:]}
         self.several, self.drop = len(spaces) > 1, int(drops_last)
-        self.fail_whole = self.several or fail_whole
+        self.fail_whole = self.several or fail_whole or not self.chain_is_full
         unit = lcm(*(space.tokens_per_block for space in spaces))
         if self.several and alignment_tokens != unit:  # the index finds hits on this unit
             why = f"must be the least common multiple of the groups' blocks: {unit}"
@@ -77,6 +84,17 @@ class KVGroups:
     def aligned(self, blocks: int) -> int:
         """Return how many of the chain's first blocks a hit can have, of those that were found."""
         return blocks // self._alignment * self._alignment
+
+    def first_to_load(self, blocks: int, local: int) -> int:
+        """Return the first block of the chain that a load moves.
+
+        Args:
+            blocks: the length of the prefix, in blocks of the chain.
+            local: how many of them the device has.
+        """
+        if self.chain_is_full:
+            return local
+        return max(local, self._chain.needed(blocks * self._per_block)[0])
 
     def needed(self, group: int, blocks: int, local: int = 0) -> range:
         """Return the positions in the chain of those blocks of a group that a prefix needs.

@@ -4,7 +4,8 @@
 under way. A block is found only behind its parents, so an end that leaves a gap sets it back:
 
     a put failed, or its request was dropped   to the put's first block
-    a put stored nothing                       to 0: its parents may be gone as well
+    a put stored nothing                       to 0: its parents may be gone as well; unchanged if
+                                               the engine has taken them back, so that none has them
     a put was stale                            unchanged: no block of this generation is stored
     a load came whole, from the first block    to the load's end
     a load by layer came short                 to the load's first block: the rest is computed anew
@@ -15,7 +16,7 @@ Leaves of other KV groups do not count: without one, a later hit is only shorter
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -38,7 +39,10 @@ class Load:
     """A load that is wanted, or whose get is under way: then it has a number."""
 
     keys: PromptPart
+    local: int
+    """How many of its blocks the device has."""
     first: int
+    """The first block that it moves: further ones are left out if the engine has none for them."""
     block_ids: list[int]
     found: Matched
     leaves: tuple[LeafBlocks, ...] = ()
@@ -55,6 +59,11 @@ class Load:
         """Return the device blocks of all groups that it writes."""
         return with_leaves(ids_of(self.block_ids), self.leaves)
 
+    @property
+    def by_tier(self) -> dict[str, int]:
+        """Return how many of its blocks are in each tier, of the chain."""
+        return share_of(self.found.by_tier, len(self.block_ids), self.found.blocks - self.local)
+
 
 class Put(NamedTuple):
     """A put under way.
@@ -64,12 +73,15 @@ class Put(NamedTuple):
         last: where it ends, exclusive; `first` if it stores only leaves.
         block_ids: the device blocks that it reads, of all groups.
         generation: the generation of the cache when computing the blocks began.
+        is_behind_gap: whether the engine has taken the block before the first one back, so that
+            nothing can store it any more.
     """
 
     first: int
     last: int
     block_ids: BlockIds
     generation: int
+    is_behind_gap: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -123,17 +135,18 @@ class RequestTransfers:
 
     # -- loads ----------------------------------------------------------------------------------
 
-    def accept(self, block_ids: list[int], blocks: int) -> Load:
-        """Return the load of what is offered, of the first `blocks` blocks but those it has.
+    def accept(self, block_ids: list[int], first: int, blocks: int) -> Load:
+        """Return the load of what is offered.
 
         Args:
             block_ids: the device blocks of the request, from its first one on.
-            blocks: where the load ends, in blocks.
+            first: where the load begins, in blocks.
+            blocks: where it ends.
         """
-        first, found, self.found, self.has_loaded = self.local_blocks, self.found, None, True
+        found, self.found, self.has_loaded = self.found, None, True
         assert found is not None
         part = PromptPart(self.prompt, blocks)
-        self.load = Load(part, first, block_ids[first:blocks], found)
+        self.load = Load(part, self.local_blocks, first, block_ids[first:blocks], found)
         return self.load
 
     def retries(self, done: Done) -> bool:
@@ -154,8 +167,8 @@ class RequestTransfers:
             missing, self.has_loaded = load.block_ids, False
         if missing:
             self.may_load = False
-        elif not load.first:
-            self.stored_blocks = len(load.block_ids)
+        elif not load.local:
+            self.stored_blocks = load.keys.blocks
         return missing
 
     def begin_layers(self) -> Load:
@@ -174,14 +187,21 @@ class RequestTransfers:
 
     # -- puts -----------------------------------------------------------------------------------
 
-    def begin_put(self, number: int, blocks: int, block_ids: BlockIds) -> None:
-        """Record that a put has begun, of its blocks up to `blocks` and perhaps of leaves.
+    def first_to_put(self, blocks: int, has_null: bool) -> int:
+        """Return where a put of its blocks up to `blocks` begins: behind what needs no put.
 
-        `block_ids` are the device blocks of all groups that the put reads.
+        If the engine has null blocks, with the number 0, it begins behind the last of them: these
+        were taken back, as those before a window are, and cannot be stored any more.
         """
         first = min(self.stored_blocks, blocks)
-        self.puts[number] = Put(first, blocks, block_ids, self.generation)
-        self.stored_blocks = max(self.stored_blocks, blocks)
+        if has_null and 0 in (there := self.block_ids[first:blocks]):
+            first = blocks - there[::-1].index(0)
+        return first
+
+    def begin_put(self, number: int, put: Put) -> None:
+        """Record that a put has begun."""
+        self.puts[number] = put
+        self.stored_blocks = max(self.stored_blocks, put.last)
 
     def drop_puts(self) -> None:
         """Record that what its puts under way would store is wrong: the next put stores it."""
@@ -197,9 +217,16 @@ class RequestTransfers:
         # Later blocks would lack these as parents, so the next put stores these, too.
         elif done.error or done.status != "success":
             self.stored_blocks = min(self.stored_blocks, put.first)
-        elif not done.moved and put.first:
+        elif not done.moved and put.first and not put.is_behind_gap:
             self.stored_blocks = 0
         return put
+
+
+def share_of(by_tier: Mapping[str, int], part: int, whole: int) -> dict[str, int]:
+    """Return counts of blocks by tier, if a part of these blocks counts."""
+    if part == whole:
+        return dict(by_tier)
+    return {tier: -(-count * part // whole) for tier, count in by_tier.items()}
 
 
 def with_leaves(ids: BlockIds, leaves: Sequence[LeafBlocks]) -> BlockIds:

@@ -32,6 +32,7 @@ from flexkv.integration.common.device_blocks import DeviceBlocks
 from flexkv.integration.common.kv_groups import GroupIds, KVGroups, joined
 from flexkv.integration.common.request_transfers import (
     Load,
+    Put,
     RequestTransfers,
     ids_of,
     with_leaves,
@@ -122,7 +123,8 @@ class Transfers(Generic[Step]):
         self._count, self._forget, self._costs = count, forget, costs
         groups = rules.groups
         self._groups = groups if groups is not None and groups.fail_whole else None
-        self.blocks = DeviceBlocks()
+        self._has_null = groups is not None and not groups.chain_is_full
+        self.blocks = DeviceBlocks(self._has_null)
         self._of_number: dict[int, RequestTransfers] = {}
         self._layer_loads: dict[int, tuple[RequestTransfers, Load]] = {}
         self._waiting: list[RequestTransfers] = []
@@ -159,7 +161,10 @@ class Transfers(Generic[Step]):
                 if the request lacks a device block that a prefix of this length needs.
         """
         block_ids = [block or 0 for block in group_ids[0]]
-        load = request.accept(block_ids, blocks)
+        first = request.local_blocks
+        if self._groups is not None:
+            first = self._groups.first_to_load(blocks, first)
+        load = request.accept(block_ids, first, blocks)
         if self.blocks.was_reset:
             self.blocks.written(block_ids[:blocks], load.first)
         if self._groups is not None:
@@ -234,7 +239,7 @@ class Transfers(Generic[Step]):
             return False
         if not 0 < blocks <= len(request.block_ids):
             return False
-        if blocks <= request.stored_blocks and not leaves:
+        if request.first_to_put(blocks, self._has_null) == blocks and not leaves:
             return False
         return not (self.blocks.was_reset and self.blocks.are_old(request.block_ids[:blocks]))
 
@@ -245,16 +250,19 @@ class Transfers(Generic[Step]):
 
         Args:
             request: the request.
-            part: the first blocks of its prompt; those that are stored already are left out.
+            part: the first blocks of its prompt; those that are stored already are left out, and
+                those that the engine has taken back.
             leaves: blocks of other KV groups at positions of the part; the request keeps them until
                 after the next step. Those without a device block are left out; if a position of a
                 group is named twice, the last entry counts.
         """
-        first, blocks = min(request.stored_blocks, part.blocks), part.blocks
+        blocks = part.blocks
+        first = request.first_to_put(blocks, self._has_null)
         ids, leaves = ids_of(request.block_ids[first:blocks]), joined(leaves)
         number = self._client.put(part, first, ids, request.generation, leaves=leaves)
         read = with_leaves(ids, leaves)
-        request.begin_put(number, blocks, read)
+        gap = self._has_null and first > 0 and not request.block_ids[first - 1]
+        request.begin_put(number, Put(first, blocks, read, request.generation, gap))
         self._of_number[number] = request
         self._fresh_puts[number] = read
         self._step.puts.append(number)
@@ -355,7 +363,7 @@ class Transfers(Generic[Step]):
                             loaded=done.moved, status=done.status, reason=done.error)  # fmt: skip
             self._count("failed_blocks", wanted - done.moved)
         elif self._costs is not None:
-            self._costs.loaded(load.found.by_tier, done.took_s)
+            self._costs.loaded(load.by_tier, done.took_s)
 
     def _over(self, request: RequestTransfers, reported: set[str]) -> None:
         reported.add(request.request_id)

@@ -9,9 +9,12 @@ kind of their cache, whatever the model's configuration says:
     ChunkedLocalAttention                                  the blocks of its last chunk
     Mamba, with mamba_cache_mode "align"                   the state at its end
 
-FlexKV's group 0 is a full-attention group; the others follow in vLLM's order. A group whose blocks
-are smaller than those of group 0 becomes several of FlexKV's groups: see `Source`. All groups
-overlay one allocation: a block id belongs to one group at a time.
+FlexKV's group 0, the prefix chain, is the full-attention group with the smallest blocks, or in a
+model without full attention the group with the longest window among the smallest blocks; the others
+follow in vLLM's order. A model of chunks alone has no chain: vLLM takes all chunks but a prompt's
+last one as computed, even if nothing has ever computed them. A group whose blocks are smaller than
+those of group 0 becomes several of FlexKV's groups: see `Source`. All groups overlay one
+allocation: a block id belongs to one group at a time.
 
 Some groups are left out, since vLLM does not cache prefixes of them either, and makes their content
 anew after each hit, its own or FlexKV's:
@@ -44,7 +47,6 @@ from flexkv.common.config_model import ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.space import GROUPS_MAX
 from flexkv.integration.vllm.shapes import (
-    FULL,
     KINDS,
     Shapes,
     Source,
@@ -52,6 +54,7 @@ from flexkv.integration.vllm.shapes import (
     layer_specs,
     refusal,
     sources_of,
+    window_of,
 )
 
 FAILS_WHOLE = hasattr(sys.modules[KVConnectorBase_V1.__module__], "KVConnectorTransferResults")
@@ -122,9 +125,10 @@ class EngineGroups:
     def fail_whole(self) -> bool:
         """Return whether a load that comes short has failed as a whole.
 
-        vLLM accepts single blocks that were not loaded only of an engine with one group.
+        vLLM accepts single blocks that were not loaded only of an engine with one group, and where
+        a window ends before such a block, its own blocks are missing.
         """
-        return len(self.engine_tokens) > 1
+        return len(self.engine_tokens) > 1 or self.shape(0).kind != "full"
 
     @property
     def have_states(self) -> bool:
@@ -171,7 +175,7 @@ class EngineGroups:
         names = "num_layers", "num_kv_heads", "head_size", "kv_dim"
         is_same = all(getattr(shape, name) == getattr(plain, name) for name in names)
         same_items = ITEM_BYTES[shape.dtype or plain.dtype] == ITEM_BYTES[plain.dtype]
-        is_plain = shape.compress_ratio == 1 and len(self.engine_tokens) == 1
+        is_plain = shape.compress_ratio == 1 and not self.fail_whole
         return not others and is_same and same_items and is_plain
 
     def model(self, tp_size: int, use_mla: bool, model_id: str) -> ModelConfig:
@@ -211,15 +215,13 @@ def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
     for number, spec in served.items():
         _check(told[number], spec)
     served = {number: spec for number, spec in served.items() if not _is_left_out(spec)}
-    full = [number for number, spec in served.items() if type(spec).__name__ in FULL]
-    if not full:
-        kinds = ", ".join(type(spec).__name__ for spec in served.values())
-        why = "FlexKV: a model without full attention is not served: prefixes are found by it"
-        raise ConfigError("kv_cache_groups", kinds or "none", why)
-    if len(told) > 1 and not FAILS_WHOLE:
+    chain = _chain_of(told, served)
+    is_full = KINDS[type(served[chain]).__name__] == "full"
+    if not FAILS_WHOLE and (len(told) > 1 or not is_full):
         why = "FlexKV: several KV groups need vLLM 0.32 or later, where a load may fail as a whole"
+        if len(told) == 1:
+            why = why.replace("several KV groups need", "a model without full attention needs")
         raise ConfigError("kv_cache_groups", len(told), why)
-    chain = min(full, key=lambda number: served[number].block_size)
     tokens = int(served[chain].block_size)
     alignment = lcm(*(int(spec.block_size) for spec in served.values()))
     hits = int(getattr(kv_cache_config, "cache_hit_alignment_tokens", None) or 1)
@@ -230,9 +232,9 @@ def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
     sources = [source for each in order for source in sources_of(each, served[each], tokens)]
     if len(sources) > GROUPS_MAX:
         why = f"FlexKV: at most {GROUPS_MAX} KV groups are served; a group whose blocks are smaller"
-        why += " than those of full attention counts as many times as it is smaller"
+        why += " than those of the prefix counts as many times as it is smaller"
         raise ConfigError("kv_cache_groups", len(sources), why)
-    shapes = Shapes(kv_cache_config, vllm_config, served)
+    shapes = Shapes(kv_cache_config, vllm_config, served, chain)
     spans = [span for group, each in enumerate(sources) for span in shapes.spans(group, each)]
     retained = getattr(kv_cache_config, "prefix_cache_retention_interval", 0)
     return EngineGroups(
@@ -248,6 +250,42 @@ def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
         all(_mixes(spec) for spec in served.values()),
         tuple(int(served[n].block_size) if n in served else 0 for n in range(len(told))),
     )
+
+
+def _chain_of(told: Sequence[Any], served: Mapping[int, Any]) -> int:
+    """Return the group whose blocks are the prefix chain.
+
+    Raises:
+        ConfigError: no group can be it, or one reaches back further than the chain.
+    """
+    for wanted in ("full", "sliding_window"):
+        # A window of one token is that of the next one: it needs no blocks.
+        able = [
+            number
+            for number, spec in served.items()
+            if KINDS[type(spec).__name__] == wanted and window_of(spec) != 1
+        ]
+        if able:
+            break
+    else:
+        names = ", ".join(type(spec).__name__ for spec in served.values())
+        why = "FlexKV: a model with neither full attention nor a window is not served: prefixes "
+        why += "are found by their blocks"
+        raise ConfigError("kv_cache_groups", names or "none", why)
+    chain = min(able, key=lambda number: (served[number].block_size, -window_of(served[number])))
+    for number, spec in served.items():
+        if not _covers(served[chain], spec):
+            first = told[chain].layer_names[0]
+            why = "without full attention, no layer may reach back further than those whose blocks "
+            why += f"are the prefix, such as {first}"
+            raise refusal(told[number].layer_names[0], spec, why)
+    return chain
+
+
+def _covers(chain: Any, spec: Any) -> bool:
+    """Return whether no hit needs blocks of a group before those that it needs of the chain."""
+    is_full = KINDS[type(chain).__name__] == "full"
+    return is_full or window_of(chain) >= window_of(spec)
 
 
 def _mixes(spec: Any) -> bool:
@@ -338,12 +376,12 @@ def _check_blocks(
     for number, spec in served.items():
         layer, size = told[number].layer_names[0], int(spec.block_size)
         if size % tokens and tokens % size:
-            why = f"its blocks have {size} tokens: they must be a multiple of those of full"
-            raise refusal(layer, spec, f"{why} attention, which have {tokens}, or divide them")
+            why = f"its blocks have {size} tokens: they must be a multiple of those of the prefix,"
+            raise refusal(layer, spec, f"{why} which have {tokens}, or divide them")
         is_chunked = KINDS[type(spec).__name__] == "chunked"
         if is_chunked and size < tokens and spec.attention_chunk_size % tokens:
             why = f"its chunks have {spec.attention_chunk_size} tokens: they must be a multiple of"
-            raise refusal(layer, spec, f"{why} the blocks of full attention, which have {tokens}")
+            raise refusal(layer, spec, f"{why} the blocks of the prefix, which have {tokens}")
     if alignment % hits:
         why = f"FlexKV: must divide {alignment}: its hits end on multiples of that many tokens"
         raise ConfigError("cache_hit_alignment_tokens", hits, why)

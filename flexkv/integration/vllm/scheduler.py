@@ -16,7 +16,8 @@ Hazards, and how they are met:
   request is, and it loads nothing any more (otherwise vLLM would ask, get the same offer, and loop
   for ever).
 - With several KV groups, blocks outside a window are given away by the very next step: see
-  `leaf_sources.py`.
+  `leaf_sources.py`. So they are where the prefix chain itself has a window: a put reads the blocks
+  that vLLM has for the request in the step, and those that are gone are not stored.
 - Prompts that load hold blocks and cannot be preempted; too many of them would stop vLLM for ever:
   see `room.py`.
 - The server dies: everything under way is reported as failed, after each worker has made sure that
@@ -34,6 +35,7 @@ from flexkv.integration.common.costs import Costs
 from flexkv.integration.common.kv_groups import GroupIds, KVGroups
 from flexkv.integration.common.own_server import OwnServer
 from flexkv.integration.common.pending_matches import PendingMatches
+from flexkv.integration.common.request_transfers import RequestTransfers, share_of
 from flexkv.integration.common.transfers import TransferRules, Transfers
 from flexkv.integration.vllm.events import KVEvents
 from flexkv.integration.vllm.leaf_sources import LeafSources
@@ -88,6 +90,8 @@ class SchedulerSide:
         """Finds leaves that are worth storing; None with one KV group."""
         self.engine_groups = setup.groups
         self._chain = setup.groups.chain if setup.groups else 0
+        self._block_state: Any = None
+        """vLLM's tables of the blocks of the requests in a step."""
         self._mixes = setup.groups is None or setup.groups.mixes
         self._room = Room(setup.pool) if setup.pool else None
         self._counts = Counts(cache.num_log_interval_requests)
@@ -129,10 +133,11 @@ class SchedulerSide:
         if found is None:
             self._counts.count("late_matches")
             return None, False
-        extra = self._groups.aligned(found.blocks) * self._per_block - computed
+        end = self._groups.aligned(found.blocks)
+        extra = end * self._per_block - computed
         if not self.client.is_ready:  # nothing can be loaded; that may be news since `_wanted`
             extra = 0
-        if extra > 0 and self._costs and not self._costs.is_worth_it(found.by_tier, extra):
+        if extra > 0 and not self._is_worth_it(transfers, end):
             self._counts.count("declined_blocks", extra // self._per_block)
             transfers.may_load = False
         elif extra > 0:
@@ -162,6 +167,16 @@ class SchedulerSide:
             transfers.found = found
             self._counts.count("matches")
         return found
+
+    def _is_worth_it(self, transfers: RequestTransfers, end: int) -> bool:
+        """Return whether a load up to this block is faster than computing the blocks."""
+        found, local = transfers.found, transfers.local_blocks
+        assert found is not None
+        if self._costs is None:
+            return True
+        moved = end - self._groups.first_to_load(end, local)
+        by_tier = share_of(found.by_tier, moved, found.blocks - local)
+        return self._costs.is_worth_it(by_tier, (end - local) * self._per_block)
 
     def _wanted(self, state: RequestState, computed: int) -> int:
         """Return how many blocks of a prompt could be loaded; 0 if none after those computed."""
@@ -213,6 +228,7 @@ class SchedulerSide:
             output: vLLM's `SchedulerOutput`.
         """
         self._poll()
+        self._block_state = getattr(output, "kv_connector_block_state", None)
         if self._leaves is not None:
             self._leaves.begin_step(output)
         for new in output.scheduled_new_reqs:
@@ -294,6 +310,9 @@ class SchedulerSide:
         # Drafts may be rejected.
         after -= len(output.scheduled_spec_decode_tokens.get(request_id, ()))
         blocks = min(after, len(request.all_token_ids)) // self._per_block
+        if not self._groups.chain_is_full:  # it has given blocks before its window back
+            ids = self._block_state.get_block_ids(request_id)
+            state.transfers.block_ids = list(ids[self._chain])
         leaves: tuple[LeafBlocks, ...] = ()
         if self._leaves is not None:
             leaves = self._leaves.of_step(state, computed, blocks)

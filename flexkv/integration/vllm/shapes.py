@@ -60,7 +60,7 @@ def sources_of(engine_id: int, spec: Any, chain_tokens: int) -> Iterator[Source]
         case "state":
             yield sources[-1]
         case "sliding_window" if step > 1:
-            yield from (source for source in sources if _window(spec, source) > 1)
+            yield from (source for source in sources if window_of(spec, source) > 1)
         case _:
             yield from sources
 
@@ -84,13 +84,14 @@ def layer_specs(group: Any) -> Iterator[tuple[str, Any]]:
 class Shapes:
     """The shapes of an engine's layers, over all its ranks."""
 
-    def __init__(self, config: Any, vllm_config: Any, served: Mapping[int, Any]) -> None:
+    def __init__(
+        self, config: Any, vllm_config: Any, served: Mapping[int, Any], chain: int
+    ) -> None:
+        """Take vLLM's configuration, the specs of the groups that are served, and group 0's."""
         self._config, self._served = config, served
+        self._per_block = int(served[chain].block_size)
         self._ranks = int(vllm_config.parallel_config.tensor_parallel_size)
         self._model = vllm_config.model_config
-        self._per_block = min(
-            int(spec.block_size) for spec in served.values() if type(spec).__name__ in FULL
-        )
 
     def spans(self, group: int, source: Source) -> Iterator[Span]:
         """Yield the layers of one of FlexKV's groups.
@@ -140,7 +141,7 @@ class Shapes:
         return {
             "num_layers": layers,
             "kind": kind,
-            "window": _window(spec, source),
+            "window": window_of(spec, source),
             "tokens_per_block": None if tokens == self._per_block else tokens,
             "compress_ratio": 1 if kind == "state" else per_vector * source.step,
         }
@@ -207,16 +208,17 @@ def _heads_of(spec: Any) -> int:
     return int(getattr(spec, "num_heads", None) or spec.num_kv_heads)
 
 
-def _window(spec: Any, source: Source) -> int:
+def window_of(spec: Any, source: Source | None = None) -> int:
     """Return the tokens of a window or chunk, with those that vLLM keeps beyond a window.
 
     A window reaches a part of the chain's block if it reaches the part's last token. FlexKV asks
-    for the block's last token, so the window is shorter by what lies between.
+    for the block's last token, so the window of such a source is shorter by what lies between.
     """
     match KINDS[type(spec).__name__]:
         case "sliding_window":
             kept = int(spec.sliding_window) + int(getattr(spec, "extra_retained_tokens", 0))
-            return kept - (source.step - 1 - source.first) * int(spec.block_size)
+            behind = 0 if source is None else source.step - 1 - source.first
+            return kept - behind * int(spec.block_size)
         case "chunked":
             return int(spec.attention_chunk_size)
     return 0

@@ -60,7 +60,7 @@ def _full(**more: Any) -> FullAttentionSpec:
 
 
 def _window(**more: Any) -> SlidingWindowSpec:
-    return SlidingWindowSpec(**{**SHAPE, **more}, sliding_window=WINDOW)
+    return SlidingWindowSpec(**{**SHAPE, "sliding_window": WINDOW, **more})
 
 
 def _chunked() -> ChunkedLocalAttentionSpec:
@@ -113,6 +113,9 @@ MODELS: dict[str, list[KVCacheGroupSpec]] = {
     "ring": [_group(_ring(), "r0"), _group(_full(), "f0", "f1")],
     "replayed": [_group(_replayed(), "b0"), _group(_ring(), "r0"), _group(_window(), "w0"),
                  _group(_full(), "f0")],
+    "window_alone": [_group(_window(), "w0", "w1")],
+    "windows_alone": [_group(_window(sliding_window=20), "w0"), _group(_window(), "w1")],
+    "states_beside_windows": [_group(_state(), "s0"), _group(_window(), "w0")],
     "two_full": [_group(_full(), "f0"), _group(_full(head_size=4, num_kv_heads=4), "g0")],
 }  # fmt: skip
 """KV groups like those of models that people serve."""
@@ -214,12 +217,8 @@ class HybridStand(Stand):
         return [list(ids) for ids in manager.get_block_ids(request.request_id)]
 
     def blocks_of(self, request: Request) -> list[int]:
-        """Return the device blocks of a request in the group of full attention."""
-        full = next(
-            number for number, group in enumerate(self._groups)
-            if "Full" in type(group.kv_cache_spec).__name__
-        )  # fmt: skip
-        return self.tables(request)[full]
+        """Return the device blocks of a request in the group of the prefix chain."""
+        return self.tables(request)[self.side.engine_groups.engine_ids[0]]
 
     def _row(self, name: str, count: int) -> _Row:
         request = self.scheduler.requests[name]
