@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from flexkv.integration.vllm.room import Pool, Room
+from flexkv.integration.vllm.room import WAIT_S, Pool, Room
 
 BLOCK, CHUNK, LONGEST = 4, 12, 60
 """Tokens of a block, of a step, and of the longest prompt with its answer."""
@@ -108,7 +108,7 @@ class Device(RuleBasedStateMachine):
                 self.loading.append(asked)
                 asked.computed, asked.held = hit, needed
                 self.room.enter(asked.name, asked.tokens)
-        elif (not hit or not self.room.may_wait(asked.name)) and self.advances(asked):
+        elif (not hit or not self.room.may_wait()) and self.advances(asked):
             self.waiting.remove(asked)
             self.running.append(asked)
 
@@ -143,11 +143,11 @@ class Device(RuleBasedStateMachine):
         """A request is aborted."""
         for requests in (self.waiting, self.loading, self.running):
             if requests and data.draw(st.booleans()):
-                self.room.forget(requests.pop().name)
+                self.room.leave(requests.pop().name)
 
-    @rule(seconds=st.sampled_from([0.1, 2.0]))
+    @rule(seconds=st.sampled_from([0.1, WAIT_S]))
     def time_passes(self, seconds: float) -> None:
-        """Loads that wait may become too late."""
+        """Time passes in which nothing moves."""
         self.now_s += seconds
 
     def gives_back(self, asked: Asked) -> None:
@@ -181,18 +181,16 @@ class Device(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_kept_too_long(self) -> None:
-        """Only prompts that hold blocks count, and those that wait to be tried again."""
+        """Only requests that have not ended count."""
         if hasattr(self, "waiting"):
             names = {each.name for each in [*self.waiting, *self.loading, *self.running]}
             assert set(self.room._needs) <= names
-            assert set(self.room._waits) <= {each.name for each in self.waiting}
 
     def teardown(self) -> None:
         """Every request ends, whatever happened before."""
         for _ in range(2000):
             if not hasattr(self, "waiting") or not (self.waiting or self.loading or self.running):
                 return
-            self.now_s += 2.0
             for asked in list(self.loading):
                 if self.advances(asked):
                     self.loading.remove(asked)

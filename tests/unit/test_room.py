@@ -60,32 +60,39 @@ def test_a_prompt_counts_until_it_is_computed(room: Room) -> None:
     assert len(room) == 0
 
 
-def test_a_load_waits_for_a_while(room: Room) -> None:
-    """It waits from the first refusal on, however often it asks, and anew after it had blocks."""
+@pytest.mark.parametrize("moves", ["enter", "runs", "leave"])
+def test_loads_wait_while_others_move(room: Room, moves: str) -> None:
+    """They wait as long as some prompt begins, goes on or ends from time to time."""
     clock = room._now_s
     assert isinstance(clock, Clock)
-    assert room.may_wait("a")
-    clock.now_s = WAIT_S - 0.1
-    assert room.may_wait("a")
-    clock.now_s = WAIT_S
-    assert not room.may_wait("a")
-    room.enter("a", 4)
-    assert room.may_wait("a")
-
-
-def test_a_request_that_is_over_is_forgotten(room: Room) -> None:
-    """It neither counts nor waits."""
     room.enter("a", 40)
-    room.may_wait("b")
-    for name in ("a", "b", "unknown"):
-        room.forget(name)
-    assert len(room) == 0
-    assert room._waits == {}
+    clock.now_s = WAIT_S - 1
+    assert room.may_wait()
+    {
+        "enter": lambda: room.enter("b", 4),
+        "runs": lambda: room.runs("a", 40, 20),
+        "leave": lambda: room.leave("a"),
+    }[moves]()
+    clock.now_s += WAIT_S - 1
+    assert room.may_wait()
+    room.leave("unknown")
+    clock.now_s += 1
+    assert not room.may_wait()
+
+
+def test_the_room_is_full_until_the_step_is_made(room: Room) -> None:
+    """Once a load waits, all prompts behind it in the same step do."""
+    room.enter("a", 40)
+    assert not room.is_full
+    room.may_wait()
+    assert room.is_full
+    room.step_is_made()
+    assert not room.is_full
 
 
 def test_it_is_said_once(room: Room, capsys: pytest.CaptureFixture[str]) -> None:
     """The log names the shortage once."""
     configure_logging("warning")
-    for name in ("a", "b"):
-        room.may_wait(name)
+    for _ in range(2):
+        room.may_wait()
     assert capsys.readouterr().err.count("loads_wait_for_blocks") == 1

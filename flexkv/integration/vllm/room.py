@@ -8,8 +8,9 @@ come before those earlier ones. Versions before that rule admit any load.
 
 The law here needs neither the free blocks nor an order: **all prompts that load, or are not
 computed yet, fit into the device together**, each with what it needs up to its end. Whatever else
-holds blocks runs, so it ends or is preempted. A load that would break the law waits, or, after
-`WAIT_S`, its prompt is computed: then it holds blocks only while it runs.
+holds blocks runs, so it ends or is preempted. A load that would break the law waits, and so does
+every prompt behind it, as in vLLM's own queue. If for `WAIT_S` nothing moves, the prompt is
+computed: then it holds blocks only while it runs.
 
     new ──match──▶ fits? ──yes──▶ loads ──▶ is computed ──▶ leaves
                     └─no─▶ asked again in the next step … computed
@@ -25,8 +26,8 @@ from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 
-WAIT_S = 1.0
-"""How long a load waits for others at most, before its prompt is computed."""
+WAIT_S = 5.0
+"""After this time in which no prompt has begun, gone on or ended, loads wait no longer."""
 
 
 class Pool(NamedTuple):
@@ -50,23 +51,28 @@ class Pool(NamedTuple):
 
 
 class Room:
-    """The prompts that load or are being computed, and the loads that wait for them."""
+    """The prompts that load or are being computed.
+
+    Attributes:
+        is_full: whether a load has found no room in the step that is being scheduled.
+    """
 
     def __init__(self, pool: Pool, now_s: Callable[[], float] = time.monotonic) -> None:
         """Begin with an empty device; `now_s` returns the time in seconds."""
         self._pool, self._now_s = pool, now_s
         self._needs: dict[str, int] = {}
         """The blocks that each prompt needs in all."""
-        self._waits: dict[str, float] = {}
-        """Since when loads have waited, by request."""
+        self._moved_s = now_s()
+        """When one of them last began, went on or ended."""
         self._is_told = False
+        self.is_full = False
 
     def __contains__(self, request_id: str) -> bool:
-        """Return whether a prompt is loaded or computed."""
+        """Return whether a prompt loads or is being computed."""
         return request_id in self._needs
 
     def __len__(self) -> int:
-        """Return how many prompts are loaded or computed."""
+        """Return how many prompts load or are being computed."""
         return len(self._needs)
 
     def fits(self, tokens: int) -> bool:
@@ -74,10 +80,9 @@ class Room:
         others = sum(self._needs.values())
         return not others or others + self._pool.needed(tokens) <= self._pool.blocks
 
-    def may_wait(self, request_id: str) -> bool:
-        """Return whether a load that does not fit may wait on, and note since when it waits."""
-        now_s = self._now_s()
-        since_s = self._waits.setdefault(request_id, now_s)
+    def may_wait(self) -> bool:
+        """Return whether a load that does not fit may wait; then the room is full for this step."""
+        self.is_full = self._now_s() < self._moved_s + WAIT_S
         if not self._is_told:
             self._is_told = True
             log.warning(
@@ -85,12 +90,12 @@ class Room:
                 reason="prompts that load at the same time need more blocks than the device has",
                 remedy="more memory for the KV cache, or fewer requests at a time (max_num_seqs)",
             )  # fmt: skip
-        return now_s < since_s + WAIT_S
+        return self.is_full
 
     def enter(self, request_id: str, tokens: int) -> None:
         """Record that a prompt of this many tokens gets blocks, and is not computed yet."""
-        self._waits.pop(request_id, None)
         self._needs[request_id] = self._pool.needed(tokens)
+        self._moved_s = self._now_s()
 
     def runs(self, request_id: str, tokens: int, computed: int) -> None:
         """Record that a step computes a prompt of `tokens` tokens up to `computed`."""
@@ -100,9 +105,9 @@ class Room:
 
     def leave(self, request_id: str) -> None:
         """Record that a prompt is computed, or holds no blocks any more."""
-        self._needs.pop(request_id, None)
+        if self._needs.pop(request_id, None) is not None:
+            self._moved_s = self._now_s()
 
-    def forget(self, request_id: str) -> None:
-        """Forget a request that is over."""
-        self.leave(request_id)
-        self._waits.pop(request_id, None)
+    def step_is_made(self) -> None:
+        """Record that a step is scheduled: in the next one there may be room."""
+        self.is_full = False

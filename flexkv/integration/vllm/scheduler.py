@@ -129,6 +129,9 @@ class SchedulerSide:
         if not (blocks := self._wanted(state, computed)):
             matches.release(transfers)
             return 0, False
+        if room is not None and room.is_full:  # as if vLLM had stopped at the prompt before
+            self._counts.count("late_loads")
+            return None, False
         found = self._found(state, blocks, computed)
         if found is None:
             self._counts.count("late_matches")
@@ -146,7 +149,7 @@ class SchedulerSide:
                 self._counts.count("hits")
                 self._counts.count("offered_blocks", extra // self._per_block)
                 return extra, not transfers.by_layer
-            if room.may_wait(request.request_id):
+            if room.may_wait():
                 transfers.waits_for = (blocks, computed)
                 self._counts.count("late_loads")
                 return None, False
@@ -242,6 +245,8 @@ class SchedulerSide:
         self.transfers.overwritten([int(copy.dst_block_id) for copy in copies])
         step = self.transfers.make_step()
         self._pending_matches.step_is_made()
+        if self._room is not None:
+            self._room.step_is_made()
         self.client.flush()
         if self._costs is not None:
             counts = output.num_scheduled_tokens.values()
@@ -330,7 +335,7 @@ class SchedulerSide:
         """Forget a request that is over, and what has changed for it until then."""
         self._hear()
         if self._room is not None:
-            self._room.forget(request_id)
+            self._room.leave(request_id)
         self._requests.forget(request_id)
 
     def request_finished(self, request: Any, ids: Sequence[list[int]] | None = None) -> bool:

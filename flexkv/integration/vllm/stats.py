@@ -19,7 +19,7 @@ COUNTS: dict[str, str] = {
     "hits": "Prompts of which blocks could be loaded.",
     "offered_blocks": "Blocks found beyond those that the engine had itself.",
     "declined_blocks": "Blocks found, but not loaded because computing them is faster.",
-    "late_loads": "Loads put off to the next step: others need the device's blocks first.",
+    "late_loads": "Prompts put off to the next step: loads need the device's blocks first.",
     "crowded_out_blocks": "Blocks found, but computed because other loads needed the device long.",
     "loads": "Loads that ended.",
     "loaded_blocks": "Blocks that were loaded.",
