@@ -23,7 +23,7 @@ LONG_ANSWERS: dict[str, Any] = {
 SHORT_OF_BLOCKS = {"gemma3": 76, "gpt_oss": 60, "llama4": 84, "nemotron_h": 56}
 """Device blocks with which requests are preempted."""
 CROWDED: dict[str, Any] = {
-    "conversations": 8, "turns": 3, "first_tokens": 440, "turn_tokens": 130, "answer_tokens": 40,
+    "conversations": 8, "turns": 3, "first_tokens": 420, "turn_tokens": 160, "answer_tokens": 40,
 }  # fmt: skip
 """Prompts of which two load at a time in the last turn, and do not leave each other enough."""
 
@@ -97,19 +97,16 @@ def test_preempted_requests_answer_the_same(
     assert told["preemptions"] > 0
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("gemma3", 64), ("llama4", 72)])
-def test_loads_do_not_stop_an_engine_with_few_blocks(
-    hybrids: Hybrids, tmp_path: Path, name: str, blocks: int
-) -> None:
+def test_loads_do_not_stop_an_engine_with_few_blocks(hybrids: Hybrids, tmp_path: Path) -> None:
     """Prompts that load leave each other enough blocks: answers are the same, and none is lost.
 
     vLLM by itself takes more loads than the device has blocks for, and then stands still for ever.
     """
     engine = {"max_model_len": 900}
     (tmp_path / "without").mkdir()
-    expected = hybrids.run(name, tmp_path / "without", engine=engine, **CROWDED)
-    engine = {**engine, "num_gpu_blocks_override": blocks}
-    told = hybrids.run(name, tmp_path, connector="own", engine=engine, **CROWDED)
+    expected = hybrids.run("gemma3", tmp_path / "without", engine=engine, **CROWDED)
+    engine = {**engine, "num_gpu_blocks_override": 64}
+    told = hybrids.run("gemma3", tmp_path, connector="own", engine=engine, **CROWDED)
     check_sound(told)
     assert told["answers"] == expected["answers"]
     assert sum(told["external"]) > 0
