@@ -23,6 +23,7 @@ CASES = (
     "disk",
     "survive",
     "neighbours",
+    "starved",
     "fuzz",
     "write_behind",
     "cuda",
