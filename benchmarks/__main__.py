@@ -34,6 +34,7 @@ CASES = (
     "vllm",
     "vllm_steps",
     "vllm_layers",
+    "vllm_overhead",
 )
 
 

@@ -29,6 +29,8 @@ HOST_PROMPTS = 4
 PROMPT_BYTES = PROMPT_TOKENS * MODEL.layers * 2 * MODEL.kv_heads * MODEL.head_size * 2
 PEERS = {"Example": "ExampleConnector", "LMCache": "LMCache"}
 """Names of the peers in the figures."""
+LOADED = "vllm:external_prefix_cache_hits_total"
+"""The tokens that a connector has loaded."""
 
 
 def measure(options: Options) -> Figures:
@@ -85,13 +87,6 @@ def _served(model: Path, connector: dict[str, Any] | None) -> Served:
     )
 
 
-def _loaded_tokens(engine: VllmServe) -> float:
-    """Return how many tokens the connector has loaded so far."""
-    lines = engine.request("GET", "/metrics").decode().splitlines()
-    hits = [line for line in lines if line.startswith("vllm:external_prefix_cache_hits_total")]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in hits)
-
-
 def _throughput_s(engine: VllmServe, prompts: list[list[int]]) -> float:
     """Return the seconds that prompts take, eight at once."""
     begin = time.perf_counter()
@@ -118,9 +113,9 @@ def _measure(engines: dict[str, VllmServe], repeats: int, prompt_tokens: int) ->
                 command(engine.address, "flush")
             engine.forget()
             if name != "none":
-                before = _loaded_tokens(engine)
+                before = engine.counted(LOADED)
                 seconds["host"] = engine.first_token_s(prompt)
-                if _loaded_tokens(engine) - before < prompt_tokens // 2:
+                if engine.counted(LOADED) - before < prompt_tokens // 2:
                     raise RuntimeError(f"{name} computed tokens that it should have loaded")
             if name == "FlexKV":
                 command(engine.address, "clear", tier="host")

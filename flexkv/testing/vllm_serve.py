@@ -206,6 +206,11 @@ class VllmServe(Program):
                 yield time.perf_counter() - begin_s
         peer.close()
 
+    def counted(self, name: str) -> float:
+        """Return the value of one of vLLM's counters, summed over its labels."""
+        lines = self.request("GET", "/metrics").decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
     def forget(self) -> None:
         """Empty the engine's own cache, once nothing uses it.
 
