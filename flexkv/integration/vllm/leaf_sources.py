@@ -9,7 +9,7 @@ state           where vLLM says so (`boundary_state_offloads`), and nowhere else
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from flexkv.common.request import LeafBlocks
@@ -76,27 +76,46 @@ class LeafSources:
             return tuple(states)
         by_group = self.ids(ids)
         windows = [leaf for end in sorted(ends) for leaf in self._groups.to_store(by_group, end)]
+        state.kept.update(_named(windows))
         return (*windows, *states)
 
+    def loaded(self, state: RequestState, blocks: int) -> None:
+        """Record that a request loads a prefix of this many blocks, behind those that it has."""
+        local = state.transfers.local_blocks
+        state.kept.update(
+            (group, at)
+            for group in range(1, len(self._engine.sources))
+            for at in self._groups.needed(group, blocks, local)
+        )
+
     def of_end(
-        self, ids: Sequence[Sequence[int]], tokens: int
+        self, state: RequestState, ids: Sequence[Sequence[int]], tokens: int
     ) -> tuple[int, tuple[LeafBlocks, ...]]:
         """Return the last boundary of a request that is over, in blocks, and leaves to store.
 
-        These are what a prefix to the boundary needs. They are none if the device has not kept them
-        all, or the model has states: no state is known at a boundary that vLLM does not offer.
+        These are what a prefix to the boundary needs, but for what the request has stored or loaded
+        before. They are none if the device has not kept them all, or the model has states: no state
+        is known at a boundary that vLLM does not offer.
 
         Args:
-            ids: the request's device blocks, by vLLM's groups.
+            state: the request.
+            ids: its device blocks, by vLLM's groups.
             tokens: how many of its tokens have KV.
         """
         ends = self._groups.boundaries(tokens)
         if not ends or self._engine.have_states:
             return 0, ()
         leaves = self._groups.to_store(self.ids(ids), ends[-1])
-        needed = sum(
-            len(self._groups.needed(group, ends[-1]))
+        has = {*_named(leaves), *state.kept}
+        is_whole = all(
+            (group, at) in has
             for group in range(1, len(self._engine.sources))
+            for at in self._groups.needed(group, ends[-1])
         )
-        is_whole = sum(each.positions.block_count for each in leaves) == needed
         return ends[-1], leaves if is_whole else ()
+
+
+def _named(leaves: Iterable[LeafBlocks]) -> Iterator[tuple[int, int]]:
+    """Yield group and position of each leaf."""
+    for each in leaves:
+        yield from ((each.group, at) for at in each.positions)

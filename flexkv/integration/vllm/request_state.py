@@ -14,7 +14,7 @@ from flexkv.server.prompts import PromptPart
 class RequestState:
     """What is known about one of vLLM's requests."""
 
-    __slots__ = ("ends", "features", "noted", "parts", "request", "scope", "transfers")
+    __slots__ = ("ends", "features", "kept", "noted", "parts", "request", "scope", "transfers")
 
     def __init__(self, request: Any, scopes: Scopes, transfers: RequestTransfers) -> None:
         self.request, self.parts = request, scopes.parts_of(request)
@@ -26,6 +26,9 @@ class RequestState:
         """How many of its blocks the KV events know."""
         self.ends: tuple[int, ...] = ()
         """The boundaries, in blocks, whose leaves it stores when a step reaches them."""
+        self.kept: set[tuple[int, int]] = set()
+        """Group and position of leaves that it has stored or loaded, which are likely to be there
+        still."""
 
 
 class RequestStates:

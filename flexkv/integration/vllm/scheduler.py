@@ -217,6 +217,8 @@ class SchedulerSide:
         ids = self._by_group(blocks.get_block_ids())
         last = state.transfers.local_blocks + external // self._per_block
         self.transfers.load(state.transfers, ids, last)
+        if self._leaves is not None:
+            self._leaves.loaded(state, last)
 
     def _by_group(self, ids: Any) -> GroupIds:
         """Return device blocks by FlexKV's KV groups, given them by vLLM's."""
@@ -366,7 +368,7 @@ class SchedulerSide:
         if not self._requests.has_keys(state):
             return
         done = request.num_computed_tokens - getattr(request, "num_in_flight_tokens", 0)
-        end, found = leaves.of_end(ids, min(done, len(request.all_token_ids)))
+        end, found = leaves.of_end(state, ids, min(done, len(request.all_token_ids)))
         if found and self.transfers.may_put(state.transfers, end, found):
             self.transfers.put(state.transfers, self._requests.part(state, end), found)
 

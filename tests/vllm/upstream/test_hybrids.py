@@ -76,6 +76,29 @@ def test_a_conversation_is_loaded_at_every_turn(make: Make, model: str, chunk: i
     stand.check_empty()
 
 
+@pytest.mark.parametrize("model", ["windows", "larger_windows"])
+@pytest.mark.parametrize("answered", [20, 36])
+def test_an_end_is_stored_whose_first_window_block_the_device_has_given_up(
+    make: Make, model: str, answered: int
+) -> None:
+    """What the request has stored at the end of its prompt, or loaded, makes such an end whole.
+
+    A request ends just before its next block would be whole, so its window begins one block later
+    than that of its last whole block.
+    """
+    stand = make(model)
+    talk = prompt(2 * stand.unit)
+    for turn in range(3):
+        last = -(-(len(talk) + 20) // stand.unit) * stand.unit + stand.unit - 1
+        talk = [*talk, *prompt(last + 1 - answered - len(talk), turn)]
+        talk = stand.answer(f"turn {turn}", talk, max_tokens=answered)
+        stand.counts()
+        stand.answer(f"again {turn}", [*talk, 1, 2])
+        kept = (len(talk) - 1) // stand.unit * stand.unit // stand.chain_tokens
+        assert stand.counts()["loaded_blocks"] == kept
+    stand.check_empty()
+
+
 @pytest.mark.parametrize("model", SOME)
 def test_the_last_token_is_always_computed(make: Make, model: str) -> None:
     """The same prompt again, of whole blocks, is never loaded to its end."""
