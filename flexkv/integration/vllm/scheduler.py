@@ -263,13 +263,13 @@ class SchedulerSide:
         """
         cached, scheduled = output.scheduled_cached_reqs, output.num_scheduled_tokens
         drafts, per_block = output.scheduled_spec_decode_tokens, self._per_block
-        resumed, room = cached.resumed_req_ids, self._room or ()
+        resumed, room = cached.resumed_req_ids, self._room
         for request_id, new_ids, computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
             after = computed + scheduled[request_id]
-            if (request_id in room or request_id in resumed) and request_id in self._states:
-                self._runs(self._states[request_id], after)
+            if room is not None and (request_id in room or request_id in resumed):
+                self._runs(self._states.get(request_id), after)
             inside = computed % per_block
             is_inside = inside >= STEPS_LATE and inside + scheduled[request_id] < per_block
             if is_inside and new_ids is None and not drafts:
@@ -287,9 +287,9 @@ class SchedulerSide:
             if after >= (transfers.stored_blocks + 1) * per_block:
                 self._put(state, computed, output)
 
-    def _runs(self, state: RequestState, after: int) -> None:
+    def _runs(self, state: RequestState | None, after: int) -> None:
         """Record that a step computes a request up to `after`; its prompt may need more steps."""
-        if self._room is not None:
+        if self._room is not None and state is not None:
             self._room.runs(state.request.request_id, state.request.num_tokens, after)
 
     def _has_blocks(self, state: RequestState, ids: Sequence[list[int]], computed: int) -> None:
