@@ -43,8 +43,9 @@ NOT_TRIED = (
         "no run; keys of their prompts are tested over vLLM's own hashes"),
     Row("model", "with layers that share a KV cache (Gemma 3n), or have none (Nemotron-NAS)",
         "not tried", "no run; which layers are transferred is tested over vLLM's own classes"),
-    Row("feature", "drafts with a KV cache of their own (EAGLE, MTP, draft models)", "not tried",
-        "no run; with its own connector their layers are stored with the target's"),
+    Row("feature", "MTP of models with MLA (DeepSeek V3), drafts of models with states",
+        "not tried", "vLLM caches no prefixes of the former on a CPU without AMX, and runs the"
+        " latter only with Triton"),
     Row("feature", "`--kv-cache-dtype-skip-layers`", "not tried",
         "no run; with its own connector, and its layouts are tested"),
     Row("feature", "GPUs", "not tried",
