@@ -42,6 +42,8 @@ TURNING = torch.arange(8)
 """The first elements of the pairs that rotary embeddings turn fast."""
 STILL = torch.cat([torch.arange(16, 32), torch.arange(48, 64)])
 """The elements that they hardly turn."""
+SEEN_STATES = [0, LAYERS]
+"""The layers before which EAGLE-3 sees the hidden states; 0 stands for the embeddings."""
 DOCUMENTS = [8] * 60 + [16] * 20 + [32] * 20 + [64] * 30
 """The tokens of a document, for each step of the training. Short ones are learned first."""
 BATCH_TOKENS, RATE, WARM_STEPS, WEIGHT_STD = 256, 1e-2, 20, 0.1
@@ -168,13 +170,13 @@ class Eagle3(Head):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc, self.norm = linear((LAYERS + 1) * HIDDEN, HIDDEN), norm()
+        self.fc, self.norm = linear(len(SEEN_STATES) * HIDDEN, HIDDEN), norm()
         self.midlayer = Layer(2 * HIDDEN)
         self.midlayer.hidden_norm = norm()
 
     def begin(self, target: Target, states: States) -> Tensor:
-        """Return a mixture of all hidden states."""
-        return self.fc(torch.cat(states, -1))
+        """Return a mixture of several hidden states."""
+        return self.fc(torch.cat([states[layer] for layer in SEEN_STATES], -1))
 
     def forward(self, following: Tensor, hidden: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's output with and without a norm."""
@@ -231,24 +233,43 @@ def speeds() -> Tensor:
 
 def find_token_before(attention: Attention) -> None:
     """Set the weights of a layer that looks one position back and notes the token there."""
-    turn = speeds()[TURNING]
-    attention.k_proj.weight[TURNING, ALWAYS] = 7.0
-    attention.q_proj.weight[TURNING, ALWAYS] = 7.0 * turn.cos()
-    attention.q_proj.weight[TURNING + HEAD_SIZE // 2, ALWAYS] = -7.0 * turn.sin()
-    copy(attention, 0.5, BEFORE)
+    look_back(attention, 1, 0)
+    copy(attention, 0, 0.5, (TOKEN, BEFORE))
 
 
 def find_next_token(attention: Attention) -> None:
-    """Set the weights of a layer that looks for the position after the same token elsewhere."""
+    """Set the weights of a layer that looks for the position after the same token elsewhere.
+
+    It also forgets the token before. So what follows a token is known only from the KV that a head
+    of drafts has written at that token's own position.
+    """
     attention.q_proj.weight[STILL, TOKEN] = 3.0 * torch.eye(CODE)
     attention.k_proj.weight[STILL, BEFORE] = 3.0 * torch.eye(CODE)
-    copy(attention, 0.7, NEXT)
+    copy(attention, 0, 0.7, (TOKEN, NEXT))
+    look_back(attention, 0, HEAD_SIZE)
+    copy(attention, HEAD_SIZE, -0.7, (BEFORE, BEFORE))
 
 
-def copy(attention: Attention, scale: float, target: slice) -> None:
-    """Make a layer add the code of the token that it looks at; `scale` undoes its norm."""
-    attention.v_proj.weight[:CODE, TOKEN] = scale * torch.eye(CODE)
-    attention.o_proj.weight[target, :CODE] = torch.eye(CODE)
+def look_back(attention: Attention, distance: int, first: int) -> None:
+    """Make the attention's head that begins at `first` look at the position at a distance."""
+    turn = speeds()[TURNING] * distance
+    attention.k_proj.weight[first + TURNING, ALWAYS] = 7.0
+    attention.q_proj.weight[first + TURNING, ALWAYS] = 7.0 * turn.cos()
+    attention.q_proj.weight[first + TURNING + HEAD_SIZE // 2, ALWAYS] = -7.0 * turn.sin()
+
+
+def copy(attention: Attention, first: int, scale: float, where: tuple[slice, slice]) -> None:
+    """Make the head that begins at `first` add a code of the position that it looks at.
+
+    Args:
+        attention: the layer.
+        first: the head's first element.
+        scale: undoes the norm before the layer.
+        where: where the code is at that position, and where it is added.
+    """
+    source, target = where
+    attention.v_proj.weight[first : first + CODE, source] = scale * torch.eye(CODE)
+    attention.o_proj.weight[target, first : first + CODE] = torch.eye(CODE)
 
 
 def trained(method: str, target: Target, chance: torch.Generator) -> Head:
@@ -303,7 +324,10 @@ def make(folder: str) -> Generator[str, Any, None]:
     body = dict(named(target))
     write(at / LLAMA, "LlamaForCausalLM", body)
     write(at / "eagle", "LlamaForCausalLM", heads["eagle"].state_dict(), num_hidden_layers=1)
-    aux = {"eagle_aux_hidden_state_layer_ids": list(range(LAYERS + 1))}
+    aux = {
+        "eagle_aux_hidden_state_layer_ids": SEEN_STATES,
+        "num_aux_hidden_states": len(SEEN_STATES),
+    }
     write(
         at / "eagle3", "LlamaForCausalLM", heads["eagle3"].state_dict(), num_hidden_layers=1, **aux
     )

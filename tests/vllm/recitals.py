@@ -32,10 +32,10 @@ Told = dict[str, Any]
 
 
 def parting(prompt: list[int], blocks: int) -> list[int]:
-    """Return a prompt that shares exactly so many blocks with another one, and goes on otherwise.
+    """Return a prompt whose first blocks, so many, are another prompt's, and whose rest differs.
 
-    It asks for the word before the last one of these blocks. What follows that last one is not what
-    followed it in the other prompt, whose drafts' KV of this position is therefore wrong here.
+    The answer begins with the last word of these blocks, and goes on with the word behind it. That
+    is not the other prompt's, so what a head has written there for the other prompt is wrong here.
     """
     shared = prompt[: blocks * BLOCK_TOKENS]
     new = [word for word in reversed(prompt) if word not in shared and word != prompt[-1]]

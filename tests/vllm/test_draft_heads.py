@@ -152,7 +152,7 @@ def test_without_drafts_the_model_recites(reciting: Reciting, target: str) -> No
 def test_without_the_drop_drafts_are_worse_where_prompts_part(
     reciting: Reciting, method: str
 ) -> None:
-    """If vLLM is told to keep the last block, FlexKV does too, and some drafts fail for it."""
+    """If vLLM is told to keep the last block, FlexKV keeps it as well, and drafts fail for it."""
     drafts = {"disable_eagle_block_drop": True}
     told = reciting.run(method, PASSES[:3], connector="own", drafts=drafts)
     for name in ("local", "external"):
