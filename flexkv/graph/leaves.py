@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 from flexkv.common.request import LeafBlocks, Operation, Request
 from flexkv.common.space import GroupRule
 from flexkv.common.terms import BLOCK_KEY_BYTES, Route, Tier
-from flexkv.graph.draft import NOTHING_AVOIDED, ONWARD, Avoid, Draft, chunks_filled
+from flexkv.graph.draft import NOTHING_AVOIDED, ONWARD, Avoid, Chunks, Draft, chunks_filled
 from flexkv.graph.ops import CHUNKS_MAX
-from flexkv.index.found import Found, LeafFound, Limits
+from flexkv.index.found import Found, LeafFound, Limits, Placement
 from flexkv.index.residency import ALL, READY, Residency
 
 TOO_MANY = -1
-"""What `LeafFinder.load` returns if a leg would have more than CHUNKS_MAX ops to wait for."""
+"""What `LeafFinder.load` returns if there are too many ops to wait for."""
+
+WAITING_LEGS_MAX = 4
+"""Most legs of the chain that wait for other requests; a group of leaves has one."""
 
 
 class Prefix(NamedTuple):
@@ -125,11 +128,20 @@ class LeafFinder:
             draft.reserved.append(host_ids)
             ids = {tier: block_ids, Tier.HOST: host_ids}
             draft.add((Route(tier, Tier.HOST), *onward), positions, ids, group=group)
-        if found.pending is not None:
-            chunks = chunks_filled(self._residency.claims, found.pending)
-            if len(chunks.starts) > CHUNKS_MAX:
-                return TOO_MANY
-            draft.add_waiting(onward, found.pending, chunks, group)
+        return 0 if found.pending is None else self._wait(found.pending, onward, draft, group)
+
+    def _wait(self, pending: Placement, onward: tuple[Route, ...], draft: Draft, group: int) -> int:
+        """Draft the legs of blocks that other requests are filling; return 0 or TOO_MANY."""
+        starts, fillers = chunks_filled(self._residency.claims, pending)
+        if len(starts) > CHUNKS_MAX * (1 if group else WAITING_LEGS_MAX):
+            return TOO_MANY
+        ends = [*starts, pending.block_count]
+        for begin in range(0, len(starts), CHUNKS_MAX):
+            of_leg = slice(begin, begin + CHUNKS_MAX)
+            first, last = starts[begin], ends[min(begin + CHUNKS_MAX, len(starts))]
+            part = Placement(pending.positions.part(first, last), pending.block_ids[first:last])
+            chunks = Chunks([start - first for start in starts[of_leg]], fillers[of_leg])
+            draft.add_waiting(onward, part, chunks, group)
         return 0
 
     def lacking_from(self, request: Request) -> int:

@@ -8,7 +8,7 @@ from msgspec import structs
 
 from flexkv.common.errors import CapacityError
 from flexkv.common.request import Operation
-from flexkv.common.terms import Positions, Tier
+from flexkv.common.terms import Positions, Tier, positions_of
 from flexkv.graph.draft import Avoid, PlanLimits
 from flexkv.graph.explain import explain
 from flexkv.graph.ops import CHUNKS_MAX
@@ -147,7 +147,7 @@ def test_what_hangs_is_not_waited_for(group: int) -> None:
     settle(tiers, joining)
 
 
-def test_a_load_waits_for_no_more_ops_than_a_leg_has_chunks() -> None:
+def test_a_group_waits_for_no_more_ops_than_a_leg_has_chunks() -> None:
     """With more ops to wait for, the longest prefix is loaded that needs no more of them."""
     blocks = 2 * CHUNKS_MAX + 8
     tiers, numbers = index(host=300, disk=1), list(range(blocks))
@@ -167,6 +167,36 @@ def test_a_load_waits_for_no_more_ops_than_a_leg_has_chunks() -> None:
     assert len(fillers(planned)) == CHUNKS_MAX
     for at in range(1, blocks, 2):
         tiers.claims.settle(at, filled=True)
+    settle(tiers, planned)
+
+
+@pytest.mark.parametrize("ops", [CHUNKS_MAX + 1, 100, 4 * CHUNKS_MAX, 4 * CHUNKS_MAX + 8])
+def test_the_chain_waits_for_the_ops_of_several_requests(ops: int) -> None:
+    """Its waiting blocks are divided into several legs, each op a chunk of two blocks."""
+    blocks = 2 * ops
+    tiers, numbers = index(host=1200, disk=1), list(range(blocks))
+    made = request(Operation.GET, *numbers)
+    for op in range(ops):
+        ids = tiers.reserve(Tier.HOST, made.keys, Positions(2 * op, 2))
+        tiers.claims.open(op, Claim(9, None, Holding(Tier.HOST, ids)))
+    leaves = {WINDOW: numbers, STATE: numbers, PAIR: list(range(1, blocks, 2))}
+    for group, at in leaves.items():
+        positions = positions_of(np.array(at, np.int64))
+        tiers.commit(Tier.HOST, tiers.reserve(Tier.HOST, made.keys, positions, group=group))
+    planner = Planner(tiers, LIMITS, rules=RULES)
+    planned = planner.plan(structs.replace(made, leaves=leaf_blocks(leaves)), 1)
+    expected = min(ops, 4 * CHUNKS_MAX)
+    assert (planned.found.last, planned.shortfall) == (2 * expected, None)
+    assert waits(planned) == {0: numbers[: 2 * expected]}
+    assert fillers(planned) == set(range(expected))
+    for op in planned.plan.template.ops:
+        if op.route is None:
+            begin, end = planned.plan.bounds(op)
+            fill = planned.plan.fills[op.leg]
+            assert end - begin == 2
+            assert list(fill.positions)[begin] == 2 * fill.fillers[op.chunk]
+    for op_id in range(ops):
+        tiers.claims.settle(op_id, filled=True)
     settle(tiers, planned)
 
 
