@@ -16,8 +16,8 @@ APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
 TEST_APT_PACKAGES := fuse3 g++ chromium
 MACHINE_APT_PACKAGES := xfsprogs btrfs-progs dosfstools e2fsprogs ntfs-3g
 
-.PHONY: help setup ext demo test test-system test-latest test-vllm soak-vllm lock check lint types gpu mutants coverage \
-	sanitize bench soak wheel clean
+.PHONY: help setup ext demo test test-system test-latest test-vllm test-vllm-code soak-vllm lock check \
+	lint types gpu mutants coverage sanitize bench soak wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -88,11 +88,15 @@ $(VLLM_VENV)/.setup: pyproject.toml scripts/vllm-venv scripts/vllm-tests \
 	touch $@
 
 test-vllm: $(VLLM_VENV)/.setup  ## Real vLLM engines on the CPU, with and without FlexKV (0.7 GB to install)
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm tests/test_locks.py $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm tests/unit/test_backing.py tests/test_locks.py $(ARGS)
+
+test-vllm-code: $(VLLM_VENV)/.setup  ## The same on the code of a newer vLLM; ENGINES=1 for those with engines, too
+	for code in $(abspath $(VLLM_VENV))/upstream/*/code; do PYTHONPATH=$$code$${PYTHONPATH:+:$$PYTHONPATH} \
+		$(VLLM_VENV)/bin/python -m pytest tests/vllm tests/unit/test_backing.py $(ARGS) || exit 1; done
 
 soak-vllm: $(VLLM_VENV)/.setup  ## The tests under vLLM that test-vllm leaves out; about an hour
 	$(VLLM_VENV)/bin/python -m pytest -m soak tests/vllm $(ARGS)
-	ALL_SCENARIOS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm/test_upstream.py
+	ALL_SCENARIOS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm/test_upstream.py $(filter --write-support,$(ARGS))
 
 mutants: $(VENV)/.setup-dev $(VLLM_VENV)/.setup  ## Small changes that a test should notice; ARGS="--sample 50 --seed 7"
 	$(BIN)/python -m tests.mutation $(ARGS)

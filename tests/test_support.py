@@ -39,18 +39,51 @@ def test_every_figure_names_its_run() -> None:
     assert all((ROOT / file).exists() for file in runs.values())
 
 
-def test_the_support_table_is_what_the_tests_declare() -> None:
-    """Each line of the support table is declared by a test or as not tried.
+def test_the_support_table_is_what_runs_have_shown() -> None:
+    """The table is made of the rows that tests declare and of the outcomes that runs recorded.
 
-    `make test-vllm` writes the table, with the soak tests.
+    `make test-vllm ARGS=--write-support` writes both, `python -m tests.vllm.support` the table.
     """
-    assert support.written() == support.lines(support.declared())
+    assert support.written() == support.table(support.declared(), support.recorded())
 
 
-def test_every_row_has_a_known_kind_and_status_and_one_name() -> None:
-    """Each row has a unique name, a known kind and a known status; an untried row has no other."""
+def test_every_recorded_test_exists_and_has_passed() -> None:
+    """What is recorded are tests that exist, show declared rows, and did not fail."""
     rows = support.declared()
+    for case in support.recorded():
+        assert support.exists(case.test), case
+        assert rows.keys() >= set(case.shows), case
+        assert case.outcome in ("passed", "skipped"), case
+
+
+def test_every_row_has_a_known_kind_and_status() -> None:
+    """Each row has a known kind and a known status; an untried row has no other."""
+    rows = support.declared().values()
     assert {row.kind for row in rows} == set(support.KINDS)
     assert {row.status for row in rows} == set(support.STATUSES)
-    assert len({(row.kind, row.name) for row in rows}) == len(rows)
     assert all(row.status == "not tried" for row in support.NOT_TRIED)
+
+
+def test_a_cell_names_the_best_proof_and_any_failure() -> None:
+    """One failure makes a row failed; else its best test counts. Skipped tests show nothing."""
+    row = support.Row("feature", "loads", note="on Mondays")
+
+    def line(**outcomes: str) -> str:
+        cases = [
+            support.Case("0.9.0" if file == "test_old" else "0.10.0", f"tests/vllm/{file}.py::test",
+                         outcome, "2026-11-30", ("loads",))
+            for file, outcome in outcomes.items()
+        ]  # fmt: skip
+        return support.table({"loads": row}, cases)[-1]
+
+    assert line(test_groups="passed") == "| loads | *served* (tensors) | on Mondays |"
+    assert line(test_groups="passed", test_outputs="passed", test_upstream="passed") == (
+        "| loads | *served* (engine) | on Mondays |"
+    )
+    assert line(test_old="passed", test_outputs="skipped", test_upstream="passed") == (
+        "| loads | *served* (engine) | *served* (scheduler) | on Mondays |"
+    )
+    assert (
+        line(test_outputs="passed", test_upstream="failed") == "| loads | *failed* | on Mondays |"
+    )
+    assert line(test_outputs="skipped") == "| loads | *not tried* | on Mondays |"

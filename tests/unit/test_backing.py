@@ -205,6 +205,9 @@ ON_CUDA = [
 ]  # fmt: skip
 
 
+@pytest.mark.support(
+    "cache", "all of vLLM's layouts (`LBHNC`, `LBNHC`, `LHBNC`, `BLHNC`, `BLNHC`, `BHLNC`)"
+)
 @pytest.mark.parametrize(("name", "layout", "mode"), [*ON_CPU, *ON_CUDA])
 async def test_every_layout_of_vllm(name: str, layout: str, mode: str) -> None:
     """Blocks of every group go to host memory and back, whatever the order of the axes."""

@@ -7,10 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from vllm.v1.core.kv_cache_utils import (
-    generate_scheduler_kv_cache_config,
-    get_kv_cache_config_from_groups,
-)
+from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     CircularBufferSpec,
@@ -27,6 +24,11 @@ from vllm.v1.worker.utils import allocate_kv_cache
 
 from flexkv.integration.vllm.groups import EngineGroups
 from flexkv.integration.vllm.tensors import tensors_of
+
+try:  # vLLM 0.33
+    from vllm.v1.core.kv_cache_planning import get_kv_cache_config_from_groups
+except ImportError:
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 
 SHAPE: dict[str, Any] = {
     "block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.float32,

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -20,26 +21,32 @@ import pytest
 from flexkv.common.errors import BackendUnavailableError
 from flexkv.server.operator import command
 
-from . import support
 from .engine import Plan, folder_of
 from .engine import run as run_here
 from .fork import Forked
+from .support import proof_of
 
 if importlib.util.find_spec("vllm") is not None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of vLLM's dependencies
         importlib.import_module("flexkv.integration.vllm.scheduler")
 
+INSTALLED = sysconfig.get_path("purelib")
 collect_ignore = ["upstream"]
 """Not collected: scenarios over vLLM's own package `tests`, which `test_upstream` runs."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests of this folder where vLLM is not installed."""
-    if importlib.util.find_spec("vllm") is None:
-        for item in items:
-            if Path(__file__).parent in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="vLLM is not installed: make test-vllm"))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the tests of this folder without vLLM, and leave out those of engines on newer code."""
+    vllm = importlib.util.find_spec("vllm")
+    of_vllm = [item for item in items if Path(__file__).parent in item.path.parents]
+    if vllm is None:
+        for item in of_vllm:
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed: make test-vllm"))
+    elif not (Path(vllm.origin or "").is_relative_to(INSTALLED) or os.environ.get("ENGINES")):
+        left_out = {item for item in of_vllm if proof_of(item.nodeid) == "engine"}
+        config.hook.pytest_deselected(items=[*left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
@@ -67,33 +74,6 @@ def configured(model: str) -> Any:
         return arguments.create_engine_config()
     finally:
         patch.undo()
-
-
-_shown: dict[support.Row, bool] = {}
-"""Rows of the support table whose tests have run, with whether all of them passed."""
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option to write the support table of the documents."""
-    parser.addoption("--write-support", action="store_true", help="write the table of docs/vllm.md")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Record for each support row whether its tests passed."""
-    report = yield
-    for mark in item.iter_markers("support"):
-        row = support.Row(*mark.args)
-        if report.when == "call" or not report.passed:
-            _shown[row] = _shown.get(row, True) and report.passed
-    return report
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the table with the rows whose tests passed in this run, if that was asked for."""
-    if session.config.getoption("--write-support", default=False):
-        rows = support.declared()
-        support.write(row for row in rows if row.status == "not tried" or _shown.get(row, False))
 
 
 class Started:

@@ -26,6 +26,19 @@ SEVERAL = [
     if len(hybrid.groups) > 1 or hybrid.groups[0].kind == "SlidingWindow"
 ]
 """The models with several KV groups, or without full attention."""
+support = pytest.mark.support
+WINDOWS = support("model", "with sliding windows (Gemma 3 and 4, gpt-oss)")
+STATES = support("model", "hybrid: attention and state layers (Nemotron-H, Qwen3-Next)")
+SHOWN = {
+    "gemma3": WINDOWS,
+    "gemma4": WINDOWS,
+    "gpt_oss": WINDOWS,
+    "llama4": support("model", "with chunked attention (Llama 4)"),
+    "mistral": support("model", "with sliding windows alone (Mistral 7B v0.1, Phi-3, StarCoder2)"),
+    "qwen3_next": STATES,
+    "nemotron_h": STATES,
+}
+"""The row of the support table that the tests with a model show."""
 
 Told = dict[str, Any]
 
@@ -118,6 +131,12 @@ class Hybrids:
                         break
         assert compared >= sum(map(len, told["answers"])) // 3
         return wrong
+
+
+def case(name: str, *more: Any, is_soak: bool = False) -> Any:
+    """Return a test's parameters that begin with a model, and show its row of the support table."""
+    marks = [SHOWN[name]] if name in SHOWN else []
+    return pytest.param(name, *more, marks=[*marks, pytest.mark.soak] if is_soak else marks)
 
 
 def sizes_of(name: str) -> Sizes:

@@ -52,6 +52,9 @@ def test_a_connector_that_finds_nothing_changes_nothing(drafted: Run) -> None:
     assert told["leaked_blocks"] == 0
 
 
+@pytest.mark.support(
+    "feature", "drafts with a KV cache of their own (EAGLE, EAGLE-3, MTP, draft models)"
+)
 @BOTH
 def test_drafts_after_a_load_are_as_good_as_after_a_local_hit(
     drafted: Run, local: dict[str, Any], connector: str

@@ -61,11 +61,13 @@ def judged(configured: Any, *groups: Any, **more: Any) -> Any:
     return found
 
 
+support = pytest.mark.support
 SERVED = [
     pytest.param(window(), Kind.WINDOW, 32, "sliding_window", id="window"),
     pytest.param(
         SlidingWindowMLASpec(**{**SHAPE, "num_kv_heads": 1}, sliding_window=32),
         Kind.WINDOW, 32, "sliding_window_mla", id="window_mla",
+        marks=support("cache", "sliding windows of MLA"),
     ),
     pytest.param(
         window(extra_retained_tokens=3), Kind.WINDOW, 35, "sliding_window", id="kept_longer"
@@ -73,9 +75,14 @@ SERVED = [
     pytest.param(chunked(), Kind.CHUNK, 64, "chunked_local_attention", id="chunked"),
     pytest.param(state(), Kind.STATE, 0, "mamba", id="state"),
     pytest.param(full(dtype=torch.bfloat16), Kind.FULL, 0, "full_attention", id="full"),
-    pytest.param(mla(), Kind.FULL, 0, "mla_attention", id="mla"),
     pytest.param(
-        SinkFullAttentionSpec(**SHAPE, sink_len=4), Kind.FULL, 0, "sink_full_attention", id="sinks"
+        mla(), Kind.FULL, 0, "mla_attention", id="mla",
+        marks=support("model", "with MLA (DeepSeek V2, V3)", "served",
+                      "vLLM caches no prefixes of MLA on a CPU without AMX"),
+    ),
+    pytest.param(
+        SinkFullAttentionSpec(**SHAPE, sink_len=4), Kind.FULL, 0, "sink_full_attention", id="sinks",
+        marks=support("cache", "attention sinks that are in the KV cache"),
     ),
 ]  # fmt: skip
 
@@ -116,6 +123,7 @@ def test_the_chain_has_the_smallest_blocks(configured: Any) -> None:
     assert [space.tokens_per_block for space in found.model(1, False, "m").spaces(16)] == [16, 32]
 
 
+@support("model", "with MLA and an indexer (DeepSeek V3.2)")
 def test_layers_of_two_page_sizes_in_one_group_are_served(configured: Any) -> None:
     """The scheduler's side sees one spec of the group; both sides come to the same shapes."""
     group_of_two = group(several(a=mla(16), i=mla(4, dtype=torch.uint8), b=mla(16)), "a", "i", "b")
@@ -126,6 +134,12 @@ def test_layers_of_two_page_sizes_in_one_group_are_served(configured: Any) -> No
         assert space.part_bytes == 2 * 16 * 16 * 4 + 16 * 4
 
 
+@support(
+    "cache",
+    "layers of two dtypes in one group (`--kv-cache-dtype-skip-layers`)",
+    "served",
+    "with its own connector",
+)
 def test_layers_of_two_dtypes_in_one_group_are_served(configured: Any) -> None:
     """Layers that vLLM leaves unquantised are bytes to the side that does not know them."""
     spec = several(a=full(dtype=torch.uint8), b=full(dtype=torch.bfloat16))
@@ -155,6 +169,12 @@ def test_opaque_layers_are_the_same_bytes(configured: Any, layout: str) -> None:
         assert torch.equal(tensor[block].swapaxes(1, 2).flatten(), wanted)
 
 
+@support(
+    "cache",
+    "layers that share one (Gemma 3n), or have none (Nemotron-NAS)",
+    "served",
+    "with its own connector",
+)
 def test_layers_that_share_a_cache_have_no_tensor_of_their_own(configured: Any) -> None:
     """vLLM's workers list such a layer beside its target: only the target is transferred."""
     worker = planned(configured, group(full(), "a"))

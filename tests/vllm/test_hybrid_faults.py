@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from .hybrid_models import HYBRIDS
-from .hybrids import SEVERAL, Hybrids, check_sound
+from .hybrids import SEVERAL, Hybrids, case, check_sound
 
 pytestmark = pytest.mark.soak
 
+support = pytest.mark.support
 GROUPS = [(name, group) for name in SEVERAL for group in range(len(HYBRIDS[name].groups))]
+SHOWING = [case(name, group) for name, group in GROUPS]
 LONG_ANSWERS: dict[str, Any] = {
     "conversations": 4, "turns": 3, "first_tokens": 200, "turn_tokens": 40, "answer_tokens": 150,
 }  # fmt: skip
@@ -28,7 +30,7 @@ CROWDED: dict[str, Any] = {
 """Prompts of which two load at a time in the last turn, and do not leave each other enough."""
 
 
-@pytest.mark.parametrize(("name", "group"), GROUPS)
+@pytest.mark.parametrize(("name", "group"), SHOWING)
 def test_corrupt_blocks_of_one_group_change_answers(
     hybrids: Hybrids, tmp_path: Path, name: str, group: int
 ) -> None:
@@ -51,7 +53,8 @@ def test_the_stand_in_has_the_same_teeth(
         assert (hybrids.wrong(name, told) >= 10) == ("corrupt_group" in extra)
 
 
-@pytest.mark.parametrize(("name", "group"), GROUPS)
+@support("feature", "several KV groups: loads that fail in one of them")
+@pytest.mark.parametrize(("name", "group"), SHOWING)
 def test_failed_loads_of_one_group_fail_whole(
     hybrids: Hybrids, tmp_path: Path, name: str, group: int
 ) -> None:
@@ -66,7 +69,8 @@ def test_failed_loads_of_one_group_fail_whole(
     assert told["aborted"] > 0
 
 
-@pytest.mark.parametrize(("name", "group"), GROUPS)
+@support("feature", "several KV groups: corrupt blocks of one of them on SSD")
+@pytest.mark.parametrize(("name", "group"), SHOWING)
 def test_flipped_bits_of_one_group_are_never_loaded(
     hybrids: Hybrids, tmp_path: Path, name: str, group: int
 ) -> None:
@@ -80,7 +84,8 @@ def test_flipped_bits_of_one_group_are_never_loaded(
     assert told["flipped"] > 0
 
 
-@pytest.mark.parametrize("name", SHORT_OF_BLOCKS)
+@support("feature", "several KV groups: preempted and aborted requests")
+@pytest.mark.parametrize("name", [case(each) for each in SHORT_OF_BLOCKS])
 @pytest.mark.parametrize("faults", [{}, {"failed_loads": 0.1, "aborts": 0.2}], ids=["", "faults"])
 def test_preempted_requests_answer_the_same(
     hybrids: Hybrids, tmp_path: Path, name: str, faults: dict[str, Any]
@@ -112,7 +117,8 @@ def test_loads_do_not_stop_an_engine_with_few_blocks(hybrids: Hybrids, tmp_path:
     assert sum(told["external"]) > 0
 
 
-@pytest.mark.parametrize("name", SEVERAL)
+@support("feature", "several KV groups: a warm start from SSD, after `kill -9` too")
+@pytest.mark.parametrize("name", [case(each) for each in SEVERAL])
 def test_an_engine_that_was_killed_is_warm_from_ssd(
     hybrids: Hybrids, tmp_path: Path, name: str
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from .hybrid_models import HYBRIDS, reachable_blocks
-from .hybrids import SEVERAL, Hybrids, check_sound, sizes_of
+from .hybrids import SEVERAL, Hybrids, case, check_sound, sizes_of
 
 LATER = ("qwen3_next", "gemma4", "mistral")
 """The models whose runs with a connector that finds nothing are left to `make soak-vllm`."""
@@ -38,10 +38,7 @@ def test_a_connector_that_finds_nothing_changes_nothing(
     assert told["leaked_blocks"] == 0
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(each, marks=pytest.mark.soak if each == "gemma3" else ()) for each in SEVERAL],
-)
+@pytest.mark.parametrize("name", [case(each, is_soak=each == "gemma3") for each in SEVERAL])
 def test_answers_are_equal_and_later_turns_hit(hybrids: Hybrids, tmp_path: Path, name: str) -> None:
     """Answers are equal, and every later turn hits, from host memory and from SSD.
 

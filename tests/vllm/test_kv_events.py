@@ -217,6 +217,7 @@ def groups(leaf_tokens: int, hash_tokens: int = PER_BLOCK) -> EngineGroups:
     return found
 
 
+@pytest.mark.support("feature", "KV events", "served")
 def test_events_name_the_group_as_vllm_does() -> None:
     """A leaf is announced behind its chain's block, with vLLM's index, kind and window."""
     events, path = KVEvents(PER_BLOCK, groups(PER_BLOCK)), (0, 1)

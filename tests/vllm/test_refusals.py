@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import huggingface_hub
-from vllm.config import KVTransferConfig
+from vllm.config import KVTransferConfig, cache
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 
@@ -93,7 +93,7 @@ REFUSED = [
     ),
     pytest.param(
         sets("cache_config.cache_dtype", "nvfp4"), "kv_cache_dtype", "nvfp4",
-        marks=support("feature", "KV caches with scales beside the values (`nvfp4`,"
+        marks=support("cache", "with scales beside the values (`nvfp4`,"
                       " `…_per_token_head`, `fp8_ds_mla`, `turboquant_…`)", "refused"),
     ),
     pytest.param(sets("cache_config.cache_dtype", "fp8_ds_mla"), "kv_cache_dtype", "beside"),
@@ -178,6 +178,21 @@ def test_known_kv_caches_are_judged_instead_of_the_model(
     with pytest.raises(ConfigError, match=r"FlexKV's own may serve it.*module_path"):
         check_engine(config)
     check_engine(config, knows_caches=True)
+
+
+@support("cache", "types that a platform has registered", "refused")
+def test_a_dtype_that_a_platform_has_registered_is_refused(
+    configured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM 0.33 lets a platform say what a dtype is, even one whose name FlexKV knows."""
+    config = copy.deepcopy(configured)
+    sets("cache_config.cache_dtype", "int8")(config)
+    check_engine(config)
+    handler_of = {"int8": object()}.get
+    monkeypatch.setattr(cache, "get_kv_cache_dtype_handler", handler_of, raising=False)
+    check_engine(configured)
+    with pytest.raises(ConfigError, match="the platform has registered it"):
+        check_engine(config, knows_caches=True)
 
 
 def test_what_is_refused_of_any_kv_caches_has_no_other_door(configured: Any) -> None:

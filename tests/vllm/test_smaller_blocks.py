@@ -37,6 +37,7 @@ def test_such_a_group_becomes_several(configured: Any) -> None:
     assert spaces[0].block_bytes * 2 == spaces[1].block_bytes == spaces[2].block_bytes
 
 
+@pytest.mark.support("cache", "windows with smaller blocks than full attention")
 def test_its_layers_are_transferred_in_each(configured: Any) -> None:
     """The same tensors belong to several groups, which use different blocks of them."""
     worker = planned(configured, group(window(), "w"), group(full(**LARGE), "f"))

@@ -15,15 +15,19 @@ from xml.etree import ElementTree
 
 import pytest
 
+from .support import vllm_version
 from .upstream import opt
 
-WORK = Path(sys.prefix) / "upstream"
+UPSTREAM = Path(sys.prefix) / "upstream"
+NEWER = UPSTREAM / vllm_version()
+"""The tests of a version of which only the code is there, on PYTHONPATH."""
+WORK = NEWER if NEWER.is_dir() else UPSTREAM
 SCENARIOS = Path(__file__).parent / "upstream"
 RUN_S = 1800.0
 CASE_S = 180
 
 pytestmark = pytest.mark.skipif(
-    not (WORK / "stamp").exists(), reason="vLLM's tests are not here: make test-vllm"
+    not (UPSTREAM / "stamp").exists(), reason="vLLM's tests are not here: make test-vllm"
 )
 
 
@@ -93,10 +97,20 @@ def scenarios(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 
 support = pytest.mark.support
+PLAIN = support("model", "decoders with full attention (Llama, Qwen, OPT)")
 SHOWN = {
-    "test_several": support("feature", "beside other connectors (`MultiConnector`)", "served"),
+    "test_loads": PLAIN,
+    "test_mixtures": PLAIN,
+    "test_puts": PLAIN,
+    "test_scheduling": (PLAIN, support("feature", "chunked prefill, preemption")),
+    "test_failures": support("feature", "aborted requests; `kv_load_failure_policy: recompute`"),
+    "test_hybrid_moments": support(
+        "feature", "several KV groups: preempted and aborted requests", "served",
+        "with its own connector",
+    ),
+    "test_several": support("feature", "beside other connectors (`MultiConnector`)"),
     "test_hybrids": (
-        support("model", "with sliding windows (Gemma 3, gpt-oss)", "served",
+        support("model", "with sliding windows (Gemma 3 and 4, gpt-oss)", "served",
                 "with its own connector"),
         support("model", "with sliding windows alone (Mistral 7B v0.1, Phi-3, StarCoder2)",
                 "served", "with its own connector"),
@@ -104,13 +118,12 @@ SHOWN = {
         support("model", "hybrid: attention and state layers (Nemotron-H, Qwen3-Next)", "served",
                 "with its own connector"),
         support("model", "with MLA and an indexer (DeepSeek V3.2)", "served",
-                "with its own connector; in vLLM's scheduler, without the model"),
-        support("feature", "KV groups whose blocks differ in size or dtype", "served",
-                "with its own connector; in vLLM's scheduler, without a model"),
-        support("feature", "KV groups of which vLLM caches no prefixes: compressors' rings, "
-                "replayed windows", "served",
-                "with its own connector, which leaves them out; in vLLM's scheduler, without a "
-                "model"),
+                "with its own connector"),
+        support("cache", "groups whose blocks differ in size or dtype", "served",
+                "with its own connector"),
+        support("cache", "groups of which vLLM caches no prefixes: compressors' rings, replayed"
+                " windows", "served", "with its own connector, which leaves them out"),
+        support("feature", "several KV groups: loads that fail in one of them"),
     ),
     "test_clears": support(
         "feature",

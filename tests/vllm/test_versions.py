@@ -1,7 +1,8 @@
 """Tests that several versions of vLLM have what the connector uses of them.
 
-These are the installed one, and wheels of earlier ones that `scripts/vllm-venv` downloaded. They
-are only parsed: nothing of them is run.
+These are the installed one, wheels of earlier ones that `scripts/vllm-venv` downloaded, and the
+code of a newer one that `scripts/vllm-tests` unpacked. They are only parsed: nothing of them is
+run here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ pytest.importorskip("vllm")
 
 from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl
 
-OLDER = Path(sys.prefix) / "older"
+OLDER, NEWER = Path(sys.prefix) / "older", Path(sys.prefix) / "upstream"
 SOURCES = Path(__file__).parents[2] / "flexkv/integration/vllm"
 Read = Callable[[str], ast.Module]
 CONNECTOR = "vllm/distributed/kv_transfer/kv_connector/v1"
@@ -35,6 +36,8 @@ def _versions() -> dict[str, Read]:
     for wheel in sorted(OLDER.glob("vllm*.whl")):
         archive = zipfile.ZipFile(wheel)
         found[wheel.name.split("-")[1]] = lambda name, a=archive: ast.parse(a.read(name))
+    for code in sorted(NEWER.glob("*/code")):
+        found[code.parent.name] = lambda name, c=code: ast.parse((c / name).read_text())
     return found
 
 
@@ -75,10 +78,10 @@ def fields_of(tree: ast.Module, name: str) -> set[str]:
 
 
 def test_several_versions_are_looked_at() -> None:
-    """The installed version is compared and, in the environment of `make test-vllm`, two others."""
+    """The installed version is compared and, where `make test-vllm` set up, three others."""
     assert "installed" in VERSIONS
     if OLDER.is_dir():
-        assert len(VERSIONS) >= 3
+        assert len(VERSIONS) >= 4
 
 
 @pytest.mark.parametrize("version", VERSIONS)

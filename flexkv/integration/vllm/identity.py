@@ -69,6 +69,7 @@ DRAFTS_BESIDE = frozenset({
     "model", "revision", "enforce_eager", "max_model_len", "tensor_parallel_size",
     "target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config",
     "draft_load_config", "disable_padded_drafter_batch", "disable_eagle_block_drop",
+    "disable_lookahead_block_hashes",
     "use_local_argmax_reduction", "prompt_lookup_max", "prompt_lookup_min",
     "suffix_decoding_max_tree_depth", "suffix_decoding_max_cached_requests",
     "suffix_decoding_max_spec_factor", "suffix_decoding_min_token_prob",

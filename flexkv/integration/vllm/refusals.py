@@ -8,6 +8,7 @@ shim does not pass them on, so models whose KV caches may be of several kinds ar
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -107,6 +108,14 @@ def _dtype(config: Any) -> object:
     return told if told not in (*DTYPES, *PACKED) else None
 
 
+def _custom_dtype(config: Any) -> object:
+    """Return a dtype that a platform has registered; from vLLM 0.33 on it may have any name."""
+    told = getattr(config.cache_config, "cache_dtype", "auto")
+    module = sys.modules[type(config.cache_config).__module__]
+    handler_of = getattr(module, "get_kv_cache_dtype_handler", None)
+    return told if handler_of is not None and handler_of(told) is not None else None
+
+
 def _packed(config: Any) -> object:
     told = getattr(config.cache_config, "cache_dtype", "auto")
     return told if told in PACKED else None
@@ -159,6 +168,9 @@ RULES = (
          "layers that share a KV cache are not served", True),
     Rule("kv_cache_dtype", _dtype,
          "is not served: such a KV cache has scales or packed values beside its blocks"),
+    Rule("kv_cache_dtype", _custom_dtype,
+         "is not served: the platform has registered it, and FlexKV does not know what its blocks"
+         " hold"),
     Rule("kv_cache_dtype", _packed,
          "is not served: such a KV cache has scales beside its values", True),
     Rule("kv_cache_dtype_skip_layers", _of("cache_config", "kv_cache_dtype_skip_layers"),
