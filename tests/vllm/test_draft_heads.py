@@ -84,7 +84,7 @@ CONVERSATIONS, PARTING = slice(0, SIZES.turns), slice(SIZES.turns, None)
 
 
 @pytest.mark.support(
-    "feature", "drafts with a KV cache of their own (EAGLE, EAGLE-3, MTP, draft models)", "served",
+    "feature", "drafts with a KV cache of their own: EAGLE, EAGLE-3, MTP", "served",
     "with its own connector; MTP with a MiMo, whose attention is plain",
 )  # fmt: skip
 def test_drafts_after_a_load_are_as_good_as_after_a_local_hit(told: Told) -> None:

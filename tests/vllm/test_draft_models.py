@@ -53,7 +53,10 @@ def test_a_connector_that_finds_nothing_changes_nothing(drafted: Run) -> None:
 
 
 @pytest.mark.support(
-    "feature", "drafts with a KV cache of their own (EAGLE, EAGLE-3, MTP, draft models)"
+    "feature",
+    "drafts with a KV cache of their own: draft models",
+    "served",
+    "with its own connector",
 )
 @BOTH
 def test_drafts_after_a_load_are_as_good_as_after_a_local_hit(
