@@ -45,7 +45,8 @@ RECYCLING = ["windows", "chunks", "states_and_windows"]
 """Models some of whose groups give blocks back while a prompt is computed."""
 ANY_ORDER = {"policy": "priority", "scheduler_reserve_full_isl": False}
 """With this, vLLM admits what does not fit, and may try it first."""
-ROUNDS = int(os.environ.get("POOL_ROUNDS", "4"))
+ROUNDS = 3
+SEEDS = range(8 if os.environ.get("ALL_SCENARIOS") else 1)
 
 
 class StuckError(AssertionError):
@@ -252,7 +253,7 @@ def test_a_reset_while_a_load_waits(make: Make) -> None:
     stand.check_empty()
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("POOL_SEEDS", "2"))))
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("scheduling", [{}, ANY_ORDER], ids=["fcfs", "any order"])
 @pytest.mark.parametrize("model", BLOCKS)
 def test_any_requests_on_any_small_device(
