@@ -132,8 +132,8 @@ class LayerGroup(PlainValues):
     kv_group: int = key(
         0,
         "Number of the KV group, from 0 without a gap: layers with the same number share blocks. "
-        "Group 0 is of kind `full` if any is, else it has a window. Its blocks are those of the "
-        "prefix: all of them are kept and found, whatever its kind.",
+        "Group 0 is of kind `full` if any group is, else of kind `sliding_window`. Its blocks are "
+        "those of the prefix: all of them are kept and found, whatever its kind.",
         ge=0,
         lt=GROUPS_MAX,
     )
