@@ -2,7 +2,8 @@
 
 Two processes spin, as vLLM's workers do with tensor parallelism, and a client asks for matches as a
 scheduler does, spinning too. The figures are the share of answers within `match_wait_ms`, and the
-times. Peer: the same server, scheduled as usual. The server may also get what takes privileges.
+times of all answers. Peer: the same server, scheduled as usual. With CAP_SYS_NICE, the server is
+also measured with a negative nice value.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ while True:
     while time.monotonic() < until_s:
         pass
 """
-"""A loop that yields for 20 ms, as one that waits for a message, and computes for 10 ms."""
+"""A loop that yields for 20 ms, as if it waited for a message, and computes for 10 ms."""
 
 
 def measure(options: Options) -> Figures:
@@ -76,7 +77,7 @@ def measure(options: Options) -> Figures:
 
 
 def _arms(pid: int) -> dict[str, Callable[[], None]]:
-    """Return functions that change how a server's loop is scheduled, by what they leave it."""
+    """Return functions that change how a server's loop is scheduled, by the names of the arms."""
     prompt = scheduling_of(pid)
     session = Path(f"/proc/{pid}/autogroup")
 
@@ -111,7 +112,7 @@ def spinning() -> Iterator[None]:
 
 
 class _Asking:
-    """What became of the questions of each arm."""
+    """Asks the server, and counts for each arm the answers in time."""
 
     def __init__(self, client: Client, wait_s: float) -> None:
         self._client, self._wait_s = client, wait_s

@@ -1,12 +1,12 @@
 """What FlexKV adds to the latency of `vllm serve` when it has nothing to offer.
 
-A steady load of prompts with shared prefixes: 55 % of what the machine can do, at random times. The
-device's own cache has every prefix, so a connector finds nothing more, but it is asked about every
-prompt, and FlexKV stores the blocks behind the prefixes. Limit: a connector that does nothing,
-since vLLM itself pays for having one (`docs/vllm.md` says for what). That connector runs twice, in
-two engines: how far these differ is the error of the measurement. All engines run all the time;
-the load goes to one after the other, with the same prompts at the same times. Needs vLLM in this
-Python: `scripts/vllm-venv`.
+A steady load of prompts with shared prefixes arrives at random times: 55 % of what the machine can
+do. The device's own cache has every prefix, so a connector finds nothing more, but it is asked
+about every prompt, and FlexKV stores the blocks behind the prefixes. Limit: a connector that does
+nothing, since any connector costs something in vLLM itself (`docs/vllm.md` lists what). That
+connector runs twice, in two engines; their difference is the error of the measurement. All engines
+run all the time; the load goes to one after the other, with the same prompts at the same times.
+Needs vLLM in this Python: `scripts/vllm-venv`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class _Load:
         return [self._words.randrange(3, 1000) for _ in range(count)]
 
     def prompt(self) -> list[int]:
-        """Return a prompt that was not there before, but for its prefix."""
+        """Return a prompt that begins with one of the prefixes and is otherwise new."""
         return self._words.choice(self._prefixes) + self._some(self.sizes.suffix_tokens)
 
     def warm_up(self, engine: VllmServe) -> None:

@@ -269,11 +269,11 @@ void leaves_spend(struct block_index *index, ref leaf);
 struct reach {
     const ref *chain;            /* the nodes of the chain, by position, up to `ready` */
     size_t first;                /* leaves before this position are not needed */
-    size_t ready;                /* where the chain ends that begins at `first` and can be loaded */
+    size_t ready;                /* where the chain from `first` on stops being loadable */
     size_t end;                  /* the result: where the prefix ends, at least `first` */
     unsigned unusable;           /* a bit for each tier that must not be used */
-    bool waits;                  /* whether blocks that the first tier is being filled with count */
-    const int64_t *shunned;      /* unless one of these ops fills them */
+    bool waits;                  /* whether blocks that ops bring to the first tier count, */
+    const int64_t *shunned;      /* except those that these ops bring */
     size_t shunned_count;
     const uint8_t *device;       /* by group and position: whether the device has a block for the
                                     leaf; NULL if none is needed */
@@ -286,11 +286,11 @@ struct reach {
     } leaves[GROUPS_MAX];
 };
 
-/* Return whether the first tier is being filled with a block, and this may be waited for. */
+/* Return whether an op that may be waited for is bringing a block to the first tier. */
 bool reach_awaits(const struct block_index *index, const struct reach *reach, ref number);
 
-/* Find the longest prefix for which all needed blocks of every group can be loaded; so must `drop`
- * more blocks of the chain. */
+/* Find the longest prefix for which all needed blocks of every group can be loaded, and `drop` more
+ * blocks of the chain as well. */
 void reach_find(const struct block_index *index, struct reach *reach, size_t drop);
 
 /* Return the leaf at a position that the prefix needs, or NONE. It may be before `first`. */

@@ -359,14 +359,14 @@ static int read_device(PyObject *self, const struct parameter *parameter, struct
     return Py_IsNone(value->object) ? 0 : read_bytes(self, parameter, value);
 }
 
-/* Read op ids, or None: nothing is waited for. */
+/* Read op ids; None means that nothing may be waited for. */
 static int read_shunned(PyObject *self, const struct parameter *parameter, struct value *value)
 {
     return Py_IsNone(value->object) ? 0 : read_aligned(self, parameter, value);
 }
 
-/* Read what must not be used, all of which may be left out: a set of tiers, leaves without a block
- * of the device, and what some ops, or all, are filling. Return 0 or -1. */
+/* Read the limits of a search, each of which may be left out: tiers that must not be used, leaves
+ * that have a block of the device, and ops that must not be waited for. Return 0 or -1. */
 static int limits_read(const BlockIndex *self, const struct value *values, struct reach *reach)
 {
     static const uint8_t nothing[1];
@@ -391,7 +391,7 @@ static int limits_read(const BlockIndex *self, const struct value *values, struc
     return 0;
 }
 
-/* Find where the chain that can be loaded ends. Return where what is ready of it ends. */
+/* Set `reach->ready`: where the loadable chain ends. Return where its ready part ends. */
 static size_t reach_chain(BlockIndex *self, struct reach *reach, struct strip *strip,
                           struct alike *alikes)
 {

@@ -344,20 +344,20 @@ class BlockIndex:
     ) -> tuple[int, int, list[Alike], list[tuple[int, list[Alike]]]]:
         """Return the longest prefix up to `end` that every KV group can load.
 
-        Blocks are told in their nearest tier, as by `survey`, without leaves before `begin`.
+        Blocks are reported in their nearest tier, as by `survey`, and no leaves before `begin`.
 
         Args:
             keys: the keys of the request.
             begin, end: the first position, and the last, exclusive.
-            drop: how many more blocks of the chain must be ready behind the prefix.
+            drop: how many more blocks of the chain must be there to load, behind the prefix.
             use: whether to count a use of the blocks of the chain from the root on, and of the
                 leaves that the prefix needs.
-            unusable: a bit for each tier not to load from; one in the first is only loaded there.
+            unusable: a bit for each tier not to load from; what the first has only it can load.
             device: bool[groups - 1, n], for each group but the chain's whether there is a device
                 block for its leaf at each position, and for none from position n on: a leaf
                 without one cannot be loaded. None: device blocks do not matter.
-            shunned: int64[n], ops whose blocks must not be waited for. What others fill the first
-                tier with counts as if it was ready. None: only blocks that are ready count.
+            shunned: int64[n], ops whose blocks must not be waited for. Blocks that other ops bring
+                to the first tier count as if they were ready. None: only ready blocks count.
 
         Returns:
             Where the prefix ends, at least `begin`; where the chain of ready blocks ends; the
@@ -379,18 +379,18 @@ class BlockIndex:
     ) -> bytes:
         """Reserve places for the blocks from `begin` to `end`, or only for those at `positions`.
 
-        Return the places. `how` is for how many if there is too little room: 0 the first ones, 1
-        all or none, 2 the first ones that are worth an eviction.
+        Return the places. If there is too little room, `how` decides: 0 the first blocks get one, 1
+        all or none do, 2 the first ones that are worth an eviction do.
         """
 
     def make_room(self, tier: int, keys: bytes, count: int) -> bool:
-        """Evict what `count` places for a namespace need, or nothing if that is too little."""
+        """Evict until a namespace can get `count` places; or evict nothing and return False."""
 
     def agreeing(self, keys: bytes, /) -> int:
         """Return how many blocks, from the first on, `keys` chains without a contradiction.
 
-        That is a block that is named twice, or known under another parent. Only keys from another
-        process may have one, and must be checked before `reserve` gets them.
+        A contradiction is a block that is named twice, or known under another parent. Only keys
+        from another process can have one: check them before you pass them to `reserve`.
         """
 
     def reserve_copies(

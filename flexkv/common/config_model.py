@@ -24,7 +24,7 @@ from flexkv.common.layout import KVShape
 from flexkv.common.space import BlockSpace, in_one_pool
 
 _OF_PREFIXES = "full", "sliding_window"
-"""Kinds whose blocks can be those of the prefix: the first that a model has."""
+"""The kinds that KV group 0 may have: the first of them that any group has."""
 _RANKS_PART = "pipeline, data or context parallelism"
 
 

@@ -12,10 +12,10 @@ works like the storage below it, as long as the bytes of one block in one layer 
 contiguous extents, or one for each head. The order of the elements inside an extent is up to the
 engine; see `Order`.
 
-A tensor may have a block's tokens in several smaller blocks of equal size: where attention kernels
-want such blocks, the engine makes each of its own of consecutive ones. The axis of blocks is two
-axes then, `blocks` and `splits`, and there may be extents for each split. Any number of splits is
-the same layout as none as long as the bytes come in the same order.
+A tensor may keep a block's tokens in several smaller blocks of equal size: if attention kernels
+need smaller blocks than the engine's, several consecutive ones make one of the engine's. Then the
+axis of blocks becomes two axes, `blocks` and `splits`, and there may be extents for each split. The
+number of splits does not matter as long as the bytes come in the same order.
 
 Layers may be cut from one allocation by any strides. Where blocks are its outermost axis, the
 layers of a block are adjacent, and copied as one piece. Each KV group has a layout of its own, and
@@ -52,8 +52,8 @@ length 1. Where layers differ, the axes of each layer in turn, separated by semi
 of several KV groups are separated by bars.
 
 "splits=4 heads tokens dim" is a block of four smaller ones, in each of which heads come before
-tokens. Where tokens follow splits at once, the two are "tokens": the order is that of a whole
-block."""
+tokens. If "tokens" would come directly after "splits", only "tokens" is written: the order is that
+of a whole block."""
 
 NATURAL = ("kv", "tokens", "heads", "dim")
 _AXIS = re.compile("|".join((*NATURAL, "splits=[1-9][0-9]*", "")))
@@ -136,7 +136,7 @@ row of several would not tell the order of its elements.
 
 
 def _divided(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the axes of a shape if its blocks are divided: `splits` comes behind `blocks`."""
+    """Return the axes of a shape whose blocks are divided: `splits` comes behind `blocks`."""
     behind = axes.index("blocks") + 1
     return *axes[:behind], "splits", *axes[behind:]
 
@@ -147,7 +147,7 @@ LAYOUT_NAMES = tuple(dict.fromkeys(name for name, _ in SHAPES))
 
 
 class Division(NamedTuple):
-    """The axis of a tensor that counts blocks, and how many of those make one of the engine's."""
+    """The axis of a tensor that counts blocks, and how many of them make one of the engine's."""
 
     axis: int
     splits: int
@@ -222,9 +222,10 @@ def divisions(shape: Sequence[int], block: KVShape, num_blocks: int = 0) -> set[
     """Return every way to read a tensor that counts blocks of the engine, or smaller ones.
 
     Args:
-        shape: that of one layer's tensor, with `splits` blocks in a row for each of the engine's.
+        shape: the shape of one layer's tensor. `splits` of its blocks in a row make one block of
+            the engine.
         block: the shape of one of the engine's blocks.
-        num_blocks: how many of them there are; 0 if it is unknown.
+        num_blocks: how many blocks the engine has; 0 if it is unknown.
     """
     found, sizes = set[Division](), _sizes(block)
     for _, axes in SHAPES:
@@ -375,7 +376,7 @@ def _fit(spec: TensorSpec, shape: KVShape, layout: str | None, field: str) -> _F
         whole = [fit for fit in known if "splits" not in fit.axes]
         expected = "; ".join(f"{name} [{', '.join(axes)}]" for name, axes in whole)
         if len(whole) < len(known) and shape.tokens > 1:
-            expected += "; or with two axes, blocks and splits, and tokens / splits in a split"
+            expected += "; or divided: two axes, blocks and splits, and tokens / splits for tokens"
         why = f"fits none of: {expected}, where {told}"
         if len(spec.shape) == 2 and len(known) < len(named):
             why += "; a row for each block does not tell the order of its elements"

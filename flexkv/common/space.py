@@ -76,7 +76,7 @@ class BlockSpace:
         facts: what the bytes of a block depend on, besides its tokens and their namespace.
         group: the index of the space among those of its model.
         stride_bytes: bytes from one place in a pool to the next, the same for all spaces.
-        kind: which blocks a prefix needs on the device. Of space 0 all are kept and found.
+        kind: which blocks a prefix needs on the device. All blocks of space 0 are kept and found.
         window: tokens of the window or of a chunk; 0 for kinds without one.
         layers: the indices of the group's layers among those of the model, ascending.
     """

@@ -111,6 +111,6 @@ class Retention:
             holdings = self._residency.namespace_holdings(self._intake.root(namespace))
         else:
             request = self._intake.request(Operation.PREFETCH, 0, token_ids, None, namespace)
-            # What is on its way may fail to come, and then a prefix would lack its leaves.
+            # Blocks that are on their way may not arrive: the prefix would lack some leaves then.
             holdings = self._residency.reach(request.keys, limits=READY_ONLY).holdings
         return self.pins.pin(holdings, ttl_s, owner)

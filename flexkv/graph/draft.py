@@ -40,7 +40,7 @@ class Avoid(NamedTuple):
     unreadable: frozenset[Tier] = frozenset()
     unwritable: frozenset[Tier] = frozenset()
     fillers: frozenset[int] = frozenset()
-    """Ops that fill host blocks, and that no plan may wait for."""
+    """Ops that are filling host blocks and must not be waited for."""
 
 
 NOTHING_AVOIDED = Avoid()
@@ -130,9 +130,11 @@ def fill_of(
 
 
 class Chunks(NamedTuple):
-    """Blocks that others are filling, in chunks that are each filled by one op.
+    """Blocks that other requests are filling, in chunks; one op fills each chunk.
 
-    `starts` has the index of the first block of each chunk, `fillers` the id of the op.
+    Attributes:
+        starts: the index of the first block of each chunk.
+        fillers: the id of the op that fills each chunk.
     """
 
     starts: list[int]

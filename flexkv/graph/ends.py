@@ -1,4 +1,4 @@
-"""Which leaves make up whole prefixes, where not all leaves of a put find room."""
+"""Which leaves make up whole prefixes if there is not room for all leaves of a put."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexkv.common.terms import BlockIds, Positions
 from flexkv.index.found import AlikeBlocks
 
 Marks = Mapping[int, NDArray[np.bool_]]
-"""Some leaves: for each group bool[n], by the numbers of its own blocks in the prompt."""
+"""A set of leaves: for each group bool[n], whether it has the leaf of each of its own blocks."""
 
 
 class Leaves(NamedTuple):
@@ -24,15 +24,16 @@ class Leaves(NamedTuple):
     alike: AlikeBlocks
 
     def at(self, marks: Marks, ratio: int) -> Leaves:
-        """Return those that are marked."""
+        """Return the marked ones of these leaves; `ratio` is the group's."""
         own = (self.alike.positions.array + 1) // ratio - 1
         return Leaves(self.group, chosen(self.alike, marks[self.group][own]))
 
 
 class WholeEnds:
-    """The ends of prefixes whose leaves are all there, or brought by a put that lacks room.
+    """The ends of prefixes that would be whole if a put could store all its leaves.
 
-    Ends that need nothing new are left out.
+    Each leaf of such a prefix is there, or the put brings it. Ends for which it brings nothing are
+    left out. The others are counted from 0, in the order of their positions.
     """
 
     def __init__(
@@ -45,8 +46,8 @@ class WholeEnds:
         """Find the ends.
 
         Args:
-            rules: of the groups of leaves.
-            blocks: where the chain ends.
+            rules: the rule of each group of leaves.
+            blocks: the length of the chain.
             there: leaves that some tier has, or is being filled with.
             new: leaves that the put brings and host memory lacks.
         """
@@ -74,7 +75,7 @@ class WholeEnds:
         return self._count
 
     def needed(self, begin: int, end: int) -> Marks:
-        """Return the leaves that the begin-th to the end-th (exclusive) of the ends need."""
+        """Return the leaves that the ends with numbers from `begin` to `end` (exclusive) need."""
         marks = {}
         for group, (first, last, count) in self._spans.items():
             steps = np.zeros(count + 1, np.int64)
@@ -84,7 +85,7 @@ class WholeEnds:
         return marks
 
     def has_all(self, marks: Marks, leaves: Sequence[Leaves]) -> bool:
-        """Return whether the marked leaves are all among these."""
+        """Return whether all marked leaves are among these."""
         return not any(
             (marks[rule.group] & ~_marked(rule, len(marks[rule.group]), leaves)).any()
             for rule in self._rules
@@ -92,7 +93,7 @@ class WholeEnds:
 
 
 def chosen(alike: AlikeBlocks, which: NDArray[np.bool_]) -> AlikeBlocks:
-    """Return those blocks for which `which`, bool[n], is True."""
+    """Return the blocks for which `which`, bool[n], is True."""
     if which.all():
         return alike
     states, positions, block_ids = alike
@@ -103,7 +104,7 @@ def chosen(alike: AlikeBlocks, which: NDArray[np.bool_]) -> AlikeBlocks:
 
 
 def within(alike: AlikeBlocks, wanted: Positions) -> AlikeBlocks:
-    """Return those of the blocks that are at wanted positions."""
+    """Return the blocks that are at wanted positions."""
     if wanted.places is None:  # no gaps, and only that range was surveyed
         return alike
     return chosen(alike, np.isin(alike.positions.array, wanted.array, assume_unique=True))

@@ -1,7 +1,7 @@
 """Finds places in host memory for the leaves of puts.
 
-Where there is not room for all of them, leaves are only stored as far as they make up what whole
-prefixes need, from the end of the prompt backwards: no get could use the others.
+If there is not room for all of them, only leaves that complete a whole prefix are stored, from the
+end of the prompt backwards: no get could use the others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from flexkv.index.residency import ABSENT, READY, Residency
 
 
 class Store(NamedTuple):
-    """Blocks that are in host memory, or new and on their way there; the tiers `lacking` them."""
+    """Blocks that are in host memory, or new and on their way there.
+
+    `lacking` are the lower tiers that lack them.
+    """
 
     positions: Positions
     host_ids: BlockIds
@@ -37,9 +40,9 @@ class LeafStores:
         self._ratio = {rule.group: rule.ratio for rule in rules}
 
     def brought(self, request: Request, use: bool = True) -> list[Leaves]:
-        """Return the leaves that a put brings, by group and by their present states in the tiers.
+        """Return the leaves that a put brings, by group and by their states in the tiers now.
 
-        Leaves whose parent is nowhere are left out, as no prefix could use them.
+        Leaves whose parent is in no tier are left out, as no prefix could use them.
         """
         found = []
         for group, positions, device_ids in request.leaves:
@@ -54,7 +57,7 @@ class LeafStores:
     def parents(self, request: Request) -> list[Holding]:
         """Return what to pin of the chain so that all parents of a put's leaves stay in the index.
 
-        It is the farthest place of each block: its nearer ones may be given up for leaves.
+        Each block is pinned in its farthest tier: its places in nearer ones may go to leaves.
         """
         ranges = [
             (positions.first, positions.at(positions.block_count - 1) + 1)
@@ -70,12 +73,12 @@ class LeafStores:
     def place(
         self, request: Request, brought: Sequence[Leaves], reserve: Reserve
     ) -> tuple[list[Store], CapacityError | None]:
-        """Return those new leaves that found places in host memory, and why not all did.
+        """Return the new leaves that got places in host memory, and why not all did.
 
         Args:
             request: the put.
             brought: the leaves that it brings; their parents must be pinned.
-            reserve: takes places for all of some leaves, or for none.
+            reserve: reserves places for all of the leaves that it is given, or for none.
         """
         new = [leaves for leaves in brought if leaves.alike.states[0] == ABSENT]
         stores = self._reserved(request, new, reserve)
@@ -107,12 +110,12 @@ class LeafStores:
             self._residency.abort(Tier.HOST, store.host_ids)
 
     def _whole(self, request: Request, new: Sequence[Leaves], reserve: Reserve) -> list[Store]:
-        """Reserve places for the leaves of the last end that fits, and of as many before it."""
+        """Reserve places for what the last end that fits needs, and as many ends before it."""
         ends = WholeEnds(self._rules, self._chain(request), self._there(request), new)
 
         def placed(begin: int, end: int) -> list[Store] | None:
             marks, there = ends.needed(begin, end), self._there(request)
-            if not ends.has_all(marks, [*there, *new]):  # an attempt has evicted some
+            if not ends.has_all(marks, [*there, *new]):  # an earlier attempt has evicted some
                 return None
             needed = [leaves.at(marks, self._ratio[leaves.group]) for leaves in there]
             wanted = [leaves.at(marks, self._ratio[leaves.group]) for leaves in new]
@@ -133,7 +136,7 @@ class LeafStores:
         return placed(last - 1 - before, last) or []
 
     def _there(self, request: Request) -> list[Leaves]:
-        """Return all leaves of a prompt that some tier has or is being filled with."""
+        """Return all leaves of a prompt that are in some tier, or on their way there."""
         keys, blocks = request.keys, request.block_count
         return [
             Leaves(rule.group, alike)
@@ -143,12 +146,12 @@ class LeafStores:
         ]
 
     def _chain(self, request: Request) -> int:
-        """Return where the chain of a prompt ends, as far as some tier has it or is filled."""
+        """Return how many blocks of a prompt's chain are in some tier, or on their way there."""
         found = self._residency.survey(request.keys, 0, request.block_count, False)
         return sum([each.positions.block_count for each in found if any(each.states)])
 
     def _farthest(self, alike: AlikeBlocks) -> Iterator[Holding]:
-        """Yield the farthest place that is ready of each block."""
+        """Yield the places of the blocks in the farthest tier where they are ready."""
         tiers = self._residency.tiers
         for tier, state, ids in zip(
             tiers[::-1], alike.states[::-1], alike.block_ids[::-1], strict=True
@@ -162,9 +165,9 @@ Reserve = Callable[[Leaves], Store | None]
 
 
 def _longest(most: int, fits: Callable[[int], bool]) -> int:
-    """Return a number up to `most` that fits, while the next one does not; 0 if there is none.
+    """Return a number, at most `most`, that fits while the next larger one does not; 0 for none.
 
-    The search goes down in steps that double, and up again by bisection.
+    The search goes down from `most` in steps that double, and up again by bisection.
     """
     low, high, step = 0, most + 1, 1
     while low + 1 < high:

@@ -24,7 +24,7 @@ TOO_MANY = -1
 """What `LeafFinder.load` returns if there are too many ops to wait for."""
 
 WAITING_LEGS_MAX = 4
-"""Most legs of the chain that wait for other requests; a group of leaves has one."""
+"""How many legs of the chain may wait for other requests; a group of leaves has one at most."""
 
 
 class Prefix(NamedTuple):
@@ -66,7 +66,7 @@ class LeafFinder:
         before: int | None = None,
         use: bool = False,
     ) -> Found:
-        """Return the longest prefix that can be loaded whole, or will be soon.
+        """Return the longest prefix that is there whole, or will be once ops under way have ended.
 
         Args:
             prefix: what is asked for.
@@ -95,9 +95,11 @@ class LeafFinder:
         return device
 
     def load(self, request: Request, found: Found, draft: Draft) -> int:
-        """Draft the loads of all that was found; return 0, or how many blocks found no place.
+        """Draft the loads of everything that was found.
 
-        Return TOO_MANY if too many ops would have to be waited for.
+        Returns:
+            0; or how many blocks did not get a host place; or TOO_MANY, if there are too many ops
+            to wait for.
         """
         below = [
             placed.block_count
@@ -131,7 +133,7 @@ class LeafFinder:
         return 0 if found.pending is None else self._wait(found.pending, onward, draft, group)
 
     def _wait(self, pending: Placement, onward: tuple[Route, ...], draft: Draft, group: int) -> int:
-        """Draft the legs of blocks that other requests are filling; return 0 or TOO_MANY."""
+        """Draft the legs that wait for other requests to fill blocks; return 0 or TOO_MANY."""
         starts, fillers = chunks_filled(self._residency.claims, pending)
         if len(starts) > CHUNKS_MAX * (1 if group else WAITING_LEGS_MAX):
             return TOO_MANY

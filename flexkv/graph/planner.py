@@ -360,7 +360,7 @@ class Planner:
         return shortfall
 
     def _all_in_host(self, request: Request, leaves: Leaves) -> Store | None:
-        """Reserve host places for all of some leaves, or for none."""
+        """Reserve host places for all of these leaves; return None if there is not room for all."""
         group, (states, positions, _) = leaves
         lacking = self._lacking(states)
         how = self._how(lacking) if self._residency.selective else ALL
@@ -376,9 +376,10 @@ class Planner:
         return tuple([tier for number, tier in self._lower if states[number] == ABSENT])
 
     def _how(self, lacking: tuple[Tier, ...]) -> int:
-        """Return how much host memory takes of new blocks which these tiers lack, too.
+        """Return how to reserve host places for new blocks that these lower tiers lack, too.
 
-        A block that host memory would not keep passes through it if a lower tier may keep it.
+        Blocks that are not worth keeping in host memory pass through it if a lower tier may keep
+        them.
         """
         return PREFIX if set(lacking) - self.avoid.unwritable else WORTHY
 

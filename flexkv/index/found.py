@@ -64,7 +64,7 @@ class Limits(NamedTuple):
 
     Attributes:
         tiers: those whose blocks cannot be loaded.
-        fillers: ops whose blocks must not be waited for; None: nothing may be waited for.
+        fillers: ops whose blocks must not be waited for; None: no op may be waited for.
         device: bool[groups - 1, n], whether there is a device block for the leaf of each group but
             the chain's at each position; there is none from position n on. A leaf without one
             cannot be loaded. None if nothing is loaded to a device.
@@ -85,7 +85,7 @@ class LeafFound(msgspec.Struct, frozen=True):
     ready: dict[Tier, Placement]
     """Only tiers that are the nearest one of some leaf; positions are those of the chain."""
     pending: Placement | None = None
-    """Those with which host memory is being filled."""
+    """Those that are on their way to host memory."""
 
     @property
     def block_count(self) -> int:
@@ -99,8 +99,8 @@ class Found(msgspec.Struct, frozen=True):
 
     For a load, `graph.far.with_far` adds what is said to lie far behind it.
 
-    Where the model has leaves, every KV group has, or is being filled with, what the prefix up to
-    `last` needs.
+    If the model has leaves, all that the prefix up to `last` needs of every KV group is there, or
+    on its way to host memory.
     """
 
     first: int

@@ -143,8 +143,8 @@ class Residency:
     def find(self, keys: bytes, first: int = 0, use: bool = False, drop: int = 0) -> Found:
         """Return the longest resident run that starts at position `first`.
 
-        Where there are leaves, it ends where every KV group can load what the prefix needs, on a
-        multiple of all groups' blocks. Blocks with which host memory is being filled count, too.
+        If there are leaves, it ends where every KV group can load what the prefix needs, on a
+        multiple of all groups' blocks. Blocks that are on their way to host memory count, too.
 
         Args:
             keys: root and keys of the prompt's blocks.
@@ -191,7 +191,7 @@ class Residency:
     def _by_tier(
         self, told: Sequence[_ext.Alike]
     ) -> tuple[dict[Tier, Placement], Placement | None]:
-        """Return where blocks are ready, and those with which host memory is being filled."""
+        """Return where blocks are ready, and those that are on their way to host memory."""
         ready: dict[Tier, Placement] = {}
         pending = None
         for pattern, begin, count, places, ids in told:
@@ -335,7 +335,7 @@ class Residency:
         )
 
     def make_room(self, tier: Tier, keys: bytes, blocks: int) -> bool:
-        """Return whether a namespace can get this many places; evict for all of them or none."""
+        """Evict until a namespace can get this many places; or evict nothing and return False."""
         return self._table.make_room(self._number[tier], keys, blocks)
 
     def reserve_copies(

@@ -4,17 +4,17 @@ Engines busy-wait: with tensor parallelism each of vLLM's workers takes a CPU wh
 the others. On a machine with no CPU to spare, a server that wakes for a question then waits until
 one of them has used up its time slice, some milliseconds, and the engine has gone on by then.
 
-- A thread that asks for a short slice preempts one with a longer slice as soon as it wakes, if it
-  has not had more than its share of the CPU. Linux 6.12 and later grant this to everybody; earlier
-  kernels ignore it.
-- A negative nice value makes the share larger, and on earlier kernels the wait shorter. It takes
+- A thread that has asked for a short slice preempts one with a longer slice as soon as it wakes,
+  unless it has had more than its share of the CPU. Linux 6.12 and later grant this to everybody;
+  earlier kernels ignore it.
+- A negative nice value makes the share larger, and on earlier kernels the wait shorter. It needs
   CAP_SYS_NICE.
 - Where the kernel groups tasks by session (autogroup), nice values count only within a session,
   and the session has one of its own. A container's cgroup, if it has the CPU controller, replaces
   these groups.
 
-No real-time policy: such a thread would wake on the CPU where it ran last, in place of a worker
-that others wait for, even if another CPU is idle.
+A real-time policy is not used: such a thread would wake on the CPU where it ran last, even if
+another CPU is idle, and so displace a worker that others wait for.
 
 Source: sched(7); `sched_setattr(2)`; kernel/sched/syscalls.c, `__setparam_fair`.
 """
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SLICE_NS = 100_000
-"""The shortest slice that Linux grants. It bounds no work: a thread may use several in a row."""
+"""The shortest slice that Linux grants. A thread that has more to do may use several in a row."""
 NICE = -10
 AUTOGROUP = Path("/proc/self/autogroup")
 
@@ -56,7 +56,7 @@ def scheduling_of(thread_id: int = 0) -> Scheduling:
     """Return how a thread is scheduled; 0 is the calling thread.
 
     Raises:
-        OSError: there is no such thread, or the kernel does not tell.
+        OSError: there is no such thread, or the kernel does not report it.
     """
     told = ctypes.create_string_buffer(_ATTRIBUTES.size)
     _call(1, thread_id, told, _ATTRIBUTES.size, 0)
@@ -65,10 +65,10 @@ def scheduling_of(thread_id: int = 0) -> Scheduling:
 
 
 def schedule(wanted: Scheduling, thread_id: int = 0) -> None:
-    """Change how a thread is scheduled; 0 is the calling thread. The policy is no real-time one.
+    """Change how a thread is scheduled; 0 is the calling thread. Not for real-time policies.
 
     Raises:
-        OSError: there is no such thread, it may not have this, or the kernel cannot do it.
+        OSError: there is no such thread, it may not be scheduled so, or the kernel cannot do it.
     """
     flags = 0 if wanted.is_inherited else _RESET_ON_FORK
     told = _ATTRIBUTES.pack(
@@ -78,13 +78,14 @@ def schedule(wanted: Scheduling, thread_id: int = 0) -> None:
 
 
 def wake_promptly() -> dict[str, str]:
-    """Have the calling thread run as soon after it wakes as this process is allowed to ask for.
+    """Make the calling thread run as soon after it wakes as this process is allowed to ask for.
 
-    Threads that it starts later are scheduled as usual. A thread with a nice value or a policy
-    that somebody chose keeps it. Nothing is raised: what is refused stays as it was.
+    Threads that it starts later are scheduled as usual, unless its nice value was negative already:
+    then they inherit all that it has. A nice value or a policy that somebody has chosen for the
+    thread stays. Nothing is raised: what is refused stays as it was.
 
     Returns:
-        What was refused, with the reason.
+        What was not changed ("slice", "nice" or "autogroup"), with the reason.
     """
     refused: dict[str, str] = {}
     try:
@@ -110,7 +111,7 @@ def wake_promptly() -> dict[str, str]:
 
 
 def _raise_session() -> None:
-    """Give the session `NICE`, if this process leads it and nobody has chosen another value.
+    """Set the session's nice value to `NICE`, if this process leads it and nobody has set one.
 
     Raises:
         OSError: the kernel groups no tasks by session, or this process may not do it.

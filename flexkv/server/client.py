@@ -199,7 +199,7 @@ class Client:
         until_s = time.monotonic() + wait_s
         while self._awaited.asked_s(number) is not None:
             self.flush()
-            # The time first: after a long wait for a CPU, the answer may be there.
+            # Read the clock first: after a long wait for a CPU, the answer may have arrived.
             now_s, heard = time.monotonic(), self._receive_all()
             asked_s = self._awaited.asked_s(number)
             if asked_s is not None and now_s > asked_s + self._answer_s:
@@ -455,7 +455,7 @@ class Client:
         return self._socket is not None
 
     def _receive_all(self) -> bool:
-        """Process what has arrived, for a bounded time; return whether something valid had."""
+        """Process what has arrived, for a bounded time; return whether any of it was valid."""
         until_s, heard = time.monotonic() + RECEIVE_S_MAX, False
         while self._receive(0.0):
             heard = True

@@ -166,7 +166,7 @@ class Matched(Message, tag="matched", frozen=True):
     by_tier: Mapping[str, Number]
     """How many of the blocks from `first` on each tier has."""
     pending: Number = 0
-    """How many of the blocks are being filled; leaves, which may be as well, are not counted."""
+    """How many of the blocks are being filled; leaves that are being filled are not counted."""
     host_run: Number = 0
     """How many blocks, from `first` on and without a gap, host memory has. With several KV groups,
     it has the leaves of the longest prefix there, too; this is reported only with `from_first`."""

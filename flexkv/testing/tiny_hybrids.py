@@ -1,4 +1,4 @@
-"""Small random models with several KV groups, with MLA or windows alone: for tests under vLLM.
+"""Small random models for tests under vLLM: with several KV groups, MLA or windows alone.
 
 They are made offline.
 
@@ -47,7 +47,7 @@ RECIPES = {
         "tie_word_embeddings": False,
         "layer_types": [SLIDING, SLIDING, FULL] * 2,
     }),
-    # The same, but full attention keeps half as much of a token: vLLM doubles its blocks.
+    # The same, but full attention keeps half the bytes of a token, so vLLM doubles its blocks.
     "gemma4": Recipe("Gemma4TextConfig", {
         "num_hidden_layers": 6, "sliding_window": 64, "tie_word_embeddings": False,
         "layer_types": [SLIDING, SLIDING, FULL] * 2, "hidden_size_per_layer_input": 0,

@@ -1,7 +1,7 @@
 """Tests of KV groups whose blocks are smaller than those of full attention.
 
-vLLM makes the pages of all layers equal: where a token of full attention takes less memory than one
-of a window, as in Gemma 4 or MiMo-V2, blocks of full attention have more tokens.
+vLLM gives the pages of all layers the same size. If a token of full attention takes less memory
+than one of a window, as in Gemma 4 or MiMo-V2, blocks of full attention have more tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LARGE = {"block_size": 32, "num_kv_heads": 1}
 
 
 def test_such_a_group_becomes_several(configured: Any) -> None:
-    """The first block in each block of the chain is one group, the second another one."""
+    """The first blocks in each block of the chain form one group, the second ones another."""
     found = judged(configured, group(window(), "w", "v"), group(full(**LARGE), "f"))
     assert found.sources == (Source(1), Source(0, 0, 2), Source(0, 1, 2))
     assert (found.engine_ids, found.chain) == ((0, 1), 1)
@@ -52,7 +52,7 @@ def test_its_layers_are_transferred_in_each(configured: Any) -> None:
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("tokens", [2, 15, 16, 17, 31, 32, 33, 48, 64, 100, 128, 1000])
 def test_a_prefix_needs_what_the_window_reaches(tokens: int, blocks: int) -> None:
-    """All parts together are the blocks that vLLM's own rule asks for, at every boundary."""
+    """The groups together need the blocks that vLLM's own rule asks for, at every boundary."""
     large = full(block_size=16 * blocks)
     config = SimpleNamespace(kv_cache_groups=[group(large, "f"), group(window(tokens), "w")])
     found = groups_of(config, engine())
@@ -68,7 +68,7 @@ def test_a_prefix_needs_what_the_window_reaches(tokens: int, blocks: int) -> Non
 
 
 def test_a_state_is_in_the_last_one() -> None:
-    """A hit ends with a block of the chain, so states inside it are never asked for."""
+    """A hit ends at the end of a block of the chain, so states inside it are never needed."""
     config = SimpleNamespace(kv_cache_groups=[group(full(block_size=64), "f"), group(state(), "s")])
     found = groups_of(config, engine())
     assert found is not None
@@ -79,10 +79,10 @@ def test_a_state_is_in_the_last_one() -> None:
 def test_what_cannot_be_divided_is_refused() -> None:
     """The error names the layer and both sizes."""
     uneven = [group(full(block_size=48), "f"), group(window(block_size=32), "w")]
-    with pytest.raises(ConfigError, match=r"w: its blocks have 32 tokens: .* which have 48"):
+    with pytest.raises(ConfigError, match=r"w: its blocks have 32 tokens: .* a divisor of 48"):
         groups_of(SimpleNamespace(kv_cache_groups=uneven), engine())
     chunks = [group(full(block_size=32), "f"), group(chunked(48), "c")]
-    with pytest.raises(ConfigError, match=r"c: its chunks have 48 tokens: .* which have 32"):
+    with pytest.raises(ConfigError, match=r"c: its chunks have 48 tokens: .* a multiple of 32"):
         groups_of(SimpleNamespace(kv_cache_groups=chunks), engine())
     many = [group(full(block_size=1024), "f"), group(window(4096), "w")]
     with pytest.raises(ConfigError, match=r"kv_cache_groups=65: .*at most 32"):
@@ -90,7 +90,7 @@ def test_what_cannot_be_divided_is_refused() -> None:
 
 
 def test_blocks_of_groups_that_are_not_transferred_are_overwritten_as_well() -> None:
-    """All groups share the device's blocks, so what any of them writes is known."""
+    """All groups share the device's blocks, so the blocks that any group writes are reported."""
     config = SimpleNamespace(
         kv_cache_groups=[
             group(full(**LARGE), "f"), group(window(), "w"),

@@ -24,7 +24,7 @@ class DeviceBlocks:
         """Begin without blocks.
 
         Args:
-            has_null: whether block 0 stands for blocks that a request does not have any more.
+            has_null: whether block 0 stands for blocks that a request no longer has.
         """
         self._has_null = has_null
         self.readers: NDArray[np.uint32] = np.zeros(0, np.uint32)

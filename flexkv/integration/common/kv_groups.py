@@ -6,8 +6,8 @@ it needs, so leaves are stored only at *boundaries*, where a later prompt can en
 rule decides both.
 
 In a model without full attention the chain itself has a window. All its blocks are stored as they
-are computed, and a match needs them all; but a load moves only those that the end of the hit needs,
-since the engine has null blocks before them.
+are computed, and a match needs all of them. But a load moves only those that the end of the hit
+needs, since the engine has null blocks before them.
 
 The device blocks of a request come as one list of block ids for each group, in the order of our
 group numbers. A list has the group's own blocks from the prompt's first one on. An id of 0 or less,
@@ -38,8 +38,8 @@ class KVGroups:
     Attributes:
         several: whether there are more groups than the chain.
         chain_is_full: whether a request keeps all blocks of the chain while it runs.
-        fail_whole: whether a load that comes short has failed as a whole. It has with several
-            groups, and without a whole chain: the window before a missing block is not loaded.
+        fail_whole: whether a load that comes short has failed as a whole. That is so with several
+            groups, and if the chain has a window: the one before a missing block is not loaded.
         drop: how many blocks of the chain behind a hit must be there as well. A draft model drops
             the last block of a hit: its KV there depends on the token that comes next.
     """
@@ -82,7 +82,7 @@ class KVGroups:
         return blocks if self.drop else self.aligned(blocks)
 
     def aligned(self, blocks: int) -> int:
-        """Return how many of the chain's first blocks a hit can have, of those that were found."""
+        """Return how many blocks of the chain a hit can have if so many were found."""
         return blocks // self._alignment * self._alignment
 
     def first_to_load(self, blocks: int, local: int) -> int:

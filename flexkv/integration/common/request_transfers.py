@@ -5,7 +5,7 @@ under way. A block is found only behind its parents, so an end that leaves a gap
 
     a put failed, or its request was dropped   to the put's first block
     a put stored nothing                       to 0: its parents may be gone as well; unchanged if
-                                               the engine has taken them back, so that none has them
+                                               the engine has taken back the block before the put's
     a put was stale                            unchanged: no block of this generation is stored
     a load came whole, from the first block    to the load's end
     a load by layer came short                 to the load's first block: the rest is computed anew
@@ -42,7 +42,7 @@ class Load:
     local: int
     """How many of its blocks the device has."""
     first: int
-    """The first block that it moves: further ones are left out if the engine has none for them."""
+    """The first block that it moves: after `local`, if the engine has null blocks in between."""
     block_ids: list[int]
     found: Matched
     leaves: tuple[LeafBlocks, ...] = ()
@@ -61,7 +61,7 @@ class Load:
 
     @property
     def by_tier(self) -> dict[str, int]:
-        """Return how many of its blocks are in each tier, of the chain."""
+        """Return an estimate of how many of the chain's blocks that it moves are in each tier."""
         return share_of(self.found.by_tier, len(self.block_ids), self.found.blocks - self.local)
 
 
@@ -73,8 +73,8 @@ class Put(NamedTuple):
         last: where it ends, exclusive; `first` if it stores only leaves.
         block_ids: the device blocks that it reads, of all groups.
         generation: the generation of the cache when computing the blocks began.
-        is_behind_gap: whether the engine has taken the block before the first one back, so that
-            nothing can store it any more.
+        is_behind_gap: whether the engine has taken back the block before the first one, so that
+            this request cannot store it any more.
     """
 
     first: int
@@ -104,8 +104,7 @@ class RequestTransfers:
     local_blocks: int = 0
     """How many of its blocks the device had when a load was offered."""
     waits_for: tuple[int, int] | None = None
-    """The blocks and computed tokens for which `found` was matched, while its load waits for other
-    loads."""
+    """While its load waits for other loads: the blocks and computed tokens that `found` is for."""
     by_layer: bool = False
     """Whether the step loads what was found for it, layer by layer."""
     may_load: bool = True
@@ -150,7 +149,7 @@ class RequestTransfers:
         return self.load
 
     def retries(self, done: Done) -> bool:
-        """Return whether its load, for which host memory had no room, is to begin again."""
+        """Return whether its load is to begin again, because host memory had no room for it."""
         load, now_s = self.load, time.monotonic()
         assert load is not None
         if done.status != "unready" or self.finished or now_s >= load.wanted_s + ROOM_S:
@@ -188,10 +187,10 @@ class RequestTransfers:
     # -- puts -----------------------------------------------------------------------------------
 
     def first_to_put(self, blocks: int, has_null: bool) -> int:
-        """Return where a put of its blocks up to `blocks` begins: behind what needs no put.
+        """Return where a put of its blocks up to `blocks` begins: behind those that need no put.
 
-        If the engine has null blocks, with the number 0, it begins behind the last of them: these
-        were taken back, as those before a window are, and cannot be stored any more.
+        If `has_null`, a block id of 0 stands for a block that the engine has taken back, such as
+        one before a window. It cannot be stored any more, so a put begins behind the last of them.
         """
         first = min(self.stored_blocks, blocks)
         if has_null and 0 in (there := self.block_ids[first:blocks]):
@@ -223,7 +222,7 @@ class RequestTransfers:
 
 
 def share_of(by_tier: Mapping[str, int], part: int, whole: int) -> dict[str, int]:
-    """Return counts of blocks by tier, if a part of these blocks counts."""
+    """Return counts of blocks by tier, reduced to `part` of `whole` blocks and rounded up."""
     if part == whole:
         return dict(by_tier)
     return {tier: -(-count * part // whole) for tier, count in by_tier.items()}

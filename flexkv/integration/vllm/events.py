@@ -48,7 +48,7 @@ class _Facts(NamedTuple):
 class _Group(NamedTuple):
     """What events say about a KV group; one of its blocks covers `ratio` blocks of the chain.
 
-    Of several of FlexKV's groups that are one of vLLM's, only the last one is told of.
+    If one of vLLM's groups is several of FlexKV's, events report only the last of these.
     """
 
     number: int | None

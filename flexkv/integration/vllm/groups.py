@@ -9,26 +9,26 @@ kind of their cache, whatever the model's configuration says:
     ChunkedLocalAttention                                  the blocks of its last chunk
     Mamba, with mamba_cache_mode "align"                   the state at its end
 
-FlexKV's group 0, the prefix chain, is the full-attention group with the smallest blocks, or in a
-model without full attention the group with the longest window among the smallest blocks; the others
-follow in vLLM's order. A model of chunks alone has no chain: vLLM takes all chunks but a prompt's
+FlexKV's group 0, the prefix chain, is the full-attention group with the smallest blocks. In a model
+without full attention it is, of the windows with the smallest blocks, the longest. The others
+follow in vLLM's order. A model with only chunks has no chain: vLLM counts all chunks but a prompt's
 last one as computed, even if nothing has ever computed them. A group whose blocks are smaller than
 those of group 0 becomes several of FlexKV's groups: see `Source`. All groups overlay one
 allocation: a block id belongs to one group at a time.
 
-Some groups are left out, since vLLM does not cache prefixes of them either, and makes their content
-anew after each hit, its own or FlexKV's:
+Some groups are left out, since vLLM itself does not cache prefixes of them, and makes their content
+anew after each hit, whether the hit is its own or FlexKV's:
 
     CircularBuffer                       it holds the tokens of one compressed state that is not
                                          complete yet; there are none at the end of a hit
     SlidingWindowMLA, bounded_replay     vLLM computes the last window of each hit again for it
 
-That is known of these two kinds only. Another kind without prefixes may have a cache elsewhere, as
-HiSparse has, and is refused.
+This is known of these two kinds only. Another kind without prefixes is refused: it may keep its
+content somewhere else, as HiSparse does.
 
-Both sides of the connector must come to the same result. But of a group whose layers differ in
-shape, the scheduler's side has only the first layer's spec. The pages of the other layers are taken
-from the tensors' placement, as bytes of unknown meaning (*opaque* layers).
+Both sides of the connector must come to the same result. But if the layers of a group differ in
+shape, the scheduler's side has only the first layer's spec. The sizes of the other layers' pages
+follow from the placement of the tensors; the meaning of their bytes is unknown (*opaque* layers).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class EngineGroups:
         num_blocks: how many blocks the device has; 0 if it was not told.
         hash_tokens: the tokens of each of the engine's own hashes.
         mixes: whether what is loaded may continue what the device has.
-        engine_tokens: of a block of each of vLLM's groups; 0 for a group that is left out.
+        engine_tokens: the tokens of a block of each of vLLM's groups; 0 for one that is left out.
     """
 
     spans: tuple[Span, ...]
@@ -125,8 +125,8 @@ class EngineGroups:
     def fail_whole(self) -> bool:
         """Return whether a load that comes short has failed as a whole.
 
-        vLLM accepts single blocks that were not loaded only of an engine with one group, and where
-        a window ends before such a block, its own blocks are missing.
+        vLLM accepts a report of single blocks that were not loaded only if it has one group. And a
+        window that ends before such a block needs blocks that the load does not bring.
         """
         return len(self.engine_tokens) > 1 or self.shape(0).kind != "full"
 
@@ -231,8 +231,8 @@ def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
     order = [chain, *(number for number in served if number != chain)]
     sources = [source for each in order for source in sources_of(each, served[each], tokens)]
     if len(sources) > GROUPS_MAX:
-        why = f"FlexKV: at most {GROUPS_MAX} KV groups are served; a group whose blocks are smaller"
-        why += " than those of the prefix counts as many times as it is smaller"
+        why = f"FlexKV: must be at most {GROUPS_MAX}, where a group counts once for each of its"
+        why += " blocks in a block of the prefix"
         raise ConfigError("kv_cache_groups", len(sources), why)
     shapes = Shapes(kv_cache_config, vllm_config, served, chain)
     spans = [span for group, each in enumerate(sources) for span in shapes.spans(group, each)]
@@ -253,13 +253,13 @@ def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
 
 
 def _chain_of(told: Sequence[Any], served: Mapping[int, Any]) -> int:
-    """Return the group whose blocks are the prefix chain.
+    """Return vLLM's index of the group whose blocks are the prefix chain.
 
     Raises:
-        ConfigError: no group can be it, or one reaches back further than the chain.
+        ConfigError: no group can be the chain, or one reaches back further than the chain.
     """
     for wanted in ("full", "sliding_window"):
-        # A window of one token is that of the next one: it needs no blocks.
+        # A window of one token holds only the token being computed, so it needs no blocks.
         able = [
             number
             for number, spec in served.items()
@@ -270,20 +270,20 @@ def _chain_of(told: Sequence[Any], served: Mapping[int, Any]) -> int:
     else:
         names = ", ".join(type(spec).__name__ for spec in served.values())
         why = "FlexKV: a model with neither full attention nor a window is not served: prefixes "
-        why += "are found by their blocks"
+        why += "are found by the blocks of one of them"
         raise ConfigError("kv_cache_groups", names or "none", why)
     chain = min(able, key=lambda number: (served[number].block_size, -window_of(served[number])))
     for number, spec in served.items():
         if not _covers(served[chain], spec):
             first = told[chain].layer_names[0]
-            why = "without full attention, no layer may reach back further than those whose blocks "
-            why += f"are the prefix, such as {first}"
+            why = "without full attention, no layer may reach back further than the layers whose "
+            why += f"blocks are the prefix, such as {first}"
             raise refusal(told[number].layer_names[0], spec, why)
     return chain
 
 
 def _covers(chain: Any, spec: Any) -> bool:
-    """Return whether no hit needs blocks of a group before those that it needs of the chain."""
+    """Return whether a hit needs a group's blocks only where it needs those of the chain, too."""
     is_full = KINDS[type(chain).__name__] == "full"
     return is_full or window_of(chain) >= window_of(spec)
 
@@ -302,7 +302,7 @@ def _first_spec(group: Any) -> Any:
 
 
 def _is_left_out(spec: Any) -> bool:
-    """Return whether vLLM by itself makes the content of a group anew after each hit."""
+    """Return whether vLLM itself makes the content of a group anew after each hit."""
     name = type(spec).__name__
     if name not in LEFT_OUT or getattr(spec, "prefix_cacheable", True):
         return False
@@ -376,14 +376,14 @@ def _check_blocks(
     for number, spec in served.items():
         layer, size = told[number].layer_names[0], int(spec.block_size)
         if size % tokens and tokens % size:
-            why = f"its blocks have {size} tokens: they must be a multiple of those of the prefix,"
-            raise refusal(layer, spec, f"{why} which have {tokens}, or divide them")
+            why = f"its blocks have {size} tokens: must be a multiple or a divisor of {tokens}, the"
+            raise refusal(layer, spec, f"{why} tokens of a block of the prefix")
         is_chunked = KINDS[type(spec).__name__] == "chunked"
         if is_chunked and size < tokens and spec.attention_chunk_size % tokens:
-            why = f"its chunks have {spec.attention_chunk_size} tokens: they must be a multiple of"
-            raise refusal(layer, spec, f"{why} the blocks of the prefix, which have {tokens}")
+            why = f"its chunks have {spec.attention_chunk_size} tokens: must be a multiple of"
+            raise refusal(layer, spec, f"{why} {tokens}, the tokens of a block of the prefix")
     if alignment % hits:
-        why = f"FlexKV: must divide {alignment}: its hits end on multiples of that many tokens"
+        why = f"FlexKV: must divide {alignment}: FlexKV's hits end on multiples of that many tokens"
         raise ConfigError("cache_hit_alignment_tokens", hits, why)
 
 

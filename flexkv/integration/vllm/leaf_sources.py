@@ -30,7 +30,7 @@ class LeafSources:
         self._offers: dict[str, list[tuple[int, int, int]]] = {}
 
     def ids(self, ids: Sequence[Sequence[int]]) -> GroupIds:
-        """Return device blocks by FlexKV's groups, given them by vLLM's."""
+        """Return a request's device blocks by FlexKV's groups; `ids` has them by vLLM's."""
         return [source.of(ids) for source in self._engine.sources]
 
     def begin(self, state: RequestState) -> None:
@@ -80,7 +80,7 @@ class LeafSources:
         return (*windows, *states)
 
     def loaded(self, state: RequestState, blocks: int) -> None:
-        """Record that a request loads a prefix of this many blocks, behind those that it has."""
+        """Record the leaves that a request loads with a prefix of this many blocks."""
         local = state.transfers.local_blocks
         state.kept.update(
             (group, at)
@@ -93,9 +93,9 @@ class LeafSources:
     ) -> tuple[int, tuple[LeafBlocks, ...]]:
         """Return the last boundary of a request that is over, in blocks, and leaves to store.
 
-        These are what a prefix to the boundary needs, but for what the request has stored or loaded
-        before. They are none if the device has not kept them all, or the model has states: no state
-        is known at a boundary that vLLM does not offer.
+        The leaves are those that a prefix to the boundary needs and the device still has. There are
+        none if the device has lost one that the request has neither stored nor loaded before, or if
+        the model has states: vLLM offers no state at such a boundary.
 
         Args:
             state: the request.

@@ -109,7 +109,7 @@ def _dtype(config: Any) -> object:
 
 
 def _custom_dtype(config: Any) -> object:
-    """Return a dtype that a platform has registered; from vLLM 0.33 on it may have any name."""
+    """Return the dtype if a platform has registered it: from vLLM 0.33 on, any name can be one."""
     told = getattr(config.cache_config, "cache_dtype", "auto")
     module = sys.modules[type(config.cache_config).__module__]
     handler_of = getattr(module, "get_kv_cache_dtype_handler", None)

@@ -27,8 +27,7 @@ class RequestState:
         self.ends: tuple[int, ...] = ()
         """The boundaries, in blocks, whose leaves it stores when a step reaches them."""
         self.kept: set[tuple[int, int]] = set()
-        """Group and position of leaves that it has stored or loaded, which are likely to be there
-        still."""
+        """Group and position of the leaves that it has stored or loaded: most are there still."""
 
 
 class RequestStates:

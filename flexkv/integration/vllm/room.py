@@ -1,16 +1,17 @@
 """Which prompts may load at the same time, so that each of them can go on to its end.
 
-vLLM takes no blocks from a prompt that loads or has loaded and is not running yet. If several such
-prompts hold blocks, none gets the rest it needs, and nothing runs, vLLM stands still for ever. So
-it admits a load only if it leaves the blocks that earlier ones still need. But it counts too few of
-them where layers give blocks back (sliding windows, chunks), and with priorities a later load may
-come before those earlier ones. Versions before that rule admit any load.
+vLLM takes no blocks back from a prompt that loads, or has loaded and is not running yet. If several
+such prompts hold blocks, none gets the rest that it needs, and nothing runs, vLLM stands still for
+ever. Therefore it admits a load only if the load leaves the blocks that earlier ones still need.
+But it counts too few of them if layers give blocks back (sliding windows, chunks), and with
+priorities a later load may overtake the earlier ones. Older versions lack this rule and admit any
+load.
 
-The law here needs neither the free blocks nor an order: **all prompts that load, or are not
-computed yet, fit into the device together**, each with what it needs up to its end. Whatever else
-holds blocks runs, so it ends or is preempted. A load that would break the law waits, and so does
-every prompt behind it, as in vLLM's own queue. If for `WAIT_S` nothing moves, the prompt is
-computed: then it holds blocks only while it runs.
+The law here depends neither on the free blocks nor on an order: **all prompts that load, or are
+being computed, fit into the device together**, each with what it needs up to its end. Any other
+request that holds blocks is running, so it ends or is preempted. A load that would break the law
+waits, and so does every prompt behind it that might load, as in vLLM's own queue. If nothing moves
+for `WAIT_S`, the prompt is computed: then it holds blocks only while it runs.
 
     new ──match──▶ fits? ──yes──▶ loads ──▶ is computed ──▶ leaves
                     └─no─▶ asked again in the next step … computed
@@ -27,17 +28,17 @@ from flexkv.observe.logs import get_logger
 log = get_logger(__name__)
 
 WAIT_S = 5.0
-"""After this time in which no prompt has begun, gone on or ended, loads wait no longer."""
+"""If no prompt has begun, gone on or ended for this long, loads wait no longer."""
 
 
 class Pool(NamedTuple):
     """The blocks of an engine's device.
 
     Attributes:
-        blocks: how many a prompt can get.
-        groups: of each KV group, the tokens of a block, and how many blocks the engine lets one
-            request hold at most.
-        more_tokens: for how many tokens beyond its own a request needs blocks: drafts.
+        blocks: how many blocks a prompt can get at most.
+        groups: for each KV group, the tokens of a block, and how many blocks one request can hold
+            at most.
+        more_tokens: how many tokens beyond its own a request needs blocks for, because of drafts.
     """
 
     blocks: int
@@ -76,12 +77,12 @@ class Room:
         return len(self._needs)
 
     def fits(self, tokens: int) -> bool:
-        """Return whether a prompt of this many tokens can load now; the first always can."""
+        """Return whether a prompt of this many tokens can load now; alone, any prompt can."""
         others = sum(self._needs.values())
         return not others or others + self._pool.needed(tokens) <= self._pool.blocks
 
     def may_wait(self) -> bool:
-        """Return whether a load that does not fit may wait; then the room is full for this step."""
+        """Return whether a load that does not fit may wait; if so, this step's room is full."""
         self.is_full = self._now_s() < self._moved_s + WAIT_S
         if not self._is_told:
             self._is_told = True
@@ -93,7 +94,7 @@ class Room:
         return self.is_full
 
     def enter(self, request_id: str, tokens: int) -> None:
-        """Record that a prompt of this many tokens gets blocks, and is not computed yet."""
+        """Record that a prompt of this many tokens gets blocks before it is computed."""
         self._needs[request_id] = self._pool.needed(tokens)
         self._moved_s = self._now_s()
 
@@ -104,10 +105,10 @@ class Room:
             self.leave(request_id)
 
     def leave(self, request_id: str) -> None:
-        """Record that a prompt is computed, or holds no blocks any more."""
+        """Record that a prompt has been computed, or holds no blocks any more."""
         if self._needs.pop(request_id, None) is not None:
             self._moved_s = self._now_s()
 
     def step_is_made(self) -> None:
-        """Record that a step is scheduled: in the next one there may be room."""
+        """Record that a step has been scheduled: there may be room in the next one."""
         self.is_full = False

@@ -15,10 +15,10 @@ Hazards, and how they are met:
 - A load comes short: the rest of its blocks are reported as failed, or with several KV groups the
   request is, and it loads nothing any more (otherwise vLLM would ask, get the same offer, and loop
   for ever).
-- With several KV groups, blocks outside a window are given away by the very next step: see
-  `leaf_sources.py`. So they are where the prefix chain itself has a window: a put reads the blocks
-  that vLLM has for the request in the step, and those that are gone are not stored.
-- Prompts that load hold blocks and cannot be preempted; too many of them would stop vLLM for ever:
+- Blocks before a window are given away by the very next step. For leaves see `leaf_sources.py`. If
+  the prefix chain itself has a window, a put reads the blocks that vLLM has for the request in the
+  step, and those that are gone are not stored.
+- Prompts that load hold blocks and cannot be preempted. Too many of them would stop vLLM for ever:
   see `room.py`.
 - The server dies: everything under way is reported as failed, after each worker has made sure that
   no copy is left.
@@ -114,9 +114,10 @@ class SchedulerSide:
     def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Return how many tokens after the computed ones can be loaded, and whether that is slow.
 
-        The number is None if the server has not answered yet, or the device has no room for one
-        more load: vLLM asks again. If too many matches are under way for one more, a prompt is put
-        off once in its life, then computed: vLLM serves younger prompts before one that is put off.
+        The number is None if the server has not answered yet, or if the device has no room for one
+        more load: then vLLM asks again. If too many matches are under way for one more, a prompt is
+        put off once, and computed the next time: vLLM serves younger prompts before one that is put
+        off.
 
         Args:
             request: vLLM's request.
@@ -129,7 +130,7 @@ class SchedulerSide:
         if not (blocks := self._wanted(state, computed)):
             matches.release(transfers)
             return 0, False
-        if room is not None and room.is_full:  # as if vLLM had stopped at the prompt before
+        if room is not None and room.is_full:  # no prompt that may load overtakes one that waits
             self._counts.count("late_loads")
             return None, False
         found = self._found(state, blocks, computed)
@@ -221,7 +222,7 @@ class SchedulerSide:
             self._leaves.loaded(state, last)
 
     def _by_group(self, ids: Any) -> GroupIds:
-        """Return device blocks by FlexKV's KV groups, given them by vLLM's."""
+        """Return a request's device blocks by FlexKV's KV groups; `ids` has them by vLLM's."""
         return [ids[self._chain]] if self._leaves is None else self._leaves.ids(ids)
 
     # -- puts, and each step --------------------------------------------------------------------
@@ -317,7 +318,7 @@ class SchedulerSide:
         # Drafts may be rejected.
         after -= len(output.scheduled_spec_decode_tokens.get(request_id, ()))
         blocks = min(after, len(request.all_token_ids)) // self._per_block
-        if not self._groups.chain_is_full:  # it has given blocks before its window back
+        if not self._groups.chain_is_full:  # blocks before its window may be given back by now
             ids = self._block_state.get_block_ids(request_id)
             state.transfers.block_ids = list(ids[self._chain])
         leaves: tuple[LeafBlocks, ...] = ()

@@ -41,7 +41,7 @@ class Setup(NamedTuple):
     groups: EngineGroups | None = None
     """The KV groups; None if they are unknown, and then there is one of all layers."""
     pool: Pool | None = None
-    """The device's blocks; None if vLLM itself sees to it that loads leave each other enough."""
+    """The device's blocks; None if vLLM itself keeps loads from taking too many of them."""
 
     @property
     def cache(self) -> CacheConfig:
@@ -86,11 +86,11 @@ def setup_of(vllm_config: Any, computation: str = "", kv_cache_config: Any = Non
 
 
 def _pool(vllm_config: Any, kv_cache_config: Any) -> Pool | None:
-    """Return the blocks of the device, unless vLLM itself sees to it that loads leave enough.
+    """Return the blocks of the device; None if vLLM itself keeps loads from taking too many.
 
-    It does, from the version on that counts what prompts under way still need, unless a KV group
-    gives blocks back (it counts too few of such a group), or loads are served in another order than
-    they were admitted in and it admits more than fits.
+    It does so if this version counts the blocks that prompts under way still need. But it counts
+    too few if a KV group gives blocks back. And its count does not help if priorities may change
+    the order of prompts while it admits prompts that do not fit whole.
     """
     from vllm.v1.core.sched.scheduler import Scheduler
 

@@ -17,7 +17,7 @@ KINDS = {
     "MambaSpec": "state",
 }
 """FlexKV's kind of each of vLLM's specs that is served. A class that is derived from one of them
-may keep something else, so only these very classes count."""
+may keep something else, so it is not served unless it is listed itself."""
 
 
 class Span(NamedTuple):
@@ -33,10 +33,11 @@ class Span(NamedTuple):
 class Source(NamedTuple):
     """Where the blocks of one of FlexKV's groups are among those of one of vLLM's.
 
-    They are every `step`-th block, from the `first` on. Usually they are all of them. But where
-    the blocks of a group are smaller than those of the chain, several of them are in a block of the
-    chain. Then the first of each, the second of each, and so on are a group of their own: so each
-    has its own device block, and a prefix needs just those that the engine keeps.
+    They are every `step`-th block from number `first` on. Usually these are all blocks. But if the
+    blocks of vLLM's group are smaller than those of the chain, a block of the chain covers `step`
+    of them. Then all that are the first in their block of the chain form one group, all that are
+    the second form another, and so on. So each has its own device block, and a prefix needs exactly
+    those that the engine keeps.
     """
 
     engine_id: int
@@ -44,7 +45,7 @@ class Source(NamedTuple):
     step: int = 1
 
     def of(self, ids: Sequence[Sequence[int]]) -> Sequence[int]:
-        """Return the group's device blocks, of a request's blocks by vLLM's groups."""
+        """Return the group's device blocks; `ids` has those of a request, by vLLM's groups."""
         blocks = ids[self.engine_id]
         return blocks if self.step == 1 else blocks[self.first :: self.step]
 
@@ -52,7 +53,7 @@ class Source(NamedTuple):
 def sources_of(engine_id: int, spec: Any, chain_tokens: int) -> Iterator[Source]:
     """Yield the groups of FlexKV that one of vLLM's groups becomes.
 
-    Parts of the chain's block that no prefix needs are left out.
+    Groups whose blocks no prefix needs are left out.
     """
     step = max(1, chain_tokens // int(spec.block_size))
     sources = [Source(engine_id, first, step) for first in range(step)]
@@ -66,7 +67,7 @@ def sources_of(engine_id: int, spec: Any, chain_tokens: int) -> Iterator[Source]
 
 
 def refusal(layer: str, spec: Any, why: str) -> ConfigError:
-    """Return the error that a layer is not served."""
+    """Return the error which says that a layer is not served, and why."""
     told = f"FlexKV does not serve the layer {layer}: {why}"
     return ConfigError("kv_cache_spec", type(spec).__name__, told)
 
@@ -87,7 +88,7 @@ class Shapes:
     def __init__(
         self, config: Any, vllm_config: Any, served: Mapping[int, Any], chain: int
     ) -> None:
-        """Take vLLM's configuration, the specs of the groups that are served, and group 0's."""
+        """Take vLLM's configurations, the specs of the groups that are served, and the chain."""
         self._config, self._served = config, served
         self._per_block = int(served[chain].block_size)
         self._ranks = int(vllm_config.parallel_config.tensor_parallel_size)
@@ -97,7 +98,7 @@ class Shapes:
         """Yield the layers of one of FlexKV's groups.
 
         Raises:
-            ConfigError: the pages of a layer cannot be told.
+            ConfigError: the size or the meaning of a layer's pages is unknown.
         """
         number = source.engine_id
         told, first = self._config.kv_cache_groups[number], self._served[number]
@@ -119,8 +120,8 @@ class Shapes:
     def _pages(self, told: Any) -> list[tuple[tuple[str, ...], int]]:
         """Return the layers of a group by shape, each with the bytes of a page.
 
-        It is 0 for the first shape, whose spec is known. Layers that share the cache of another one
-        have no place, and are left out.
+        The bytes are 0 for the first shape, whose spec is known. Layers that share the cache of
+        another one have no place, and are left out.
         """
         names = set(told.layer_names)
         placed = [
@@ -149,7 +150,7 @@ class Shapes:
     def _parts(self, spec: Any, are_alike: bool) -> int:
         """Return into how many different parts the ranks divide the layers of a group.
 
-        Each rank has a part of its own unless all layers of the group are known to share theirs.
+        Each rank has a part of its own, unless several ranks are known to have the same bytes.
         """
         if KINDS[type(spec).__name__] == "state":
             return 1 if getattr(spec, "tp_replicated", False) else self._ranks
@@ -184,7 +185,7 @@ def _shape(common: dict[str, Any], spec: Any, parts: int) -> LayerGroup:
 
 
 def _state(spec: Any) -> str:
-    """Return what tells a state from others of as many bytes; nothing for other kinds."""
+    """Return what distinguishes a state from others of as many bytes; "" for other kinds."""
     if KINDS[type(spec).__name__] != "state":
         return ""
     kind = getattr(spec.mamba_type, "name", spec.mamba_type)
@@ -194,7 +195,7 @@ def _state(spec: Any) -> str:
 def _opaque(
     common: dict[str, Any], spec: Any, parts: int, layer: str, page_bytes: int
 ) -> LayerGroup:
-    """Return the shape of layers of which only the bytes of a page are known."""
+    """Return the shape of layers of which only the number of bytes in a page is known."""
     tokens = int(spec.block_size)
     if page_bytes % tokens:
         why = f"its pages of {page_bytes} bytes are no multiple of their {tokens} tokens"
@@ -204,15 +205,16 @@ def _opaque(
 
 
 def _heads_of(spec: Any) -> int:
-    """Return the heads of one rank, as they are packed."""
+    """Return the number of heads that one rank stores."""
     return int(getattr(spec, "num_heads", None) or spec.num_kv_heads)
 
 
 def window_of(spec: Any, source: Source | None = None) -> int:
     """Return the tokens of a window or chunk, with those that vLLM keeps beyond a window.
 
-    A window reaches a part of the chain's block if it reaches the part's last token. FlexKV asks
-    for the block's last token, so the window of such a source is shorter by what lies between.
+    If a block of the chain covers several of the group's, a window needs one of these if it reaches
+    its last token. FlexKV asks whether it reaches the last token of the chain's block instead, so
+    the window of such a source is shorter by the tokens between the two.
     """
     match KINDS[type(spec).__name__]:
         case "sliding_window":

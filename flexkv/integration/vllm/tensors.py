@@ -1,13 +1,13 @@
 """The KV tensors that a worker lends, with vLLM's blocks on an axis of their own.
 
-An attention backend may want smaller blocks than vLLM's: *kernel blocks*. vLLM makes the tensors of
-such layers of kernel blocks then, equally many in a row for each of its own:
+An attention backend may need smaller blocks than vLLM's: *kernel blocks*. The tensors of such
+layers then count kernel blocks; the same number of them in a row makes each of vLLM's blocks:
 
     kernel blocks of a tensor    0   1   2   3   4   5   6   7 …
     vLLM's blocks               └──── 0 ────┘   └──── 1 ────┘
 
-Such a tensor is viewed as one of [blocks, splits, …]. It is read by the tokens of its blocks, and
-by their number where vLLM tells it.
+Such a tensor is viewed as [blocks, splits, …]. How many splits there are follows from the tokens of
+its blocks, and from their number if vLLM reports it.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ def tensors_of(
 ) -> Mapping[str, Any]:
     """Return the KV tensors of the layers that are transferred, in the order of the model's layers.
 
-    Layers that share the cache of another layer have none of their own. Opaque layers become
+    Layers that share the cache of another layer have no tensor of their own. Opaque layers become
     int8[blocks, 1, tokens, bytes], with splits behind the blocks if they have any. A layer in
-    several of FlexKV's groups is there several times: from the second one on, the group is behind
-    its name.
+    several of FlexKV's groups occurs several times: from the second time on, the number of the
+    group follows its name.
 
     Args:
         kv_caches: the engine's tensors, by layer.
-        model: what FlexKV takes the model for.
-        tokens_per_block: the tokens of one of vLLM's blocks of group 0.
-        groups: the KV groups; None if vLLM does not tell them.
+        model: FlexKV's configuration of the model.
+        tokens_per_block: the tokens of a block of group 0.
+        groups: the KV groups; None if vLLM does not report them.
 
     Raises:
-        ConfigError: a layer has no tensor, or one whose blocks are not vLLM's.
+        ConfigError: a layer has no tensor, or its tensor does not have vLLM's blocks.
     """
     num_blocks = 0 if groups is None else groups.num_blocks
     layers = [(name, 0, False) for name in kv_caches]
@@ -60,7 +60,7 @@ def tensors_of(
     for number, (name, group, is_opaque) in enumerate(layers):
         if (tensor := kv_caches.get(name)) is None:
             raise ConfigError("kv_caches", sorted(kv_caches), f"must have layer {name}")
-        if (block := blocks.get(number)) is None:  # the number of layers is judged as a whole
+        if (block := blocks.get(number)) is None:  # the number of layers is checked later
             return kv_caches
         view = _bytes_of if is_opaque else _by_blocks
         place = f"{name}, group {group}" if name in found else name
@@ -69,13 +69,13 @@ def tensors_of(
 
 
 def _by_blocks(tensor: Any, block: KVShape, num_blocks: int, field: str) -> Any:
-    """Return a view of a tensor that has an axis of vLLM's blocks."""
+    """Return a view of a tensor in which one axis counts vLLM's blocks."""
     shape = tuple(getattr(tensor, "shape", ()))
     found = divisions(shape, block, num_blocks)
     if not found and divisions(shape, block):
         raise _refusal(field, shape, num_blocks)
     splits = {each.splits for each in found}
-    if len(found) > 1 or splits <= {1}:  # what is unknown or ambiguous is refused with the shapes
+    if len(found) > 1 or splits <= {1}:  # unknown and ambiguous shapes are refused later
         return tensor
     ((axis, count),) = found
     return tensor.unflatten(axis, (-1, count))
@@ -84,7 +84,8 @@ def _by_blocks(tensor: Any, block: KVShape, num_blocks: int, field: str) -> Any:
 def _bytes_of(tensor: Any, block: KVShape, num_blocks: int, field: str) -> Any:
     """Return the blocks of an opaque layer as bytes.
 
-    Where heads come before tokens, the strides say "dim tokens": such bytes are no others' bytes.
+    The meaning of the bytes is unknown. But if heads come before tokens, the strides say so (the
+    order is "dim tokens"): such blocks are not shared with those that have tokens first.
     """
     import torch
 
@@ -112,5 +113,5 @@ def _has_tokens_first(tensor: Any) -> bool:
 
 
 def _refusal(field: str, shape: tuple[int, ...], num_blocks: int) -> ConfigError:
-    why = f"must have the {num_blocks} blocks of vLLM, or be divided into kernel blocks, equally "
-    return ConfigError(field, shape, f"FlexKV: {why}many for each; states are not divided")
+    why = f"must have the {num_blocks} blocks of vLLM, or the same number of kernel blocks for each"
+    return ConfigError(field, shape, f"FlexKV: {why} of them; states cannot be divided")
