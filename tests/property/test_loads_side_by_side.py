@@ -1,7 +1,8 @@
 """Prompts that load beside others, against an engine that takes any load for which it has blocks.
 
-The engine is worse than any version of vLLM: it keeps nothing back for loads that it has taken, and
-tries prompts in any order. Like vLLM, it takes no blocks from a prompt that loads or has loaded.
+The engine is worse than any version of vLLM: it reserves nothing for loads that it has taken, and
+tries prompts in any order. Like vLLM, it takes no blocks back from a prompt that loads or has
+loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Blocks that engines divide for their attention kernels: who finds them, and who may not."""
+"""Blocks that engines divide for their attention kernels: which devices find them."""
 
 from __future__ import annotations
 

@@ -49,14 +49,14 @@ def read_blocks(rig: GroupRig) -> int:
 
 
 async def until(is_so: Callable[[], bool]) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     async with asyncio.timeout(PATIENCE_S):
         while not is_so():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
 async def test_gets_at_once_bring_the_whole_prefix_and_read_it_once(tmp_path: Path) -> None:
-    """Three gets of one prompt at once all bring all of it, and each block is read once."""
+    """Three gets of one prompt at the same time each bring all of it; each block is read once."""
     async with KVManager(MODEL, cache_config(tmp_path)) as manager:
         rig = GroupRig(manager)
         wanted = await on_ssd(rig)
@@ -103,7 +103,7 @@ async def test_a_get_joins_a_put(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("group", GROUPS)
 async def test_gets_that_join_a_failing_one_are_planned_anew(tmp_path: Path, group: int) -> None:
-    """If a block of any group is damaged, the get that reads it fails; the other is shorter."""
+    """If a block of any group is corrupt, the get that reads it fails; the other is shorter."""
     async with KVManager(MODEL, cache_config(tmp_path)) as manager:
         rig = GroupRig(manager)
         await corrupt(rig, tmp_path, group)
@@ -168,7 +168,7 @@ async def begun(rig: GroupRig, *all_places: list[Ids]) -> list[asyncio.Future[KV
 
 
 async def test_a_slow_disk_is_read_once(tmp_path: Path) -> None:
-    """While a disk does not answer, nobody gets anything; then all get all, which is read once."""
+    """While a disk does not answer, gets wait; then each brings all, and no block is read twice."""
     with mounted_disk(tmp_path) as disk:
         async with KVManager(MODEL, cache_config(disk.mounted)) as manager:
             rig = GroupRig(manager)
@@ -188,7 +188,7 @@ async def test_a_slow_disk_is_read_once(tmp_path: Path) -> None:
 
 
 async def test_gets_that_wait_for_a_disk_that_hangs_end_in_time(tmp_path: Path) -> None:
-    """At the deadline all of them end without a block; later ones come when the disk answers."""
+    """At the deadline all gets end without a block; once the disk answers, gets succeed again."""
     with mounted_disk(tmp_path) as disk:
         async with KVManager(MODEL, cache_config(disk.mounted, io_deadline_s=0.3)) as manager:
             rig = GroupRig(manager)

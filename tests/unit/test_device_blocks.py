@@ -39,7 +39,7 @@ def test_blocks_of_before_a_reset_are_old_until_they_are_written_behind_new_ones
 
 
 def test_a_null_block_is_never_old() -> None:
-    """It stands for blocks that are gone; whether later ones are old, those between have told."""
+    """Null blocks do not make later blocks old: only the real blocks before them count."""
     blocks = DeviceBlocks(has_null=True)
     blocks.reset()
     assert not blocks.are_old([0, 0])

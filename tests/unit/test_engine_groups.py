@@ -191,10 +191,10 @@ def test_a_plain_model_has_no_leaves() -> None:
 
 
 def test_a_load_of_a_window_alone_moves_its_last_window() -> None:
-    """Without full attention a request has no blocks before the window that the hit ends with."""
+    """Without full attention a request has no blocks before the last window of the hit."""
     full, alone = groups_of(), KVGroups(spaces_of(chain=(WINDOW, 10)), 4)
     assert [full.first_to_load(9, local) for local in (0, 3)] == [0, 3]
-    # The last of 36 tokens is followed by one whose window has the tokens from 27 on.
+    # After 36 tokens, the window of the next one begins at token 27.
     assert [alone.first_to_load(9, local) for local in (0, 3, 8)] == [6, 6, 8]
     assert alone.first_to_load(2, 0) == 0
     assert (full.fail_whole, alone.fail_whole) == (False, True)

@@ -121,13 +121,13 @@ def test_a_load_into_a_null_block_fails_and_sends_nothing(ids: Any) -> None:
 
 
 def alone() -> Rig:
-    """Return the transfers of an engine whose chain is a window of two blocks and a token."""
+    """Return the transfers of an engine whose chain has a window of two blocks and one token."""
     return Rig(groups=KVGroups(spaces_of(chain=(WINDOW, 9)), 4))
 
 
 @pytest.mark.parametrize("local", [0, 2, 4])
 def test_a_load_of_a_window_alone_moves_no_null_block(local: int) -> None:
-    """It moves the last window's blocks, and after it nothing of the prefix needs a put."""
+    """It moves the blocks of the last window; then no block of the prefix needs a put."""
     rig, request, first = alone(), request_with(), max(local, 3)
     request.local_blocks = local
     rig.load_groups(request, [[0, 0, 0, 4, 5]], 5)
@@ -137,7 +137,7 @@ def test_a_load_of_a_window_alone_moves_no_null_block(local: int) -> None:
 
 
 def test_a_load_of_a_window_alone_that_comes_short_has_failed_whole() -> None:
-    """The window before the first missing block is not loaded, so nothing is worth anything."""
+    """A shorter prefix would need another window, which is not loaded, so nothing can be used."""
     rig, request = alone(), request_with()
     rig.load_groups(request, [[0, 0, 0, 4, 5]], 5)
     step = rig.step(Done(1, "success", 1))
@@ -145,7 +145,7 @@ def test_a_load_of_a_window_alone_that_comes_short_has_failed_whole() -> None:
 
 
 def test_a_put_of_a_window_alone_reads_no_null_block() -> None:
-    """It begins behind the blocks that are gone; if it stores nothing, nothing is tried again."""
+    """It begins behind the blocks that are gone; if it stores nothing, it is not tried again."""
     rig, request = alone(), request_with(0, 0, 3, 4)
     number = rig.put(request, 3)
     assert rig.client.begun == [("put", 2, [3], 3, 5)]

@@ -121,7 +121,7 @@ def test_a_load_joins_a_put() -> None:
 
 @pytest.mark.parametrize("group", [0, WINDOW, STATE, PAIR])
 def test_what_hangs_is_not_waited_for(group: int) -> None:
-    """An op that must not be waited for shortens the prefix, in whatever group it fills a block.
+    """An op that must not be waited for shortens the prefix, whichever group its block is of.
 
     Its blocks are not read again, as they have their host places already.
     """
@@ -148,7 +148,7 @@ def test_what_hangs_is_not_waited_for(group: int) -> None:
 
 
 def test_a_group_waits_for_no_more_ops_than_a_leg_has_chunks() -> None:
-    """With more ops to wait for, the longest prefix is loaded that needs no more of them."""
+    """If there are more ops to wait for, the longest prefix that waits for few enough is loaded."""
     blocks = 2 * CHUNKS_MAX + 8
     tiers, numbers = index(host=300, disk=1), list(range(blocks))
     made = request(Operation.GET, *numbers)
@@ -231,7 +231,7 @@ def test_a_load_without_room_for_what_is_not_joined_is_shorter() -> None:
 
 
 def test_a_plan_that_joins_can_be_explained() -> None:
-    """`explain` reads the index only, and does not stumble over blocks that are being filled."""
+    """`explain` only reads the index, and works while blocks are being filled."""
     tiers = index()
     fill(tiers, Tier.DISK, EVERY)
     planner = Planner(tiers, LIMITS, rules=RULES)

@@ -1,4 +1,4 @@
-"""Puts of models with several KV groups for whose leaves host memory has too little room."""
+"""Puts of models with several KV groups when host memory has too little room for their leaves."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def fill(tiers: Residency, group: int, at: list[int], tier: Tier = Tier.HOST) ->
 
 
 def put(tiers: Residency, leaves: dict[int, list[int]]) -> Planned:
-    """Plan and perform a put of leaves alone, and check that no more is left than before."""
+    """Plan and perform a put of leaves alone; check that no reservation or pin is left over."""
     span = request(Operation.PUT, *BLOCKS).span._replace(first_block=8, first_token=8)
     made = structs.replace(
         request(Operation.PUT, *BLOCKS), span=span, device_ids=np.zeros(0, np.int64),
@@ -79,7 +79,7 @@ def put(tiers: Residency, leaves: dict[int, list[int]]) -> Planned:
 def test_whole_ends_are_stored_from_the_last_one_backwards(
     room: int, stored: dict[int, list[int]], found: list[int]
 ) -> None:
-    """Of leaves without room for all, those are stored that the last prefixes need, and no part."""
+    """If there is no room for all leaves, only those of the last whole prefixes are stored."""
     tiers = tiers_of(room)
     planned = put(tiers, EVERY)
     assert moved(planned, STORE) == stored
@@ -126,7 +126,7 @@ def test_leaves_take_the_host_places_of_a_chain_that_is_on_ssd(disk: int) -> Non
 
 
 def test_a_chain_that_only_host_memory_has_keeps_its_places() -> None:
-    """Leaves never push out what they hang on."""
+    """Leaves never evict their parents from the index."""
     tiers = tiers_of(0, disk=30)
     assert moved(put(tiers, {WINDOW: [6, 7], STATE: [7]}), STORE) == {}
     assert tiers.group_blocks(Tier.HOST) == [8, 0, 0]

@@ -247,7 +247,7 @@ def test_blocks_behind_a_hit_must_be_there_for_a_draft_model() -> None:
 
 @pytest.mark.parametrize("operation", [Operation.GET, Operation.PREFETCH])
 def test_far_tiers_are_not_asked_for_a_model_with_leaves(operation: Operation) -> None:
-    """What others are said to hold lengthens no prefix: they have no leaves of it."""
+    """Blocks that others are said to hold do not lengthen a prefix: others store no leaves."""
     far = FakeFar()
     far.hold(block_keys(KEYS))
     tiers = index()

@@ -146,7 +146,7 @@ def filling(index: Residency, op_id: int, positions: Any, group: int = 0) -> Non
 
 
 def test_what_an_op_fills_counts_unless_it_must_not_be_waited_for() -> None:
-    """Blocks of the chain and leaves that host memory is being filled with are reported so."""
+    """Blocks of the chain and leaves that are on their way to host memory are reported so."""
     rules = rule(1, STATE), rule(2, WINDOW, 9)
     index = tiers_of(*rules, host=range(10))
     put(index, [9], 1, keys=LONG)

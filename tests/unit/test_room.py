@@ -32,7 +32,7 @@ def room() -> Room:
     [(1, 0, 2), (4, 0, 2), (5, 0, 3), (8, 0, 3), (9, 0, 5), (40, 0, 12), (400, 0, 12), (8, 1, 5)],
 )
 def test_what_a_request_needs(tokens: int, more: int, blocks: int) -> None:
-    """It needs whole blocks of every group, and of each no more than the engine lets it hold."""
+    """It needs whole blocks of every group, but in each no more than a request can hold."""
     assert POOL._replace(more_tokens=more).needed(tokens) == blocks
 
 
@@ -62,7 +62,7 @@ def test_a_prompt_counts_until_it_is_computed(room: Room) -> None:
 
 @pytest.mark.parametrize("moves", ["enter", "runs", "leave"])
 def test_loads_wait_while_others_move(room: Room, moves: str) -> None:
-    """They wait as long as some prompt begins, goes on or ends from time to time."""
+    """They wait as long as some prompt begins, goes on or ends within each `WAIT_S`."""
     clock = room._now_s
     assert isinstance(clock, Clock)
     room.enter("a", 40)

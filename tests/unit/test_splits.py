@@ -101,7 +101,7 @@ def host_block(layout: PagedLayout, block: int) -> bytes:
 
 
 def every_division(shape: KVShape, counts: tuple[int, ...]) -> Iterator[tuple[Divided, str]]:
-    """Yield caches of all forms, with their axes in memory in any order, and their order's text."""
+    """Yield caches of all forms, with their axes in memory in any order; and the order as text."""
     for form in FORMS:
         for stored in permutations(form):
             for splits in counts:
@@ -149,7 +149,7 @@ def test_equal_orders_are_equal_bytes_and_the_reverse() -> None:
 def test_an_order_tells_splits_only_where_they_matter(
     form: tuple[str, ...], splits: int, order: str
 ) -> None:
-    """Splits that tokens follow at once, or of one token each, are as good as none."""
+    """Splits that come directly before tokens, or have one token each, do not change the order."""
     shape = KVShape(8, 3, 4, 2, item_bytes=2)
     assert Divided(form, splits, shape).layout(shape).order == order
 
@@ -282,7 +282,7 @@ async def test_a_block_may_be_thousands_of_pieces(mode: str) -> None:
 def test_the_choice_of_copies_is_measured_with_many_pieces(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    """With more pieces than a measurement's limit of chunks, it is made with two blocks."""
+    """If a block has more pieces than a measurement's limit of chunks, two blocks are measured."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shape = KVShape(14, 3, 16, 2, item_bytes=2)
     caches = apart(7, 3, shape, 2)
@@ -302,7 +302,7 @@ def test_the_choice_of_copies_is_measured_with_many_pieces(
 
 
 def test_a_tensor_tells_how_blocks_are_divided() -> None:
-    """The tokens of a tensor's blocks say how many make one; the number of blocks confirms it."""
+    """The tokens of a tensor's blocks tell how many make one; the number of blocks must agree."""
     shape = KVShape(784, 2, 64, 2, item_bytes=2)
     for form, axis in [(FORMS[0], 1), (FORMS[2], 0), (FORMS[4], 0), (FORMS[5], 0), (FORMS[6], 0)]:
         for splits in (1, 2, 7, 49, 784):

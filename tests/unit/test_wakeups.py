@@ -1,4 +1,4 @@
-"""A thread that asks to run soon after it wakes gets what it may have, and no other thread does."""
+"""A thread that asks to run soon after it wakes gets what is allowed; no other thread does."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def in_thread(work: Callable[[], Any]) -> Any:
 
 
 def as_user(user: int) -> tuple[dict[str, str], list[int]]:
-    """Return what `wake_promptly` does in a process of a user, with a usual nice value.
+    """Return the effect of `wake_promptly` in an ordinary user's process with nice value 0.
 
     That is what it returns, then the nice value and slice after it, and those of another thread.
     """
@@ -110,7 +110,7 @@ def test_with_privileges_the_nice_value_is_negative_too() -> None:
 def test_a_chosen_nice_value_and_a_chosen_policy_are_kept(
     autogroup: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What somebody has chosen for the process is not overruled, and its session neither."""
+    """A nice value or policy that somebody has chosen stays, and so does the session's."""
     monkeypatch.setattr(os, "getsid", lambda _: os.getpid())
 
     def nice() -> tuple[dict[str, str], int, int]:

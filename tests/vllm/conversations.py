@@ -54,8 +54,8 @@ class Conversations:
 class Recitals(Conversations):
     """Conversations whose prompts each end with a word that was said exactly once before.
 
-    A model that recites answers with the words that followed it there. None of them is said twice,
-    so that it cannot be in doubt.
+    A model that recites answers with the words that followed it there. Each of these was said only
+    once, so the answer is certain.
     """
 
     def _said(self, count: int, before: list[int]) -> list[int]:

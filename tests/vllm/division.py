@@ -10,10 +10,10 @@ DIVIDED: list[str] = []
 
 
 def divide(tokens: int) -> None:
-    """Make the attention backend of this process want blocks of so many tokens.
+    """Make the attention backend of this process need kernel blocks of this many tokens.
 
-    The runner of vLLM's CPU would zero the kernel blocks of the numbers of new blocks, beside
-    states; it is made to zero these blocks.
+    In models with states, vLLM's runner for the CPU zeroes new blocks, but takes their ids for
+    those of kernel blocks. It is made to zero the right ones.
     """
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
     from vllm.v1.kv_cache_interface import FullAttentionSpec

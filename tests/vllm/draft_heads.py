@@ -1,10 +1,10 @@
 """A small model that recites, and heads that are trained in seconds to draft what it says next.
 
-The model looks for an earlier occurrence of the last token, and answers what followed it there. Two
-layers of attention do that, whose weights are set by hand. So each answer depends on the KV of a
-few positions far back. The heads begin with random weights, and learn the same from the model's
-hidden states: at position t a head sees the token of t + 1 and the model's hidden state of t, which
-tells the token of t. One layer of attention is enough, and its own KV is all that it can look at.
+The model looks for an earlier occurrence of the last token, and answers with what followed it
+there. Two layers of attention do that; their weights are set by hand. So each answer depends on the
+KV of a few positions far back. The heads begin with random weights, and learn the same from the
+model's hidden states: at position t a head sees token t + 1 and the model's hidden state of
+position t, which encodes token t. One layer of attention is enough; it sees nothing but its own KV.
 
 The same model is written as a Llama, for EAGLE and EAGLE-3, and as a MiMo, for MTP.
 """
@@ -28,12 +28,12 @@ LLAMA, MIMO = "llama", "mimo"
 TARGETS = {"eagle": LLAMA, "eagle3": LLAMA, "mtp": MIMO}
 """The model that a method's head drafts for."""
 DRAFTS = {"eagle": 2, "eagle3": 2, "mtp": 1}
-"""How many tokens a head drafts at once: from the second on it sees its own hidden states."""
+"""How many tokens a head drafts at once; from the second on it sees its own hidden states."""
 HIDDEN, HEADS, HEAD_SIZE, LAYERS = 128, 2, 64, 2
 ROPE_THETA = 1e8
 """So large that rotary embeddings hardly turn half of a head's elements within a prompt."""
 CODE = 32
-"""Elements of the code of ±1 by which a token is known."""
+"""The elements of the code, each 1 or -1, that identifies a token."""
 TOKEN, BEFORE, NEXT = (slice(start, start + CODE) for start in range(0, 3 * CODE, CODE))
 """Where a hidden state has the codes of its token, of the token before, and of the next one."""
 ALWAYS = 3 * CODE
@@ -240,8 +240,8 @@ def find_token_before(attention: Attention) -> None:
 def find_next_token(attention: Attention) -> None:
     """Set the weights of a layer that looks for the position after the same token elsewhere.
 
-    It also forgets the token before. So what follows a token is known only from the KV that a head
-    of drafts has written at that token's own position.
+    It also erases the token before from the hidden state. So a head can learn what followed a token
+    only from the KV that it has itself written at that token's position.
     """
     attention.q_proj.weight[STILL, TOKEN] = 3.0 * torch.eye(CODE)
     attention.k_proj.weight[STILL, BEFORE] = 3.0 * torch.eye(CODE)
@@ -251,7 +251,7 @@ def find_next_token(attention: Attention) -> None:
 
 
 def look_back(attention: Attention, distance: int, first: int) -> None:
-    """Make the attention's head that begins at `first` look at the position at a distance."""
+    """Make the attention head that begins at `first` look `distance` positions back."""
     turn = speeds()[TURNING] * distance
     attention.k_proj.weight[first + TURNING, ALWAYS] = 7.0
     attention.q_proj.weight[first + TURNING, ALWAYS] = 7.0 * turn.cos()
@@ -259,7 +259,7 @@ def look_back(attention: Attention, distance: int, first: int) -> None:
 
 
 def copy(attention: Attention, first: int, scale: float, where: tuple[slice, slice]) -> None:
-    """Make the head that begins at `first` add a code of the position that it looks at.
+    """Make the attention head that begins at `first` copy a code from where it looks.
 
     Args:
         attention: the layer.
@@ -289,7 +289,7 @@ def trained(method: str, target: Target, chance: torch.Generator) -> Head:
         right, loss = tokens[:, size + 2 :].flatten(), torch.zeros(())
         for _ in range(DRAFTS[method]):
             drafted, passed_on = head(following, hidden, at)
-            # What is said again can be known. Before, the head sees the model's hidden states.
+            # Only the second half can be predicted; in the first, the model's states are kept.
             logits = target.lm_head(drafted[:, size:-1])
             loss = loss + functional.cross_entropy(logits.flatten(0, 1), right)
             hidden = torch.cat([begun[:, :size], passed_on[:, size - 1 : -1]], 1)
@@ -300,7 +300,7 @@ def trained(method: str, target: Target, chance: torch.Generator) -> Head:
 
 
 def documents(count: int, size: int, chance: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return tokens that are said twice, and their positions: the second time far behind."""
+    """Return documents of tokens that are said twice, and positions: the second time far behind."""
     words = torch.arange(WORDS.start, WORDS.stop)
     once = torch.stack(
         [words[torch.randperm(len(words), generator=chance)[:size]] for _ in range(count)]
@@ -311,7 +311,7 @@ def documents(count: int, size: int, chance: torch.Generator) -> tuple[Tensor, T
 
 
 def make(folder: str) -> Generator[str, Any, None]:
-    """Write both targets, and a head for each method. To be run in a process with vLLM's venv.
+    """Write both targets, and a head for each method. Run this in a process with vLLM's venv.
 
     The folders are named after the targets and the methods. MTP's head is a part of its target.
     """

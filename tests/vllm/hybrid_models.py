@@ -45,7 +45,7 @@ class Hybrid(NamedTuple):
     blocks: int = 128
     """Blocks of a device cache that is too small for all conversations."""
     host_share: int = 3
-    """One in so many of the blocks that can be hit fits into the host tier."""
+    """The host tier has room for one in this many of the blocks that can be hit."""
     keeps: bool = True
     """Whether such a device cache keeps what it has room for: of windows alone, that is enough for
     all conversations."""

@@ -17,9 +17,9 @@ NEW_WORDS = 9
 PASSES = ("cold", "local", "external", "corrupt")
 """The passes over the same prompts, in their order.
 
-"cold" begins with nothing; "local" finds in the device cache what that left there. Before each
-batch of the others the device cache is emptied; and in the last one what is loaded is corrupted, if
-the plan says which layers.
+"cold" begins with empty caches; "local" finds in the device cache what "cold" left there. Before
+each batch of the others the device cache is emptied. In "corrupt", what is loaded is corrupted in
+the layers that the plan names.
 """
 
 COUNTS = {
@@ -32,10 +32,11 @@ Told = dict[str, Any]
 
 
 def parting(prompt: list[int], blocks: int) -> list[int]:
-    """Return a prompt whose first blocks, so many, are another prompt's, and whose rest differs.
+    """Return a prompt that shares its first `blocks` blocks with another prompt, and then differs.
 
     The answer begins with the last word of these blocks, and goes on with the word behind it. That
-    is not the other prompt's, so what a head has written there for the other prompt is wrong here.
+    word differs from the other prompt's, so the KV that a head has written for the other prompt at
+    the end of these blocks is wrong here.
     """
     shared = prompt[: blocks * BLOCK_TOKENS]
     new = [word for word in reversed(prompt) if word not in shared and word != prompt[-1]]

@@ -21,7 +21,7 @@ from .hybrids import Hybrids, check_sound
 def test_answers_of_a_plain_model_are_equal(
     run: test_outputs.Run, expected: dict[str, Any], connector: str
 ) -> None:
-    """Blocks of 64 tokens are two of 32, whether or not vLLM tells the connector how many."""
+    """Blocks of 64 tokens are two of 32, whether or not vLLM tells the connector about blocks."""
     told = run(
         connector=connector, engine={"block_size": 64}, cache={"num_cpu_blocks": 80},
         kernel_tokens=32, flush=True,
@@ -48,7 +48,7 @@ def test_answers_are_equal_where_a_block_is_several_kernel_blocks(
     hybrids: Hybrids, tmp_path: Path, name: str, engine: dict[str, Any], layers: int,
     host_blocks: int,
 ) -> None:  # fmt: skip
-    """Attention has kernel blocks of 32 tokens, states none; later turns hit, from SSD, too."""
+    """Attention has kernel blocks of 32 tokens, states have none; later turns hit, SSD included."""
     cache = {"num_cpu_blocks": host_blocks, "num_ssd_blocks": 4096}
     plan = hybrids.small(name, **engine)
     told = hybrids.run(

@@ -1,8 +1,8 @@
 """Tests of heads that draft: EAGLE, EAGLE-3 and MTP, trained in seconds so that vLLM accepts them.
 
-A head looks at nothing but the KV of its own layer, so drafts fail where that is wrong; answers are
-right either way. MTP runs with a MiMo: the models of DeepSeek have MLA, of which vLLM caches no
-prefixes on a CPU without AMX.
+A head looks at nothing but the KV of its own layer, so drafts fail if that is wrong; answers are
+right either way. MTP runs with a MiMo, because DeepSeek's models have MLA: vLLM caches no prefixes
+of it on a CPU without AMX.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def test_answers_do_not_depend_on_drafts(told: Told) -> None:
 def test_the_last_block_of_each_hit_is_dropped(told: Told) -> None:
     """Hits end one block before the last whole one, local and external alike.
 
-    The head's KV at the end of a block depends on the next token. Where a prompt parts from another
-    one there, drafts are as good as those of prompts that part from none.
+    The head's KV at the end of a block depends on the next token. Drafts of a prompt that parts
+    from another one there are as good as those of prompts that part from none.
     """
     for name in ("local", "external"):
         for prompts, hits in zip(told[name]["prompts"], told[name]["cached"], strict=True):
@@ -129,7 +129,7 @@ def test_corrupt_drafts_are_not_accepted(told: Told) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("method", TARGETS)
 def test_a_connector_that_finds_nothing_changes_nothing(reciting: Reciting, method: str) -> None:
-    """With a connector that keeps nothing, answers, local hits and drafts are those without one."""
+    """A connector that keeps nothing does not change answers, local hits or drafts."""
     without, told = (
         reciting.run(method, ("cold", "local"), connector=name) for name in ("none", "nothing")
     )

@@ -359,10 +359,9 @@ def test_groups_that_vllm_does_not_transfer_are_left_out(configured: Any) -> Non
     ],
 )
 def test_groups_that_vllm_makes_anew_are_left_out(configured: Any, left_out: Any) -> None:
-    """They are neither stored nor loaded, nor is what vLLM loads judged by block then.
+    """They are neither stored nor loaded, and loads fail as a whole.
 
-    With one group left, hits end on vLLM's alignment, and the model is not a plain one: FlexKV
-    lends the layers of this group only.
+    With one group left, the model is still not a plain one: FlexKV lends only this group's layers.
     """
     told = group(left_out, "x", "y"), group(mla(tokens_per_state=4), "a", "b")
     found = judged(configured, *told, layout="BLHNC")
@@ -375,7 +374,7 @@ def test_groups_that_vllm_makes_anew_are_left_out(configured: Any, left_out: Any
 
 
 def test_hits_end_on_the_alignment_that_left_out_groups_ask_for() -> None:
-    """vLLM's alignment covers the blocks of all its groups; ours is a multiple of it."""
+    """FlexKV's alignment is a multiple of vLLM's, which covers the blocks of all groups."""
     told = SimpleNamespace(
         kv_cache_groups=[group(ring(block_size=12), "x"), group(full(), "a")],
         cache_hit_alignment_tokens=48,
@@ -389,7 +388,7 @@ def test_hits_end_on_the_alignment_that_left_out_groups_ask_for() -> None:
 
 
 def test_other_groups_without_prefixes_are_refused() -> None:
-    """Nothing says that vLLM makes the content of an unknown kind anew, or of a mixed group."""
+    """It is not known whether vLLM makes the content of other kinds, or of mixed groups, anew."""
 
     class Newer(CircularBufferSpec):
         """A ring with a difference."""
@@ -430,7 +429,7 @@ def test_the_documentation_lists_every_kind_of_cache() -> None:
 
 
 def test_models_of_states_or_chunks_alone_are_refused() -> None:
-    """Prefixes are found by blocks of full attention or of a window; without both, by none."""
+    """Prefixes are found by blocks of full attention or of a window, and such models have none."""
     for groups in (
         [group(state(), "s")], [group(chunked(), "c")], [group(ring(), "r")], [],
         [group(window(1), "w")],
@@ -440,7 +439,7 @@ def test_models_of_states_or_chunks_alone_are_refused() -> None:
 
 
 def test_a_window_is_the_chain_of_a_model_without_full_attention(configured: Any) -> None:
-    """It is the longest of those with the smallest blocks; other windows and states are leaves."""
+    """The chain is the longest of the windows with the smallest blocks; the rest are leaves."""
     found = judged(
         configured, group(state(), "s"), group(window(16), "a"), group(window(48), "b", "c"),
         group(chunked(32), "d"),
@@ -454,7 +453,7 @@ def test_a_window_is_the_chain_of_a_model_without_full_attention(configured: Any
 
 
 def test_a_window_alone_is_not_full_attention(configured: Any) -> None:
-    """Blocks of a window, and those of another one, have other keys than full attention's."""
+    """Blocks of different windows, and those of full attention, all have different keys."""
     alone = [judged(configured, group(each, "a", "b")) for each in (window(), window(48), full())]
     plain = ModelConfig(num_layers=2, num_kv_heads=2, head_size=8, dtype="float32", model_id="m")
     assert [found.fit(plain) for found in alone] == [False, False, True]
@@ -470,7 +469,7 @@ def test_a_window_alone_is_not_full_attention(configured: Any) -> None:
 def test_without_full_attention_no_layer_may_reach_back_beyond_the_chain(
     chain: Any, other: Any
 ) -> None:
-    """A load moves the chain's own window, and everything that other groups need must be in it."""
+    """A load moves the chain's last window, which must contain all that other groups need."""
     config = SimpleNamespace(kv_cache_groups=[group(chain, "c"), group(other, "x")])
     with pytest.raises(ConfigError, match=r"the layer x: without full attention.*such as c"):
         groups_of(config, engine())

@@ -27,7 +27,7 @@ SHORT_OF_BLOCKS = {"gemma3": 76, "gpt_oss": 60, "llama4": 84, "nemotron_h": 56}
 CROWDED: dict[str, Any] = {
     "conversations": 8, "turns": 3, "first_tokens": 420, "turn_tokens": 160, "answer_tokens": 40,
 }  # fmt: skip
-"""Prompts of which two load at a time in the last turn, and do not leave each other enough."""
+"""In the last turn, two of these prompts would load at once without enough blocks for both."""
 
 
 @pytest.mark.parametrize(("name", "group"), SHOWING)
@@ -103,7 +103,7 @@ def test_preempted_requests_answer_the_same(
 
 
 def test_loads_do_not_stop_an_engine_with_few_blocks(hybrids: Hybrids, tmp_path: Path) -> None:
-    """Prompts that load leave each other enough blocks: answers are the same, and none is lost.
+    """Prompts that load leave each other enough blocks: all are answered, with the same answers.
 
     vLLM by itself takes more loads than the device has blocks for, and then stands still for ever.
     """

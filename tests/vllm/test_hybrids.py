@@ -17,7 +17,7 @@ from .hybrids import SEVERAL, Hybrids, case, check_sound, sizes_of
 LATER = ("gemma3", "gemma4", "mistral", "qwen3_next")
 """The models whose runs with a connector that finds nothing are left to `make soak-vllm`."""
 ALIKE = ("gemma3", "gpt_oss", "qwen3_next")
-"""The same for runs with FlexKV: each is like another one in its kinds of groups, or slow."""
+"""The models whose runs with FlexKV are left to it, too: they are slow, or similar to others."""
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_groups_with_smaller_blocks_may_be_divided_too(configured: Any) -> None:
 
 
 def test_each_rank_has_its_part_of_a_divided_block(configured: Any) -> None:
-    """Two ranks fill one host block, and each finds its own heads again."""
+    """Two ranks fill one host block, and each loads its own heads again."""
     plan = planned(configured, group(full(block_size=64, num_kv_heads=1), "a"), num_blocks=BLOCKS)
     found = groups_of(plan, engine(tp=2))
     assert found is not None
@@ -235,7 +235,7 @@ def test_divided_latents_and_compressed_ones_are_whole_blocks(configured: Any) -
     ],
 )
 def test_opaque_layers_may_be_divided(configured: Any, layout: str, heads: int, order: str) -> None:
-    """The bytes of a layer of unknown shape are moved whole, and its order tells what matters."""
+    """The bytes of a layer of unknown shape are moved whole; its order tells layouts apart."""
     shape: dict[str, Any] = {"block_size": 64, "num_kv_heads": heads}
     spec = several(a=full(**shape), b=full(**shape, head_size=4, dtype=torch.bfloat16))
     plan = planned(configured, group(spec, "a", "b"), num_blocks=BLOCKS, layout=layout)
@@ -254,7 +254,7 @@ def test_opaque_layers_may_be_divided(configured: Any, layout: str, heads: int, 
 
 
 def test_opaque_layers_with_heads_before_tokens_have_another_order(configured: Any) -> None:
-    """Whole blocks of unknown shape are not taken for those of an engine with another layout."""
+    """Blocks of unknown shape are not shared between engines with different layouts."""
     spec = several(a=full(), b=full(head_size=4))
     texts = set()
     for layout in ("LBHNC", "LBNHC"):
@@ -308,7 +308,7 @@ EARLIER = [
 def test_plain_models_of_earlier_versions(
     form: str, stored: Sequence[int], order: str, ratio: int, knows: bool
 ) -> None:
-    """The tokens of the kernel blocks say how many make one, though nothing tells the number."""
+    """The tokens of the kernel blocks tell how many make a block, even if vLLM does not."""
     is_latent, tokens = form == LATENT, 16 * ratio
     heads = 1 if is_latent else 2
     model = ModelConfig(**PLAIN, num_kv_heads=heads, use_mla=is_latent)
@@ -326,7 +326,7 @@ def test_plain_models_of_earlier_versions(
 
 
 def test_a_worker_lends_the_views(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the server learns of a device are vLLM's blocks, whoever the engine's version is."""
+    """A worker lends its device's memory as vLLM's blocks, whatever the version of vLLM."""
     monkeypatch.setattr(worker, "Agent", Agent)
     setup: Any = SimpleNamespace(
         settings=SimpleNamespace(server_recv_port="ipc:///nowhere"), instance=0, groups=None,
@@ -349,7 +349,7 @@ def test_a_worker_lends_the_views(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_number_of_blocks_that_is_not_vllms_is_refused_by_layer(configured: Any) -> None:
-    """Kernel blocks must be equally many for each block; a state has no kernel blocks."""
+    """Each block must have the same number of kernel blocks; a state has none."""
     states = state(block_size=64, page_size_padded=64 * 2 * 16 * 4)
     groups = group(full(block_size=64), "a"), group(states, "s")
     plan = planned(configured, *groups, num_blocks=BLOCKS)

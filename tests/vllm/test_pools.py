@@ -1,4 +1,4 @@
-"""When FlexKV itself sees to it that prompts that load leave each other enough blocks."""
+"""When FlexKV itself, not vLLM, makes prompts that load leave each other enough blocks."""
 
 from __future__ import annotations
 
@@ -61,25 +61,25 @@ def pool(*specs: Any, **more: Any) -> Pool | None:
 @pytest.mark.parametrize("specs", [(), (FULL,), (FULL, FULL), (MIXED,)])
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_plain_models_are_left_to_vllm(specs: tuple[Any, ...], policy: str) -> None:
-    """vLLM counts right where each group keeps all blocks of a prompt."""
+    """vLLM counts correctly if each group keeps all blocks of a prompt."""
     assert pool(*specs, policy=policy) is None
 
 
 @pytest.mark.parametrize(("spec", "most"), [(WINDOW, 12), (CHUNKED, 12), (STATE, 2)])
 def test_groups_that_give_blocks_back(spec: Any, most: int) -> None:
-    """The most blocks of a request are those for which vLLM plans the device's memory."""
+    """A request holds at most the blocks for which vLLM plans the device's memory."""
     assert pool(spec, FULL) == Pool(99, ((16, most), (16, 64)), 0)
 
 
 @pytest.mark.parametrize("specs", [(), (FULL,), (MIXED,)])
 def test_versions_without_the_rule(monkeypatch: pytest.MonkeyPatch, specs: tuple[Any, ...]) -> None:
-    """Versions of vLLM that take any load need FlexKV's rule, also where KV caches are not told."""
+    """Versions of vLLM that take any load need FlexKV's rule, even if they report no KV caches."""
     monkeypatch.delattr(Scheduler, "_inflight_prefill_reserved_blocks")
     assert pool(*specs) == Pool(99, ((16, 64),), 0)
 
 
 def test_priorities_without_the_check_of_whole_prompts() -> None:
-    """If any load may come first and need not fit, FlexKV's rule is needed."""
+    """FlexKV's rule is needed if any load may come first and need not fit whole."""
     assert pool(FULL, policy="priority", reserves=False) is not None
     assert pool(FULL, policy="fcfs", reserves=False) is None
 

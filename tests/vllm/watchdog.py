@@ -2,7 +2,7 @@
 
 vLLM can stand still by itself: a loaded prompt holds its blocks and waits for more, those behind it
 hold theirs, and nothing runs that could be preempted. Its scheduler then spins for ever. FlexKV
-makes no loads that lead there (`room.py`), other connectors do.
+avoids loads that lead there (`room.py`); other connectors do not.
 """
 
 from __future__ import annotations

@@ -266,7 +266,7 @@ class HybridStand(Stand):
         bits[block] = int(mark[row.end - 1])
 
     def _fill_ring(self, row: _Row, name: str, tensor: Any, mark: Any, table: Any) -> None:
-        """Read the tokens before the step's that are not compressed yet, and write the step's."""
+        """Check the tokens in the ring that are not compressed yet, and write the step's tokens."""
         bits, start, (block,) = tensor.view(torch.int16), row.end - row.count, table.tolist()
         for at in range(start // RATIO * RATIO, row.end):
             slot = bits[block, :, at % tensor.shape[2]]

@@ -49,9 +49,9 @@ def prompt(tokens: int, seed: int = 0) -> list[int]:
 
 
 def moved(stand: HybridStand, end: int, local: int = 0) -> int:
-    """Return how many blocks of the chain a load moves, up to these tokens behind the local ones.
+    """Return how many blocks of the chain a load moves, between these two numbers of tokens.
 
-    In a model without full attention these are the last window's.
+    In a model without full attention these are only the last window's.
     """
     window, tokens = stand.side.engine_groups.shape(0).window, stand.chain_tokens
     first = max(0, end - window + 1) if window else 0
@@ -81,7 +81,7 @@ def test_a_conversation_is_loaded_at_every_turn(make: Make, model: str, chunk: i
 def test_an_end_is_stored_whose_first_window_block_the_device_has_given_up(
     make: Make, model: str, answered: int
 ) -> None:
-    """What the request has stored at the end of its prompt, or loaded, makes such an end whole.
+    """What the request has loaded, or stored at the end of its prompt, completes such an end.
 
     A request ends just before its next block would be whole, so its window begins one block later
     than that of its last whole block.
@@ -235,9 +235,9 @@ def test_many_requests_on_a_small_device(make: Make, model: str, behind: int) ->
 
 
 def watch(stand: HybridStand, left_out: Sequence[int] = ()) -> Counter[str]:
-    """Check that gets and puts name blocks that their request has now; return how many there are.
+    """Check that gets and puts name only blocks that their request has; return their counts.
 
-    Null blocks are none of these, nor are those of groups that are left out.
+    Null blocks and blocks of groups that are left out are not among these.
     """
     client, named = stand.side.client, Counter[str]()
     get, put = client.get, client.put
@@ -268,7 +268,7 @@ def watch(stand: HybridStand, left_out: Sequence[int] = ()) -> Counter[str]:
 def test_only_blocks_that_a_request_has_are_touched(make: Make, model: str) -> None:
     """Gets and puts name no null block, none that is gone, and none of a group that is left out.
 
-    Hits end on vLLM's alignment, and all groups are loaded that vLLM does not make anew.
+    Hits end on vLLM's alignment, and loads write all groups that vLLM does not make anew.
     """
     stand = make(model, max_num_batched_tokens=96)
     left_out = LEFT_OUT.get(model, [])
@@ -285,7 +285,7 @@ def test_only_blocks_that_a_request_has_are_touched(make: Make, model: str) -> N
 
 
 def test_blocks_of_a_window_that_a_put_has_lost_are_not_stored_later(make: Make) -> None:
-    """A put is cancelled for the next step's writes: vLLM has given its blocks to other tokens.
+    """A put is cancelled if the next step writes its blocks: vLLM has given them to other tokens.
 
     Later puts, one for each further block, store nothing, since blocks before theirs are missing.
     """
@@ -305,7 +305,7 @@ def test_blocks_of_a_window_that_a_put_has_lost_are_not_stored_later(make: Make)
 
 
 def test_a_hit_that_would_be_replayed_wholly_is_not_loaded(make: Make) -> None:
-    """What is found is released, and the prompt is computed."""
+    """Its blocks are released, and the prompt is computed."""
     stand = make("replayed")
     talk = stand.answer("first", prompt(WINDOW + 3))
     assert stand.counts()["stored_blocks"] == WINDOW // PER_BLOCK

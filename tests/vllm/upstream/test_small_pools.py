@@ -1,6 +1,6 @@
 """Prompts that load while the device is short of blocks: vLLM must never stand still.
 
-vLLM takes no blocks from a prompt that loads or has loaded. If such prompts need each other's
+vLLM takes no blocks back from a prompt that loads or has loaded. If such prompts need each other's
 blocks and nothing runs, its scheduler spins for ever.
 """
 
@@ -22,14 +22,14 @@ from .test_hybrids import Make, make, prompt
 __all__ = ["make"]
 
 IDLE_STEPS = 200
-"""Steps in which nothing happens and nothing is under way, after which nothing ever will."""
+"""After this many steps in which nothing happens or is under way, vLLM stands still."""
 STEP_TOKENS = 128
 FOUND, WHOLE = 20, 28
-"""Blocks of the prompts that load: those found, and all. The last step needs all that are left."""
+"""Blocks of the prompts that load: those that are found, and all. One step needs the rest."""
 LENGTH = WHOLE * PER_BLOCK
 LONGEST = (WHOLE + 1) * PER_BLOCK
 BLOCKS = {"plain": 41, "windows": 65, "chunks": 53, "states_and_windows": 61}
-"""Blocks of the device: enough for any one of them, and for what two of them load."""
+"""Blocks of the device: enough for any one prompt, and for the blocks that two of them load."""
 KINDS = {
     "plain": ["full"], "windows": ["window", "window", "full"], "chunks": ["chunk", "full"],
     "states_and_windows": ["state", "window", "full"],
@@ -40,11 +40,11 @@ MOST: dict[str, Callable[[int], int]] = {
     "chunk": lambda steps: -(-(CHUNK + steps) // PER_BLOCK),
     "state": lambda steps: 2,
 }
-"""Blocks of a request of the greatest length, by kind, given the tokens of all steps under way."""
+"""The most blocks that a request holds, by kind, given the tokens of all steps under way."""
 RECYCLING = ["windows", "chunks", "states_and_windows"]
-"""Models some of whose groups give blocks back while a prompt is computed."""
+"""Models with groups that give blocks back while a prompt is computed."""
 ANY_ORDER = {"policy": "priority", "scheduler_reserve_full_isl": False}
-"""With this, vLLM admits what does not fit, and may try it first."""
+"""With this, vLLM admits prompts that do not fit, and may try later ones first."""
 ROUNDS = 3
 SEEDS = range(8 if os.environ.get("ALL_SCENARIOS") else 1)
 
@@ -170,7 +170,7 @@ def test_any_order_of_loads_is_safe(make: Make) -> None:
 
 @pytest.mark.parametrize("scheduling", [{}, {"policy": "priority"}], ids=["fcfs", "priority"])
 def test_vllm_itself_keeps_a_plain_model_going(make: Make, scheduling: dict[str, Any]) -> None:
-    """FlexKV leaves plain models to vLLM, which counts right for them."""
+    """FlexKV leaves plain models to vLLM, which counts correctly for them."""
     stand = start(make, "plain", scheduling=scheduling, num_blocks=BLOCKS["plain"] + 8)
     assert stand.side._room is None
     load_two(stand)
@@ -215,7 +215,7 @@ def test_a_load_that_ends_badly_leaves_its_room(make: Make, model: str, ends: st
 
 
 def test_an_aborted_load_that_waited_lets_its_blocks_go(make: Make) -> None:
-    """A request that is aborted while its load waits keeps no hold, and no place."""
+    """A request that is aborted while its load waits keeps no hold and no room."""
     stand = start(make, "windows")
     _, second = load_two(stand)
     stand.step()
