@@ -123,8 +123,8 @@ class RequestTransfers:
 
     @property
     def has_begun(self) -> bool:
-        """Return whether it has blocks, or transfers under way."""
-        return bool(self.block_ids or self.load or self.puts)
+        """Return whether it has blocks, perhaps loaded and not computed on yet, or transfers."""
+        return bool(self.block_ids or self.load or self.puts or self.has_loaded)
 
     def begins_anew(self, generation: int) -> None:
         """Record that it has new blocks, computed from now on, unless some were loaded."""

@@ -253,6 +253,20 @@ def test_a_reset_while_a_load_waits(make: Make) -> None:
     stand.check_empty()
 
 
+@pytest.mark.parametrize("model", ["windows", "states_and_windows"])
+def test_a_reset_behind_a_load_leaves_no_room_taken(make: Make, model: str) -> None:
+    """A prompt that has loaded and does not run yet when the cache is reset gives its room back."""
+    stand = start(make, model)
+    first, _ = load_two(stand)
+    stand.copies.release()
+    stand.until(lambda: stand.step().told.finished_recving)
+    assert first.request_id in stand.side._room
+    stand.side.reset_cache()
+    run(stand)
+    stand.check_empty()
+    assert len(stand.side._room) == 0
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("scheduling", [{}, ANY_ORDER], ids=["fcfs", "any order"])
 @pytest.mark.parametrize("model", BLOCKS)
