@@ -246,6 +246,8 @@ class SchedulerSide:
         self._go_on(output)
         copies = getattr(output, "kv_cache_block_copies", None) or ()
         self.transfers.overwritten([int(copy.dst_block_id) for copy in copies])
+        # Among them are those of a prompt that loads, in groups that are not transferred.
+        self.transfers.overwritten(getattr(output, "new_block_ids_to_zero", None) or ())
         step = self.transfers.make_step()
         self._pending_matches.step_is_made()
         if self._room is not None:
