@@ -370,6 +370,8 @@ class SchedulerSide:
         assert leaves is not None
         if not self._requests.has_keys(state):
             return
+        if not self._groups.chain_is_full:  # it has given blocks back since the last put
+            state.transfers.block_ids = list(ids[self._chain])
         done = request.num_computed_tokens - getattr(request, "num_in_flight_tokens", 0)
         end, found = leaves.of_end(state, ids, min(done, len(request.all_token_ids)))
         if found and self.transfers.may_put(state.transfers, end, found):

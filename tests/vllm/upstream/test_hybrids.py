@@ -13,7 +13,7 @@ import pytest
 
 from flexkv.integration.common.request_transfers import with_leaves
 
-from .hybrid_stand import MODELS, WINDOW, HybridStand
+from .hybrid_stand import MODELS, WINDOW, HybridStand, _group, _window
 from .stand import PER_BLOCK, TOKEN, WAITING
 
 Make = Callable[..., HybridStand]
@@ -301,6 +301,35 @@ def test_blocks_of_a_window_that_a_put_has_lost_are_not_stored_later(make: Make)
         stand.answer(f"{blocks} blocks", talk[: blocks * PER_BLOCK + 1])
         found = stand.counts()["offered_blocks"]
         assert found == blocks if blocks <= counts["stored_blocks"] else found < blocks
+    stand.check_empty()
+
+
+def test_the_end_of_a_request_reads_no_block_that_it_gave_back(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A put fails; until the request ends, its first blocks are another one's, and not stored."""
+    groups = [_group(_window(sliding_window=WINDOW - 8), "w0"), _group(_window(), "w1")]
+    monkeypatch.setitem(MODELS, "pair", groups)
+    stand = make("pair", num_blocks=30)
+    talk = prompt(8 * PER_BLOCK + 5)
+    stand.copies.holds_puts = True
+    first = stand.ask("first", talk, max_tokens=2)
+    stand.step()
+    transfers = stand.side._states["first"].transfers
+    stand.side.client.cancel(list(transfers.puts))
+    stand.copies.release()
+    stand.until(lambda: (stand.side.transfers.poll(), not transfers.puts)[1])
+    other = stand.ask("other", prompt(len(talk), 1))
+    given = set[int]()
+    while not first.is_finished():
+        stand.step()
+        given.update(*stand.tables(other))
+    read = {block for put in transfers.puts.values() for block in put.block_ids.tolist()}
+    assert not read & given
+    stand.run()
+    assert stand.scheduler.reset_prefix_cache()
+    for blocks in range(1, 9):  # the forward checks what is loaded
+        stand.answer(f"{blocks} blocks", talk[: blocks * PER_BLOCK + 1])
     stand.check_empty()
 
 
