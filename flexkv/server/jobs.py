@@ -289,8 +289,11 @@ class Jobs:
             begin_s = time.monotonic()
             request = self._request(job)
             response = await self._run(job, self._engine.requests.made(request))
-            job.answer(_done(job.start, request, response, time.monotonic() - begin_s))
+            took_s = time.monotonic() - begin_s
+            self.release((job.start.held,))  # who has the answer finds nothing held any more
+            job.answer(_done(job.start, request, response, took_s))
         except FlexKVError as error:
+            self.release((job.start.held,))
             job.answer(failed(job.start.number, error))
             if isinstance(error, InternalError):
                 raise  # the engine's state is wrong, so it must serve nobody any more
