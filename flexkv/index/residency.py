@@ -163,8 +163,12 @@ class Residency:
         if blocks <= first:
             return Found(first, first, {}, chain=first)
         told = self._table.survey(keys, first, blocks, True, _ASKED if use else _UNUSED)
+        if not told:
+            return Found(first, first, {}, chain=first)
         ready, pending = self._by_tier(told)
-        last = first + sum([count for _, _, count, _, _ in told])
+        last = first
+        for alike in told:
+            last += alike[2]
         chain = pending.positions.first if pending else last
         return Found(first, last, ready, pending, chain=chain)
 
