@@ -255,8 +255,19 @@ def run(plan: Plan) -> dict[str, Any]:
         if plan.events:  # vLLM reports changes at the end of a step
             time.sleep(0.1)
             llm.generate({"prompt_token_ids": [5, 6, 7]}, asking.sampling)
-        told["server"] = command(plan.settings["server_recv_port"], "status")
+        told["server"] = settled(plan)
     return told
+
+
+def settled(plan: Plan) -> Any:
+    """Return the status of FlexKV's server once nothing is under way, or as it is after a while."""
+    until_s = time.monotonic() + DONE_S
+    while True:
+        status = command(plan.settings["server_recv_port"], "status")
+        of = status["statistics"]
+        if not (of["claims"] or of["runs_in_flight"]) or time.monotonic() > until_s:
+            return status
+        time.sleep(0.05)
 
 
 def nap(llm: Any) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from flexkv.server.operator import command
-
 from .conversations import Recitals, Sizes
-from .engine import EXTERNAL_HITS, Plan, counted, finish, scheduler_of, started
+from .engine import EXTERNAL_HITS, Plan, counted, finish, scheduler_of, settled, started
 
 SIZES = Sizes(turns=2, first_tokens=300, answer_tokens=24)
 BLOCK_TOKENS = 32
@@ -61,7 +59,7 @@ def recite(plan: Told, passes: tuple[str, ...]) -> Generator[Told, Any, None]:
         for name in group.layer_names
     ]
     if whole.has_server:
-        told["server"] = command(whole.settings["server_recv_port"], "status")
+        told["server"] = settled(whole)
     yield told
 
 
