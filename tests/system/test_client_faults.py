@@ -54,8 +54,9 @@ async def test_a_get_that_is_cancelled_at_once_touches_no_slots(tmp_path: Path) 
         task = manager.get_async(PROMPT, slots_of(range(20, 30)))
         manager.cancel(task)
         assert (await manager.get(PROMPT, slots_of(range(40, 50)))).return_mask.all()
-        while not (ended := manager.try_wait(task)):  # the get may end before the loop has turned
-            await asyncio.sleep(0)  # noqa: ASYNC110 - the task form has no event
+        # The get may end before the loop has turned, and the task form has no event.
+        while not (ended := manager.try_wait(task)):  # noqa: ASYNC110
+            await asyncio.sleep(0)
         assert ended[task].status is KVResponseStatus.CANCELLED
         assert np.array_equal(bytes_of(caches, range(20, 30)), before)
         assert manager.statistics().requests["get"] == {"success": 1}
