@@ -25,8 +25,11 @@ class Leaves(NamedTuple):
 
     def at(self, marks: Marks, ratio: int) -> Leaves:
         """Return the marked ones of these leaves; `ratio` is the group's."""
-        own = (self.alike.positions.array + 1) // ratio - 1
-        return Leaves(self.group, chosen(self.alike, marks[self.group][own]))
+        return Leaves(self.group, chosen(self.alike, marks[self.group][self.own(ratio)]))
+
+    def own(self, ratio: int) -> NDArray[np.int64]:
+        """Return int64[n], the numbers of these leaves among the blocks of their own group."""
+        return (self.alike.positions.array + 1) // ratio - 1
 
 
 class WholeEnds:
@@ -112,9 +115,9 @@ def within(alike: AlikeBlocks, wanted: Positions) -> AlikeBlocks:
 
 def _marked(rule: GroupRule, count: int, leaves: Sequence[Leaves]) -> NDArray[np.bool_]:
     marks = np.zeros(count, np.bool_)
-    for group, alike in leaves:
-        if group == rule.group:
-            own = (alike.positions.array + 1) // rule.ratio - 1
+    for each in leaves:
+        if each.group == rule.group:
+            own = each.own(rule.ratio)
             marks[own[own < count]] = True
     return marks
 

@@ -290,11 +290,9 @@ class Jobs:
             request = self._request(job)
             response = await self._run(job, self._engine.requests.made(request))
             took_s = time.monotonic() - begin_s
-            self.release((job.start.held,))  # who has the answer finds nothing held any more
-            job.answer(_done(job.start, request, response, took_s))
+            self._answer(job, _done(job.start, request, response, took_s))
         except FlexKVError as error:
-            self.release((job.start.held,))
-            job.answer(failed(job.start.number, error))
+            self._answer(job, failed(job.start.number, error))
             if isinstance(error, InternalError):
                 raise  # the engine's state is wrong, so it must serve nobody any more
 
@@ -316,6 +314,11 @@ class Jobs:
             return await ticket.run(turn)
         finally:
             self._puts.leave(blocks)
+
+    def _answer(self, job: Job, done: Done) -> None:
+        """Report the end of a request, which holds nothing any more then."""
+        self.release((job.start.held,))
+        job.answer(done)
 
     def turn_away(self, why: str) -> None:
         """Refuse the puts that wait for earlier puts, because the devices do not answer."""

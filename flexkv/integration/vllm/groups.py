@@ -218,9 +218,10 @@ def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
     chain = _chain_of(told, served)
     is_full = KINDS[type(served[chain]).__name__] == "full"
     if not FAILS_WHOLE and (len(told) > 1 or not is_full):
-        why = "FlexKV: several KV groups need vLLM 0.32 or later, where a load may fail as a whole"
-        if len(told) == 1:
-            why = why.replace("several KV groups need", "a model without full attention needs")
+        what = "a model without full attention needs"
+        if len(told) > 1:
+            what = "several KV groups need"
+        why = f"FlexKV: {what} vLLM 0.32 or later, where a load may fail as a whole"
         raise ConfigError("kv_cache_groups", len(told), why)
     tokens = int(served[chain].block_size)
     alignment = lcm(*(int(spec.block_size) for spec in served.values()))
