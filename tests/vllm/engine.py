@@ -18,6 +18,7 @@ from flexkv.server import client
 from flexkv.server.operator import command
 from flexkv.testing.vllm_serve import OWN, SHIM
 from tests.system.mounted import Disk
+from tests.system.serving import eventually
 from tests.vllm.conversations import Conversations, Sizes
 from tests.vllm.division import DIVIDED, divide
 from tests.vllm.fork import fork_workers
@@ -260,14 +261,14 @@ def run(plan: Plan) -> dict[str, Any]:
 
 
 def settled(plan: Plan) -> Any:
-    """Return the status of FlexKV's server once nothing is under way, or as it is after a while."""
-    until_s = time.monotonic() + DONE_S
-    while True:
+    """Return the status of FlexKV's server once it has no claims and no runs."""
+
+    def idle() -> Any:
         status = command(plan.settings["server_recv_port"], "status")
-        of = status["statistics"]
-        if not (of["claims"] or of["runs_in_flight"]) or time.monotonic() > until_s:
-            return status
-        time.sleep(0.05)
+        statistics = status["statistics"]
+        return not (statistics["claims"] or statistics["runs_in_flight"]) and status
+
+    return eventually(idle, DONE_S)
 
 
 def nap(llm: Any) -> None:
