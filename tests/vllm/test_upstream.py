@@ -93,7 +93,8 @@ def test_vllms_own_tests_of_the_shim(work: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="session")
 def scenarios(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """Run all scenarios once, since importing vLLM takes most of the time."""
-    return run(work, tmp_path_factory.mktemp("upstream") / "report.xml", "scenarios")
+    report = tmp_path_factory.mktemp("upstream") / "report.xml"
+    return run(work, report, "--numprocesses", "2", "--dist", "loadscope", "scenarios")
 
 
 support = pytest.mark.support
