@@ -6,9 +6,13 @@ import asyncio
 
 from flexkv.common.errors import DeadlineError, FlexKVError, UnfilledError
 from flexkv.common.request import KVResponse, Request
+from flexkv.common.terms import Tier
+from flexkv.graph.ops import OpSpec, OpState
 from flexkv.graph.planner import Planned
 from flexkv.graph.run import Run
 from flexkv.index.owed import Taken
+
+_BEGUN = (OpState.IN_FLIGHT, OpState.DRAINING, OpState.OVERDUE)
 
 
 class Flight:
@@ -69,6 +73,34 @@ class Flight:
                 raise self.late
             await self._waiter(self._end_waiters)
 
+    async def wait_written(self) -> None:
+        """Return once every write to a lower tier that has begun is over.
+
+        Raises:
+            FlexKVError: the engine failed, or is gone.
+            DeadlineError: a write has not ended in time.
+        """
+        begun = {op.index for op in self.writes()}
+        while writes := [op for op in self.writes() if op.index in begun]:
+            late = {self.plan.op_id(op) for op in writes if self._state(op) is OpState.OVERDUE}
+            for error in self.run.errors:
+                if error.op_id in late:
+                    raise error
+            await self._waiter(self._end_waiters)
+
+    def writes(self) -> list[OpSpec]:
+        """Return the ops that write to lower tiers, have begun, and are not over."""
+        ops = self.plan.template.ops
+        return [
+            op
+            for op in ops
+            if op.route is not None and op.route.source is Tier.HOST < op.route.target
+            if self._state(op) in _BEGUN
+        ]
+
+    def _state(self, op: OpSpec) -> OpState:
+        return self.run.states[op.index]
+
     @property
     def lacks_joined_blocks(self) -> bool:
         """Return whether blocks are missing because another request did not fill them."""
@@ -97,6 +129,11 @@ class Flight:
     def end(self) -> None:
         """Wake those who wait for the end."""
         wake(self._end_waiters)
+
+    def op_over(self) -> None:
+        """Wake those who wait for the end, since they may wait for this op."""
+        if self._end_waiters:
+            wake(self._end_waiters)
 
     def hang(self, error: DeadlineError) -> None:
         """Record that an op hangs, and wake those who wait for the end."""

@@ -60,7 +60,6 @@ log = get_logger(__name__)
 
 _BEHIND = Request(Operation.PREFETCH, -1, 0, 1, Span(0, 0, 0, 0), bytes(BLOCK_KEY_BYTES))
 """The request of runs that write owed blocks, which no caller has asked for."""
-_BEGUN = (OpState.IN_FLIGHT, OpState.DRAINING, OpState.OVERDUE)
 
 
 class _Joiner(NamedTuple):
@@ -307,8 +306,8 @@ class Scheduler:
         self._residency.forget(tier, block_ids)
         route = Route(Tier.HOST, tier)
         for flight in self._flights.values():
-            for op in flight.plan.template.ops:
-                if op.route == route and flight.run.states[op.index] in _BEGUN:
+            for op in flight.writes():
+                if op.route == route:
                     begin, end = flight.plan.bounds(op)
                     ids = flight.plan.fills[op.leg].ids
                     self._residency.forget(tier, ids[tier][begin:end])
@@ -370,10 +369,9 @@ class Scheduler:
         wake(self._idle)
 
     def under_way(self) -> list[Flight]:
-        """Return the puts under way that a flush has to wait for: those with all layers written."""
+        """Return the puts under way."""
         flights = self._flights.values()
-        puts = [flight for flight in flights if flight.request.operation is Operation.PUT]
-        return [flight for flight in puts if not flight.unfed_op_ids()]
+        return [flight for flight in flights if flight.request.operation is Operation.PUT]
 
     # -- work -----------------------------------------------------------------------------------
 
@@ -423,6 +421,7 @@ class Scheduler:
         spec = flight.plan.template.ops[op]
         if spec.route is not None and spec.route.target is not Tier.DEVICE:
             self._settled(flight.plan, spec, command)
+        flight.op_over()
         for joiner in self._joiners.pop(op_id, ()):
             self._events.append((joiner.flight, _barrier_event(joiner.op, command.filled)))
 

@@ -35,7 +35,7 @@ class FlushReport(msgspec.Struct, frozen=True):
     Attributes:
         lacking_blocks: by tier name, how many blocks of host memory the tier lacks, because it has
             no free place for them, or refuses them as worth less than what it has. Blocks that
-            were put during the flush may be among them.
+            were put, or that a put began to write, during the flush may be among them.
         missing_tiers: by tier name, why a configured tier is not there. Nothing survives there.
         unused_directories: by path, why a directory of the SSD tier is not used. Blocks that were
             stored there earlier are not available now.
@@ -84,6 +84,7 @@ class Durability:
         failed: FlexKVError | None = await self._write_all()
         if self._scheduler.failure is not None:
             raise self._scheduler.failure
+        left = await self._left_blocks()  # of what is written from now on, the sync may miss some
         failed = await self._synced() or failed  # make safe what could be written
         for sync, before in zip(self._syncs, failed_before, strict=True):
             if failed is None and sync.failures > before:  # another flush saw it fail
@@ -91,13 +92,14 @@ class Durability:
         if failed is not None:
             raise failed
         gone = self._unavailable
-        left = await self._behind.left_blocks()
         return FlushReport(left, dict(gone.tiers), dict(gone.directories))
 
     async def _write_all(self) -> TransferError | None:
         """Write the blocks of host memory that lower tiers lack; return the error, if any."""
         stuck: DeadlineError | None = None
         for flight in self._scheduler.under_way():
+            if flight.unfed_op_ids():  # its layers may never be written
+                continue
             try:
                 await flight.wait_ended()
             except DeadlineError as late:
@@ -107,18 +109,44 @@ class Durability:
         for owes_all in (False, True):
             if owes_all:
                 await self._behind.owe_all()
+                if (late := await self._wait_written()) is not None:
+                    return late
             error = await self._behind.drain()
             failures = self._behind.take_failures()
             if error is not None or failures:
                 return error or failures[0]
         return stuck
 
+    async def _wait_written(self) -> DeadlineError | None:
+        """Wait for the writes that puts have begun; return the error if one hangs.
+
+        They may write blocks that were in host memory before the flush. Such a put may have begun
+        during the flush, or its layers may never be written.
+        """
+        for flight in self._scheduler.under_way():
+            try:
+                await flight.wait_written()
+            except DeadlineError as late:
+                return late
+        return None
+
+    async def _left_blocks(self) -> dict[str, int]:
+        """Return, by tier name, how many blocks of host memory a tier lacks by now."""
+        left = await self._behind.left_blocks()
+        for flight in self._scheduler.under_way():
+            for op in flight.writes():
+                begin, end = flight.plan.bounds(op)
+                if op.route is not None:
+                    tier = op.route.target.label
+                    left[tier] = left.get(tier, 0) + end - begin
+        return left
+
     async def finish(self, timeout_s: float) -> None:
         """Flush for at most `timeout_s`, since the engine is about to be closed."""
         if timeout_s <= 0 or not self._syncs:
             return
         if reason := await failure_within(timeout_s, self.flush()):
-            left = await self._behind.left_blocks()
+            left = await self._left_blocks()
             log.warning("closed_before_flush_finished", reason=reason, lacking_blocks=left)
 
     async def _synced(self) -> FlexKVError | None:
