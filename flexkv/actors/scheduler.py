@@ -8,7 +8,7 @@ only what the core has settled: a result is in the flight before its future is r
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
@@ -108,6 +108,7 @@ class Scheduler:
         self.behind: WriteBehind | None = None
         """Writes what lower tiers are owed; None without lower tiers."""
         self._failed: FlexKVError | None = None
+        self.moved: Counter[Tier] = Counter()  # by target, blocks from and to lower tiers
         self._next_run = 0
         self._idle: list[asyncio.Future[None]] = []
         self._on: dict[type, Callable[[Flight, int, RunCommand], None]] = {
@@ -268,6 +269,7 @@ class Scheduler:
             self._stuck.discard(op_id)
             if op.route is not None and op.route.outer > Tier.HOST:
                 self.watch.ended(op.route, error)
+                self.moved[op.route.target] += moved
             elif flight.late is not None and flight.late.op_id == op_id:
                 flight.late = None  # its device answers again
             if error is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
@@ -84,7 +85,7 @@ class Durability:
         failed: FlexKVError | None = await self._write_all()
         if self._scheduler.failure is not None:
             raise self._scheduler.failure
-        left = await self._left_blocks()  # of what is written from now on, the sync may miss some
+        moved = self._scheduler.moved.copy()
         failed = await self._synced() or failed  # make safe what could be written
         for sync, before in zip(self._syncs, failed_before, strict=True):
             if failed is None and sync.failures > before:  # another flush saw it fail
@@ -92,6 +93,7 @@ class Durability:
         if failed is not None:
             raise failed
         gone = self._unavailable
+        left = await self._left_blocks(moved)
         return FlushReport(left, dict(gone.tiers), dict(gone.directories))
 
     async def _write_all(self) -> TransferError | None:
@@ -130,23 +132,29 @@ class Durability:
                 return late
         return None
 
-    async def _left_blocks(self) -> dict[str, int]:
-        """Return, by tier name, how many blocks of host memory a tier lacks by now."""
-        left = await self._behind.left_blocks()
+    async def _left_blocks(self, moved: Counter[Tier]) -> dict[str, int]:
+        """Return, by tier name, how many blocks of host memory are not safe there.
+
+        Args:
+            moved: what `Scheduler.moved` was when the last sync began, which may have missed all
+                that was written since.
+        """
+        left = Counter(await self._behind.left_blocks())
         for flight in self._scheduler.under_way():
             for op in flight.writes():
-                begin, end = flight.plan.bounds(op)
-                if op.route is not None:
-                    tier = op.route.target.label
-                    left[tier] = left.get(tier, 0) + end - begin
-        return left
+                write = flight.plan.transfer(op)
+                left[write.route.target.label] += write.block_count
+        for tier, blocks in (self._scheduler.moved - moved).items():
+            if tier > Tier.HOST:
+                left[tier.label] += blocks
+        return dict(left)
 
     async def finish(self, timeout_s: float) -> None:
         """Flush for at most `timeout_s`, since the engine is about to be closed."""
         if timeout_s <= 0 or not self._syncs:
             return
         if reason := await failure_within(timeout_s, self.flush()):
-            left = await self._left_blocks()
+            left = await self._left_blocks(self._scheduler.moved)
             log.warning("closed_before_flush_finished", reason=reason, lacking_blocks=left)
 
     async def _synced(self) -> FlexKVError | None:
