@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flexkv.actors.checks import BlockChecks, KeptSums
 from flexkv.common.config import CacheConfig
-from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
 from flexkv.io.ssd.journal import Journal
 from flexkv.testing.fake_far import FakeFar, FarPort
@@ -44,6 +44,23 @@ class CrashState(NamedTuple):
     """Whether journals must be right: nothing failed, no bit flipped, power was never lost."""
 
 
+class WatchedLedger(Ledger):
+    """A ledger that says when its tier begins to sync, and when blocks and journals are synced."""
+
+    on_sync: Callable[[], None] = staticmethod(lambda: None)
+    on_synced: Callable[[], None] = staticmethod(lambda: None)
+
+    def begin_sync(self) -> BlockIds:
+        """Call `on_sync`, and begin."""
+        self.on_sync()
+        return super().begin_sync()
+
+    async def flush(self) -> None:
+        """Flush, and call `on_synced`."""
+        await super().flush()
+        self.on_synced()
+
+
 class FakeBackend:
     """Host memory, disk and device as plain arrays behind fake ports; journals in lossy files.
 
@@ -65,7 +82,7 @@ class FakeBackend:
         self.far_port: FarPort | None = None
         self._far = far
         self._device_faults = device_faults or faults
-        self.ledger: Ledger | None = None
+        self.ledger: WatchedLedger | None = None
         self.windows = disk_windows(CacheConfig())
         self._tiers: list[TierParts] = []
         self.unavailable = Unavailable()
@@ -97,7 +114,7 @@ class FakeBackend:
         kept = KeptSums(disk_blocks, lambda block: ("fake", block))
         undo.callback(self.port.close)
         if self.files:
-            self.ledger = Ledger(
+            self.ledger = WatchedLedger(
                 [Journal(Path("fake"), files) for files in self.files],
                 disk_blocks,
                 kept.sums,

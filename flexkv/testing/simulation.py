@@ -12,6 +12,7 @@ the cache, and gives up at random moments. The oracles:
 - after a crash before any step of the disk or a journal, with or without loss of power, what was
   flushed and not overwritten since is there; and a journal is wrong only where bits flipped, power
   was lost, or the journal could not be written;
+- a flush reports how many blocks of host memory are not safe when it returns;
 - every request ends, and at the end no claim, pin or transfer is left.
 
 `simulate(seed)` replays a failure.
@@ -124,7 +125,12 @@ class Simulation:
         """Whether steps count towards the crash: from the start, or only after the first flush."""
         self._flushed: dict[tuple[bytes, int], int] = {}
         """Key and place of each block that must survive a crash, and the writes begun by then."""
-        self._requests = self._running = 0
+        self._syncing: dict[tuple[bytes, int], int] = {}
+        self._synced: dict[tuple[bytes, int], int] = {}
+        """What was on SSD when the last sync began, and the last that has succeeded."""
+        self._keys_syncing: set[bytes] = set()
+        self._keys_synced: set[bytes] = set()
+        """The same as keys, with blocks of earlier lives that may be wrong."""
         self._clears = 0
         self._put_since_clear: set[bytes] | None = None
         """Keys of puts since everything was last cleared; None before the first such clear."""
@@ -201,16 +207,23 @@ class Simulation:
 
     # -- a life ---------------------------------------------------------------------------------
 
+    async def _open(self) -> None:
+        """Open the engine without faults, and begin to watch what its tiers do."""
+        backend = self.backend
+        for files in backend.files:
+            files.faulty = False
+        await self.engine.open()
+        for files in backend.files:
+            files.faulty, files.on_io = True, self._on_io
+        if backend.port is not None:
+            backend.port.on_io = self._on_io
+        if backend.ledger is not None:
+            backend.ledger.on_sync, backend.ledger.on_synced = self._on_sync, self._on_synced
+
     async def run(self) -> None:
         """Run every request to its end, close, and check that nothing is left."""
         engine, random = self.engine, self.random
-        for files in self.backend.files:
-            files.faulty = False
-        await engine.open()
-        for files in self.backend.files:
-            files.faulty, files.on_io = True, self._on_io
-        if self.backend.port is not None:
-            self.backend.port.on_io = self._on_io
+        await self._open()
         self._check_restored()
         engine.register_kv_caches([self.device])
         kinds = (
@@ -260,22 +273,33 @@ class Simulation:
 
     async def _flush(self, start_s: float) -> None:
         await asyncio.sleep(start_s)
-        port, clears = self.backend.port, self._clears
-        ready, begun = self._on_disk(), len(port.touched) if port is not None else 0
-        in_host, requests = self._keys_in(Tier.HOST), self._requests
+        port, clears, in_host = self.backend.port, self._clears, self._keys_in(Tier.HOST)
         try:
             report = await self.engine.flush()
         except TransferError:  # injected: a write or the sync failed
             return
         if clears != self._clears or port is None:
             return
-        self._flushed, self._counts = dict.fromkeys(ready, begun), True
-        for key, at in self._on_disk():
-            if key in in_host and port.is_synced(at):
-                self._flushed[key, at] = len(port.touched)
-        if not report.lacking_blocks and not self._running and requests == self._requests:
-            lacking = in_host & self._keys_in(Tier.HOST) - self._keys_in(Tier.DISK)
-            assert not lacking, "a flush returned before all was written"
+        self._counts = True
+        on_disk = self._keys_in(Tier.DISK)
+        if self.backend.files:
+            self._flushed = self._synced
+            on_disk &= self._keys_synced
+        unsafe = in_host & self._keys_in(Tier.HOST) - on_disk
+        assert len(unsafe) <= report.lacking_blocks.get(Tier.DISK.label, 0), (
+            "a flush returned before all was written, and does not report it"
+        )
+
+    def _on_sync(self) -> None:
+        """Note what is on SSD when a sync begins: it has to be safe once the sync has succeeded."""
+        port = self.backend.port
+        assert port is not None
+        self._syncing = dict.fromkeys(self._on_disk(), len(port.touched))
+        self._keys_syncing = self._keys_in(Tier.DISK)
+
+    def _on_synced(self) -> None:
+        """Note that what was on SSD when the sync began is safe."""
+        self._synced, self._keys_synced = self._syncing, self._keys_syncing
 
     def _keys_in(self, tier: Tier) -> set[bytes]:
         """Return the keys of the blocks that are READY in a tier."""
@@ -417,15 +441,11 @@ class Simulation:
         return mapping
 
     async def _perform(self, request: Request, give_up_s: float | None) -> KVResponse | None:
-        self._requests += 1
-        self._running += 1
         try:
             async with asyncio.timeout(give_up_s):
                 response = (await self.engine.requests.perform(request)).response
         except TimeoutError:
             return None
-        finally:
-            self._running -= 1
         assert response is not None
         if response.status is KVResponseStatus.CANCELLED:
             assert isinstance(response.error, ClearedError)
