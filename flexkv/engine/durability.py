@@ -111,8 +111,8 @@ class Durability:
         for owes_all in (False, True):
             if owes_all:
                 await self._behind.owe_all()
-                if (late := await self._wait_written()) is not None:
-                    return late
+                if (hung := await self._wait_written()) is not None:
+                    return hung
             error = await self._behind.drain()
             failures = self._behind.take_failures()
             if error is not None or failures:
