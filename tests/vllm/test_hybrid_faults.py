@@ -22,8 +22,9 @@ SHOWING = [case(name, group) for name, group in GROUPS]
 LONG_ANSWERS: dict[str, Any] = {
     "conversations": 4, "turns": 3, "first_tokens": 200, "turn_tokens": 40, "answer_tokens": 150,
 }  # fmt: skip
-SHORT_OF_BLOCKS = {"gemma3": 76, "gpt_oss": 60, "llama4": 84, "nemotron_h": 56}
-"""Device blocks with which requests are preempted."""
+SHORT_OF_BLOCKS = {"gemma3": 64, "gpt_oss": 50, "llama4": 72, "nemotron_h": 42}
+"""Device blocks with which requests are preempted: in the first turn, where nothing is loaded, all
+four have room for their prompts at once, but not for their answers."""
 CROWDED: dict[str, Any] = {
     "conversations": 8, "turns": 3, "first_tokens": 420, "turn_tokens": 160, "answer_tokens": 40,
 }  # fmt: skip
@@ -44,13 +45,18 @@ def test_corrupt_blocks_of_one_group_change_answers(
 def test_the_stand_in_has_the_same_teeth(
     hybrids: Hybrids, tmp_path: Path, name: str, group: int
 ) -> None:
-    """A crude connector that keeps everything answers rightly, and wrongly if one group is bad."""
-    plan = hybrids.small(name)
+    """A crude connector that keeps everything answers rightly, and wrongly if one group is bad.
+
+    It loads without regard for the blocks that are left, so in a small device cache vLLM may stand
+    still.
+    """
+    plan = hybrids.emptied(name)
     for extra in ({"failed_group": group, "fail_every": 3}, {"corrupt_group": group}):
         told = hybrids.run(name, tmp_path, connector="crude", extra=extra, **plan)
         assert told["leaked_blocks"] == 0
-        assert sum(told["external"]) > 0
-        assert (hybrids.wrong(name, told) >= 10) == ("corrupt_group" in extra)
+        assert min(told["external"][1:]) > 0
+        wrong = hybrids.wrong(name, told)
+        assert wrong >= 10 if "corrupt_group" in extra else wrong == 0
 
 
 @support("feature", "several KV groups: loads that fail in one of them")

@@ -40,6 +40,17 @@ def test_a_connector_that_finds_nothing_changes_nothing(
     assert told["leaked_blocks"] == 0
 
 
+@pytest.mark.soak
+def test_answers_in_bf16_do_not_depend_on_hits(hybrids: Hybrids) -> None:
+    """Without a connector a prompt that is computed as a whole gets the answer of one that hits.
+
+    Hence all runs with this model can be compared with one.
+    """
+    warm, cold = hybrids.answered("qwen3_next", "warm"), hybrids.answered("qwen3_next", "cold")
+    assert min(chain(*warm["cached"][1:])) > max(chain(*cold["cached"])) == 0
+    assert cold["answers"] == warm["answers"]
+
+
 @pytest.mark.parametrize("name", [case(each, is_soak=each in ALIKE) for each in SEVERAL])
 def test_answers_are_equal_and_later_turns_hit(hybrids: Hybrids, tmp_path: Path, name: str) -> None:
     """Answers are equal, and every later turn hits, from host memory and from SSD.
