@@ -166,6 +166,39 @@ def test_a_load_that_fails_in_one_group_fails_whole(make: Make, model: str) -> N
     stand.check_empty()
 
 
+@pytest.mark.parametrize("local", [0, 8 * PER_BLOCK])
+@pytest.mark.parametrize("model", SOME)
+def test_a_failed_load_leaves_nothing_in_the_devices_cache(
+    make: Make, model: str, local: int
+) -> None:
+    """After it, its request and one with the same prompt hit only what the device had before."""
+    stand = make(model, max_num_seqs=1, num_blocks=160)
+    talk = stand.answer("first", prompt(LONG))
+    for number in range(len(MODELS[model])):
+        if local:
+            stand.ask("before", talk[: local + 1])
+            stand.run()
+        failing: set[int] = set()
+        stand.copies.loads_fail = failing.intersection
+        stand.copies.holds_loads = True
+        requests = [stand.ask(name, talk) for name in ("fails", "fails, too")]
+        stand.step()
+        for request in requests:
+            assert request.status is WAITING
+            failing.update(block for block in stand.tables(request)[number][local // PER_BLOCK :])
+        failing.discard(0)
+        stand.copies.release()
+        begun = dict[str, int]()
+        while not stand.is_idle:
+            for new in stand.step().output.scheduled_new_reqs:
+                begun[new.req_id] = new.num_computed_tokens
+        assert begun["fails"] == local
+        assert begun["fails, too"] == LONG // PER_BLOCK * PER_BLOCK
+        stand.copies.loads_fail = lambda blocks: False
+        assert stand.scheduler.reset_prefix_cache()
+    stand.check_empty()
+
+
 @pytest.mark.parametrize("model", SOME)
 def test_blocks_of_an_aborted_load_come_back(make: Make, model: str) -> None:
     """A request that is aborted while it loads gives its blocks of all groups back, once."""
