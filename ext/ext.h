@@ -159,5 +159,6 @@ extern PyType_Spec page_map_spec;
 extern PyType_Spec copy_pool_spec;
 extern PyType_Spec ring_spec;
 extern PyType_Spec block_index_spec;
+extern PyType_Spec hints_spec;
 
 #endif

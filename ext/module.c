@@ -125,7 +125,7 @@ static PyMethodDef module_functions[] = {
 static int module_exec(PyObject *module)
 {
     static PyType_Spec *const specs[] = {&page_map_spec, &copy_pool_spec, &ring_spec,
-                                         &block_index_spec};
+                                         &block_index_spec, &hints_spec};
     struct ext_state *state = PyModule_GetState(module);
 
     moves_choose();

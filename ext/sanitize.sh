@@ -14,7 +14,7 @@ cp -r ext flexkv setup.py pyproject.toml README.md "$scratch"
 mkdir -p "$scratch/tests/unit" "$scratch/tests/property"
 cp tests/unit/test_ext_*.py tests/unit/xxh3.py tests/unit/test_foreign_keys.py \
     tests/unit/{leaves,test_leaves,test_reach,test_spent_leaves}.py "$scratch/tests/unit"
-cp tests/property/*index*.py "$scratch/tests/property"
+cp tests/property/{*index*,test_hints}.py "$scratch/tests/property"
 touch "$scratch/tests/__init__.py" "$scratch/tests/property/__init__.py"
 rm -f "$scratch"/flexkv/_ext*.so
 cd "$scratch"

@@ -498,3 +498,96 @@ class BlockIndex:
 
     def validate(self) -> None:
         """Check every law of the index."""
+
+@final
+class Hints:
+    """Which spans others are said to hold: pairs of a span and a holder.
+
+    Holders are numbers below 4096. Holder 0 is the remote store, the others are nodes. `keys` of
+    spans have 16 bytes each, or `size` of 8: only the first 8 bytes of a key are read. `len` counts
+    the pairs that are not dead.
+    """
+
+    def __init__(self, pairs_max: int, span_blocks: int) -> None:
+        """Open an empty table with room for `pairs_max` pairs, of spans of `span_blocks` blocks.
+
+        Raises:
+            OSError: there is no memory.
+        """
+
+    def __len__(self) -> int: ...
+    def note(self, holder: int, tier: int, keys: Memory, size: int = 16) -> int:
+        """Remember that a holder has spans, in its tier 0 or 1; return how many it had not yet.
+
+        Nothing is noted for a retired holder.
+        """
+
+    def drop(self, holder: int, keys: Memory, size: int = 16) -> int:
+        """Forget that a holder has spans; return how many it was said to have."""
+
+    def doubt(self, holder: int, keys: Memory, ticks: int) -> int:
+        """Name spans of a holder in no run for 1 to 4095 ticks, or until they are noted again.
+
+        Return how many of them it is said to have.
+        """
+
+    def known(self, holder: int, keys: Memory) -> bytes:
+        """Return for each span whether a holder is said to have it, in doubt or not: bool[n]."""
+
+    def run(self, keys: Memory, first: int, last: int, use: int = 3) -> bytes:
+        """Return who has the blocks of a prompt from `first` on, up to `last`: int64[n].
+
+        For each block that is holder + 4096 * tier. It ends where a span is unknown. Blocks of
+        nodes come first where a node has the first one, then those of the store; or, where only the
+        store has the first one, those of nodes follow the store's. Nodes are chosen so that they
+        change seldom.
+
+        Args:
+            keys: the root and the keys of a prompt's blocks.
+            first: a position.
+            last: a position, exclusive.
+            use: 1: the store, 2: nodes, 3: both.
+        """
+
+    def tick(self, now: int) -> None:
+        """Set the time, in ticks; it must never go back."""
+
+    def avoid(self, holder: int, is_down: bool) -> None:
+        """Name a holder in no run while it is down."""
+
+    def retire(self, holder: int) -> None:
+        """Declare a holder and all its pairs dead."""
+
+    def revive(self, holder: int) -> None:
+        """Use the number of a retired holder again.
+
+        Raises:
+            ValueError: it is not retired, or its pairs are not all scrubbed.
+        """
+
+    def begin_round(self, holder: int) -> None:
+        """Declare all pairs of a holder stale, each until it is noted again.
+
+        Raises:
+            ValueError: the holder is in a round, or what the last one left is not scrubbed.
+        """
+
+    def end_round(self, holder: int) -> None:
+        """Declare the stale pairs of a holder dead.
+
+        Raises:
+            ValueError: the holder is in no round.
+        """
+
+    def scrub(self, lines: int) -> int:
+        """Remove the dead pairs of up to some lines of 8; return how many dead pairs are left."""
+
+    def pairs_of(self, holder: int) -> tuple[int, int]:
+        """Return how many pairs a holder has, dead ones included, and how many are stale."""
+
+    def counts(self) -> tuple[int, int, int, int]:
+        """Return how many pairs there are, dead ones included, how many of them are dead, how many
+        were displaced since the start, and the bytes of the table."""
+
+    def clear(self) -> None:
+        """Remove all pairs; rounds go on, and retired holders stay retired."""
