@@ -19,6 +19,7 @@ CASES = (
     "control",
     "graph",
     "index",
+    "hints",
     "gather",
     "disk",
     "survive",

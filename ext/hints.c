@@ -105,7 +105,7 @@ static pair *pair_find(struct home home, unsigned holder)
 
 /* -- what is known of pairs ------------------------------------------------------------------- */
 
-static bool is_stale(const struct holder *holder, pair pair)
+static bool is_unseen(const struct holder *holder, pair pair)
 {
     return (pair >> PAIR_ROUND_SHIFT & 1) != holder->round;
 }
@@ -114,12 +114,12 @@ static bool is_dead(const struct hints *hints, pair pair)
 {
     const struct holder *holder = &hints->holders[pair_holder(pair)];
 
-    return holder->retired || (!holder->in_round && is_stale(holder, pair));
+    return holder->retired || (!holder->in_round && is_unseen(holder, pair));
 }
 
 static uint32_t holder_dead(const struct holder *holder)
 {
-    return holder->retired ? holder->pairs : holder->in_round ? 0 : holder->stale;
+    return holder->retired ? holder->pairs : holder->in_round ? 0 : holder->unseen;
 }
 
 static void pair_remove(struct hints *hints, pair *pair)
@@ -128,7 +128,7 @@ static void pair_remove(struct hints *hints, pair *pair)
 
     hints->dead -= is_dead(hints, *pair);
     hints->pairs--;
-    holder->stale -= is_stale(holder, *pair);
+    holder->unseen -= is_unseen(holder, *pair);
     holder->pairs--;
     *pair = 0;
 }
@@ -401,11 +401,11 @@ const char *round_begin(struct hints *hints, unsigned number)
 
     if (holder->in_round)
         return "end its round first";
-    if (holder->stale)
+    if (holder->unseen)
         return "scrub what its last round did not note first";
     holder->in_round = true;
     holder->round = !holder->round;
-    holder->stale = holder->pairs;
+    holder->unseen = holder->pairs;
     return NULL;
 }
 
@@ -436,6 +436,6 @@ void hints_clear(struct hints *hints)
     if (madvise(hints->lines, hints->bytes, MADV_DONTNEED) < 0)
         memset(hints->lines, 0, hints->bytes);
     for (unsigned i = 0; i < HOLDERS_MAX; i++)
-        hints->holders[i].pairs = hints->holders[i].stale = 0;
+        hints->holders[i].pairs = hints->holders[i].unseen = 0;
     hints->pairs = hints->dead = 0;
 }

@@ -31,11 +31,11 @@ struct line {
 /* What is known of a holder. */
 struct holder {
     uint32_t pairs;  /* all of it that are in the table */
-    uint32_t stale;  /* those not noted since its round began */
+    uint32_t unseen;  /* those not noted since its round began */
     bool retired;    /* all its pairs are dead */
     bool is_down;    /* runs do not name it for now */
-    bool in_round;   /* if not, its stale pairs are dead */
-    uint8_t round;   /* 0 and 1 in turn; pairs that have the other one are stale */
+    bool in_round;   /* if not, its unseen pairs are dead */
+    uint8_t round;   /* 0 and 1 in turn; pairs that have the other one are unseen */
 };
 
 /* Who a run may name. */

@@ -198,7 +198,7 @@ static PyObject *pairs_of(Hints *self, struct value *values)
 {
     const struct holder *holder = &self->hints.holders[values[0].integer];
 
-    return Py_BuildValue("(II)", holder->pairs, holder->stale);
+    return Py_BuildValue("(II)", holder->pairs, holder->unseen);
 }
 
 static CALL(hints_call_, pairs_of, Hints, 1, HOLDER)
@@ -258,8 +258,8 @@ static PyMethodDef hints_methods[] = {
     FAST("avoid", hints_call_avoid, "Name a holder in no run while it is down."),
     FAST("retire", hints_call_retire, "Declare all pairs of a holder dead."),
     FAST("revive", hints_call_revive, "Use the number of a retired holder again."),
-    FAST("begin_round", hints_call_begin_round, "Declare all pairs of a holder stale."),
-    FAST("end_round", hints_call_end_round, "Declare the stale pairs of a holder dead."),
+    FAST("begin_round", hints_call_begin_round, "Declare all pairs of a holder unseen."),
+    FAST("end_round", hints_call_end_round, "Declare the unseen pairs of a holder dead."),
     FAST("scrub", hints_call_scrub, "Remove the dead pairs of some lines."),
     FAST("pairs_of", hints_call_pairs_of, "Count the pairs of a holder."),
     {"counts", (PyCFunction)hints_call_counts, METH_NOARGS, "Count pairs and bytes."},

@@ -566,14 +566,14 @@ class Hints:
         """
 
     def begin_round(self, holder: int) -> None:
-        """Declare all pairs of a holder stale, each until it is noted again.
+        """Declare all pairs of a holder unseen, each until it is noted again.
 
         Raises:
             ValueError: the holder is in a round, or what the last one left is not scrubbed.
         """
 
     def end_round(self, holder: int) -> None:
-        """Declare the stale pairs of a holder dead.
+        """Declare the unseen pairs of a holder dead.
 
         Raises:
             ValueError: the holder is in no round.
@@ -583,11 +583,13 @@ class Hints:
         """Remove the dead pairs of up to some lines of 8; return how many dead pairs are left."""
 
     def pairs_of(self, holder: int) -> tuple[int, int]:
-        """Return how many pairs a holder has, dead ones included, and how many are stale."""
+        """Return how many pairs a holder has, dead ones included, and how many are unseen."""
 
     def counts(self) -> tuple[int, int, int, int]:
-        """Return how many pairs there are, dead ones included, how many of them are dead, how many
-        were displaced since the start, and the bytes of the table."""
+        """Return counts: pairs, dead ones included; dead ones; pairs lost so far; bytes of memory.
+
+        A pair is lost when another displaces it.
+        """
 
     def clear(self) -> None:
         """Remove all pairs; rounds go on, and retired holders stay retired."""

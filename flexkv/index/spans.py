@@ -25,7 +25,7 @@ SPAN_TOKENS_MAX = 256
 
 def span_blocks(stride_bytes: int, tokens_per_block: int) -> int:
     """Return G, how many blocks a span has."""
-    wished = 2 ** max(0, round(log2(SPAN_BYTES / stride_bytes)))
+    wished = 1 << max(0, round(log2(SPAN_BYTES / stride_bytes)))
     return min(wished, max(1, SPAN_TOKENS_MAX // tokens_per_block))
 
 

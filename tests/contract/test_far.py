@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import numpy as np
@@ -25,6 +25,7 @@ from flexkv.common.terms import (
     Transfer,
 )
 from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
+from flexkv.index.hints import STORE, HintedCatalogue, Hints
 from flexkv.io.ports import Completion, TransferPort
 from flexkv.testing.fake_far import FakeFar, FarPort
 from flexkv.testing.faults import FaultPlan
@@ -62,7 +63,19 @@ def fake_rig() -> FarRig:
     )
 
 
-FAR: dict[str, Callable[[], FarRig]] = {"fake": fake_rig}
+def hinted_rig() -> FarRig:
+    """Return the same tier under the catalogue of hints, with a span for each block."""
+    rig, hints = fake_rig(), Hints(1024, 1)
+
+    def hold(key: BlockKey) -> None:
+        held(key)
+        hints.note(STORE, key)
+
+    held = rig.hold
+    return replace(rig, catalogue=HintedCatalogue(hints), hold=hold)
+
+
+FAR: dict[str, Callable[[], FarRig]] = {"fake": fake_rig, "hinted": hinted_rig}
 
 PROMPT = np.random.default_rng(3).integers(0, 256, (1 + BLOCKS, BLOCK_KEY_BYTES), np.uint8)
 KEYS = [key.tobytes() for key in PROMPT[1:]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -57,8 +58,8 @@ class HintsMachine(RuleBasedStateMachine):
 
     def is_dead(self, name: tuple[str, int], holder: int) -> bool:
         """Return whether a pair of the model is retired, or was not noted in an ended round."""
-        stale = self.pairs[name, holder].round != self.round[holder]
-        return holder in self.retired or (stale and holder not in self.in_round)
+        unseen = self.pairs[name, holder].round != self.round[holder]
+        return holder in self.retired or (unseen and holder not in self.in_round)
 
     def live(self) -> set[tuple[tuple[str, int], int]]:
         """Return the pairs of the model that are not dead."""
@@ -216,7 +217,7 @@ class HintsMachine(RuleBasedStateMachine):
         for at, one in enumerate(said, first):
             assert one == said[max(at // step * step, first) - first], "one holder for a span"
             assert expected[at // step - begin][one % 4096] == one // 4096
-        for at, (one, after) in enumerate(zip(said, said[1:], strict=False), first):
+        for at, (one, after) in enumerate(pairwise(said), first):
             if one % 4096 and after % 4096 and one % 4096 != after % 4096:
                 assert after % 4096 not in expected[at // step - begin]
 
@@ -243,11 +244,11 @@ class HintsMachine(RuleBasedStateMachine):
             known = self.hints.known(holder, b"".join(map(key_of, NAMES)))
             assert known == bytes((name, holder) in live for name in NAMES)
             mine = [pair for pair in self.pairs if pair[1] == holder]
-            pairs, stale = self.hints.pairs_of(holder)
+            pairs, unseen = self.hints.pairs_of(holder)
             assert sum(pair[1] == holder for pair in live) <= pairs <= len(mine)
             if holder in self.in_round and holder not in self.retired:
                 old = [pair for pair in mine if self.pairs[pair].round != self.round[holder]]
-                assert stale == len(old)
+                assert unseen == len(old)
         pairs, dead, lost, _ = self.hints.counts()
         assert (pairs - dead, lost, len(self.hints)) == (len(live), self.lost, len(live))
         assert pairs == sum(self.hints.pairs_of(holder)[0] for holder in HOLDERS)

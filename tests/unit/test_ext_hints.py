@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,34 @@ def test_nodes_change_as_seldom_as_they_can() -> None:
     assert ids(hints.run(keys, 0, 8)) == [THREE] * 8
 
 
+def test_few_nodes_of_a_hot_span_are_remembered() -> None:
+    """Four nodes of a span are known at a time, the last one noted among them, and the store."""
+    hints, keys = Hints(1000, 1), keys_of(2)
+    hints.note(STORE, 0, keys[16:])
+    for node in range(1, 31):
+        assert hints.note(node, 0, keys[16:]) == 1
+        known = [other for other in range(1, 31) if hints.known(other, keys[16:]) == b"\1"]
+        assert len(known) == min(node, 4)
+        assert node in known
+    assert hints.counts()[:3] == (5, 0, 26)
+    assert hints.known(STORE, keys[16:]) == b"\1"
+    hints.retire(known[0])
+    hints.note(40, 0, keys[16:])
+    assert hints.counts()[:3] == (5, 0, 26)
+    assert hints.known(STORE, bytes(8) + keys[24:]) == b"\0"
+
+
+def test_a_key_may_begin_with_zeros() -> None:
+    """No key is taken for an empty place."""
+    hints = Hints(100, 1)
+    assert hints.known(STORE, bytes(16)) == b"\0"
+    assert ids(hints.run(bytes(32), 0, 1)) == []
+    assert hints.note(STORE, 0, bytes(16)) == 1
+    assert ids(hints.run(bytes(32), 0, 1)) == [STORE]
+    assert hints.drop(STORE, bytes(16)) == 1
+    assert len(hints) == 0
+
+
 def test_a_revived_holder_is_not_down() -> None:
     """A number that is used again has nothing of the earlier holder."""
     hints, keys = Hints(100, 1), keys_of(2)
@@ -238,7 +267,7 @@ def test_a_scrub_goes_on_where_the_last_one_stopped() -> None:
         left.append(hints.scrub(-(-lines // 10)))
         assert hints.counts()[:2] == (1_000 + left[-1], left[-1])
     assert left[-1] == 0
-    assert all(before - after > 200 for before, after in zip(left, left[1:], strict=False))
+    assert all(before - after > 200 for before, after in pairwise(left))
     assert hints.known(TWO, keys) == bytes(3_000) + b"\1" * 1_000
 
 

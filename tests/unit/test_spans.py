@@ -40,9 +40,7 @@ def test_a_span_is_about_16_mib(stride_bytes: int, tokens_per_block: int, blocks
     count=st.integers(0, 30),
     bounds=st.tuples(st.integers(0, 30), st.integers(0, 30)),
 )
-def test_spans_end_with_their_last_block(
-    blocks: int, count: int, bounds: tuple[int, int]
-) -> None:
+def test_spans_end_with_their_last_block(blocks: int, count: int, bounds: tuple[int, int]) -> None:
     """A range has the spans whose last block is in it, and their keys are those of these blocks."""
     keys = np.random.default_rng(count).bytes(16 * (1 + count))
     first, last = sorted(min(bound, count) for bound in bounds)
