@@ -300,6 +300,7 @@ static PyMethodDef index_methods[] = {
     FAST("root_ids", call_root_ids, "Return a namespace's READY places."),
     FAST("set_quota", call_set_quota, "Limit a namespace's places in a tier."),
     FAST("export", call_export, "Return what READY places hold."),
+    FAST("spans", call_spans, "Return the whole spans of blocks in which places are."),
     FAST("restore", call_restore, "Restore a tier from exported records."),
     FAST("evict", call_evict, "Evict up to a number of blocks."),
     FAST("resize", call_resize, "Change a tier's capacity."),

@@ -57,7 +57,7 @@ fast_call call_survey, call_reach, call_group_blocks;
 fast_call call_reserve, call_make_room, call_reserve_copies, call_lacking;
 fast_call call_lease, call_fillers;
 fast_call call_pin, call_unpin, call_commit, call_abort, call_forget, call_keys_of;
-fast_call call_export, call_restore, call_watch;
+fast_call call_export, call_restore, call_watch, call_spans;
 PyObject *index_call_changes(BlockIndex *, PyObject *);
 
 #endif

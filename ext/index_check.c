@@ -114,6 +114,8 @@ static const char *node_check(struct block_index *index, ref number)
         return node->child == NONE ? "a root has no child" : NULL;
     if (node_at(index, node->parent)->parent == NODE_FREE)
         return "a block's parent is not in the index";
+    if (node->depth != node_at(index, node->parent)->depth + 1)
+        return "a block is not one deeper than its parent";
     broken = is_leaf(index, number) ? leaf_check(index, number) : NULL;
     if (broken)
         return broken;

@@ -34,7 +34,7 @@ struct key {
     uint32_t word[4];
 };
 
-/* 44 bytes, a reference for each tier, and where the model has leaves one word more: see node_word.
+/* 48 bytes, a reference for each tier, and where the model has leaves one word more: see node_word.
  * A root has no block: it stands for a namespace. */
 struct node {
     struct key key;
@@ -44,6 +44,7 @@ struct node {
     ref child;          /* the first child */
     ref before, after;  /* siblings */
     ref root;           /* the namespace; its own number for a root */
+    uint32_t depth;     /* of a root 0, of the first block of a prompt 1 */
     ref place[];        /* by tier; for a root, how many blocks of it the tier has */
 };
 

@@ -351,6 +351,7 @@ static ALWAYS_INLINE ref node_new(struct block_index *index, struct key key, uin
     node->parent = parent;
     node->child = NONE;
     node->root = parent == NONE ? number : node_at(index, parent)->root;
+    node->depth = parent == NONE ? 0 : node_at(index, parent)->depth + 1;
     for (unsigned t = 0; t < index->tiers; t++)
         node->place[t] = parent == NONE ? 0 : NONE;
     return number;

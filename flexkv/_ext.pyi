@@ -464,6 +464,18 @@ class BlockIndex:
         prompt), and a uint32: bit 0 is set for the first of a prompt, bits 8 and up are the group.
         """
 
+    def spans(self, tier: int, ids: Memory, size: int, /) -> tuple[bytes, bytes]:
+        """Return the spans of `size` blocks (1 to 256) whose blocks are all READY in a tier.
+
+        A span ends where the depth in the prompt is a multiple of `size`. Those are returned that
+        end with a block at one of these places, or whose other blocks before the end are there.
+        Places that hold no READY block of the chain are passed over.
+
+        Returns:
+            int64[m, size], the places of the blocks of each span; and their keys, 16 bytes each:
+            for each span that of the block before it (or the root), and then those of its blocks.
+        """
+
     def restore(self, tier: int, records: Memory, parents: Memory, ids: Memory, /) -> None:
         """Fill a tier that was never used with blocks that are READY.
 

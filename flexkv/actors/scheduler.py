@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.flight import Flight, wake
 from flexkv.actors.outcome import response_of
+from flexkv.actors.persistence import PersistenceHooks
 from flexkv.actors.tier_health import TierHealth
 from flexkv.actors.write_behind import WriteBehind
 from flexkv.common.errors import (
@@ -65,18 +66,6 @@ _BEHIND = Request(Operation.PREFETCH, -1, 0, 1, Span(0, 0, 0, 0), bytes(BLOCK_KE
 class _Joiner(NamedTuple):
     flight: Flight
     op: int
-
-
-class PersistenceHooks(Protocol):
-    """Records what a tier holds, so that a later run knows."""
-
-    def stored(self, block_ids: BlockIds) -> None:
-        """Record blocks that became READY, unless they were forgotten meanwhile."""
-        ...
-
-    def erased(self, block_ids: BlockIds) -> None:
-        """Record blocks that a later run must not restore."""
-        ...
 
 
 class Scheduler:
@@ -143,8 +132,11 @@ class Scheduler:
         self._flights[run_id] = flight
         if request.watch is not None and request.operation is Operation.PUT:
             self._awaiting_layers.add(flight)
-        if self.behind is not None and request.operation is Operation.PUT:
-            self.behind.planned(planned)
+        if self.behind is not None:
+            if request.operation is Operation.PUT:
+                self.behind.planned(planned)
+            elif (here := planned.found.ready.get(Tier.HOST)) is not None:
+                self.behind.reused(here.block_ids)
         self._take(flight, LaunchRun())
         return flight
 
@@ -432,17 +424,21 @@ class Scheduler:
         assert op.route is not None
         target, fill = op.route.target, plan.fills[op.leg]
         hooks = self._persistence.get(target)
-        behind = self.behind if fill.owed_to and target is Tier.HOST else None
+        behind = self.behind if target is Tier.HOST else None
         if hooks is None and behind is None:
             return
         begin, end = plan.bounds(op)
         filled = fill.ids[target][begin : end if settle.filled else begin + settle.leading]
         if hooks is not None and len(filled):
             hooks.stored(filled)
-        if behind is not None:
+        if behind is None:
+            return
+        if fill.owed_to:
             behind.coming_blocks -= end - begin
-            for tier in fill.owed_to if len(filled) else ():
+        if len(filled):
+            for tier in fill.owed_to:
                 behind.owe(tier, filled)
+            behind.arrived(filled)
 
     def _recall(self, flight: Flight, op: int, command: RunCommand) -> None:
         spec = flight.plan.template.ops[op]

@@ -4,6 +4,8 @@
             └───▶ owed: kept in host memory ──in turn──▶ written when there is room
                                             └─too long─▶ may be evicted unwritten: given up
 
+Far tiers are owed whole spans, as soon as host memory has them (`ShipLimits`). These are not kept.
+
 A put that finds host memory full of owed blocks waits for room. The puts of one burst may wait for
 `write_behind_wait_s` in all. A tier that is down is owed blocks, too, but none of them are kept.
 """
@@ -11,8 +13,8 @@ A put that finds host memory full of owed blocks waits for room. The puts of one
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 
@@ -24,6 +26,7 @@ from flexkv.common.request import Operation, Request
 from flexkv.common.terms import BlockIds, Tier
 from flexkv.graph.planner import Planned, Planner
 from flexkv.index.owed import EVICTED, FAILED, NO_PLACE, NOT_WORTH_IT, OwedBlocks, Taken
+from flexkv.index.owed_spans import OwedSpans
 from flexkv.index.residency import Residency
 from flexkv.observe.logs import get_logger
 
@@ -41,6 +44,20 @@ SCAN_BLOCKS = 1 << 16
 """Host places that are searched in one step for blocks that a lower tier lacks."""
 
 
+Queue: TypeAlias = OwedBlocks | OwedSpans
+
+
+class ShipLimits(NamedTuple):
+    """What is written to a far tier, and the bound on it."""
+
+    span_blocks: int
+    """How many blocks a span has."""
+    in_flight_blocks: int
+    """Blocks that may be on their way at once."""
+    reused_only: bool = False
+    """Whether only blocks that a load has found are written, not all that reach host memory."""
+
+
 class WriteBehindLimits(NamedTuple):
     """The bounds on writing owed blocks."""
 
@@ -52,6 +69,8 @@ class WriteBehindLimits(NamedTuple):
     """The most host blocks that may be kept from eviction until they are written."""
     burst_wait_s: float
     """How long the puts of a burst may wait, in all, for room in host memory."""
+    far: Mapping[Tier, ShipLimits] = {}
+    """The far tiers that are written to."""
 
 
 class WriteBehindCounts(msgspec.Struct, frozen=True):
@@ -99,9 +118,15 @@ class WriteBehind:
         self._residency, self._planner, self._watch = residency, planner, watch
         self._limits, self._begin, self._tell = limits, begin, tell
         lower = [tier for tier in residency.tiers if tier > Tier.HOST]
-        self._queues = {tier: OwedBlocks(residency, tier, limits.batch_blocks) for tier in lower}
-        self._in_flight = dict.fromkeys(lower, 0)
-        self._told = dict.fromkeys(lower, 0)
+        self._queues: dict[Tier, Queue] = {
+            tier: OwedBlocks(residency, tier, limits.batch_blocks) for tier in lower
+        }
+        is_far = planner.catalogue.has
+        for tier, ship in limits.far.items():
+            self._queues[tier] = OwedSpans(residency, tier, ship.span_blocks, is_far)
+        self._near = tuple(lower)
+        self._in_flight = dict.fromkeys(self._queues, 0)
+        self._told = dict.fromkeys(self._queues, 0)
         self._host_places = residency.counts(Tier.HOST).capacity  # resizing does not change it
         self._failures: dict[Tier, TransferError] = {}
         self._failures_untold: list[TransferError] = []
@@ -110,12 +135,29 @@ class WriteBehind:
         self._retry: asyncio.TimerHandle | None = None
         self._is_pumping = self._is_closed = False
 
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Return the tiers that are written to, the nearest first."""
+        return tuple(self._queues)
+
     # -- owing ----------------------------------------------------------------------------------
 
     def owe(self, tier: Tier, host_ids: BlockIds) -> None:
         """Owe blocks of host memory to a tier."""
         if not self._is_closed:
             self._add(tier, host_ids, 0, None)
+
+    def arrived(self, host_ids: BlockIds) -> None:
+        """Owe far tiers the spans that blocks which have just become READY complete."""
+        for tier, ship in self._limits.far.items():
+            if not ship.reused_only:
+                self.owe(tier, host_ids)
+
+    def reused(self, host_ids: BlockIds) -> None:
+        """Owe blocks of host memory that a load has found to far tiers that keep only such."""
+        for tier, ship in self._limits.far.items():
+            if ship.reused_only:
+                self.owe(tier, host_ids)
 
     def failed(
         self, tier: Tier, host_ids: BlockIds, taken: Taken | None, error: TransferError
@@ -193,7 +235,7 @@ class WriteBehind:
         self._planner.tiers_owed = tiers_owed
         self._tell_given_up()
         # All owed blocks count, not only kept ones: letting them be evicted must not end a burst.
-        pending = sum(q.blocks + self._in_flight[tier] for tier, q in self._queues.items())
+        pending = sum(self._queues[tier].blocks + self._in_flight[tier] for tier in self._near)
         pending += self.coming_blocks
         if pending <= self._limits.kept_blocks_max // 2:
             self._burst_until_s = None
@@ -201,7 +243,9 @@ class WriteBehind:
         wake(self._waiters)
 
     def _pump(self, tier: Tier, queue: OwedBlocks) -> None:
-        while queue.blocks and self._in_flight[tier] < self._limits.in_flight_blocks:
+        far = self._limits.far.get(tier)
+        limit = self._limits.in_flight_blocks if far is None else far.in_flight_blocks
+        while queue.blocks and self._in_flight[tier] < limit:
             if not self._may_write(tier):
                 queue.unkeep(queue.kept_blocks)
                 self._retry_later()
@@ -305,7 +349,8 @@ class WriteBehind:
     def _pending(self) -> int:
         """Return how many blocks of host memory are, or will be, kept until they are written."""
         most = 0
-        for tier, queue in self._queues.items():
+        for tier in self._near:
+            queue = self._queues[tier]
             if self._may_write(tier):
                 kept = queue.kept_blocks + self._residency.counts(tier).reserved
                 most = max(most, kept + self.coming_blocks)
@@ -323,15 +368,15 @@ class WriteBehind:
         Returns:
             None, or the error that keeps a tier from being written to.
         """
-        epochs = {tier: queue.next_epoch() for tier, queue in self._queues.items()}
+        epochs = {tier: queue.epochs.next() for tier, queue in self._queues.items()}
         self.pump()
         for tier, queue in self._queues.items():
-            while queue.left_of(epochs[tier]) and not self._is_closed:
+            while queue.epochs.left_of(epochs[tier]) and not self._is_closed:
                 if not (self._may_write(tier) or self._is_on_trial(tier)):
                     return self._failures.get(tier) or DeadlineError(
                         -1,
                         f"host→{tier.label}",
-                        queue.left_of(epochs[tier]),
+                        queue.epochs.left_of(epochs[tier]),
                         "the tier does not respond",
                     )
                 await self._change(RETRY_S)
@@ -343,10 +388,13 @@ class WriteBehind:
         The tiers have evicted or refused these blocks, or writing them failed.
         """
         for tier, queue in self._queues.items():
-            free = self._residency.counts(tier).free
+            free = self._host_places
+            if (ship := self._limits.far.get(tier)) is None:
+                free = self._residency.counts(tier).free
+            elif ship.reused_only:
+                continue
             for first in range(0, self._host_places, SCAN_BLOCKS):
-                lacking = self._residency.lacking(Tier.HOST, tier, first, first + SCAN_BLOCKS)
-                lacking = queue.not_owed(lacking)[:free]
+                lacking = queue.lacking(first, first + SCAN_BLOCKS)[:free]
                 free -= len(lacking)
                 self.owe(tier, lacking)
                 await asyncio.sleep(0)
@@ -360,10 +408,9 @@ class WriteBehind:
         for tier, queue in self._queues.items():
             blocks = 0
             for first in range(0, self._host_places, SCAN_BLOCKS):
-                lacking = self._residency.lacking(Tier.HOST, tier, first, first + SCAN_BLOCKS)
-                blocks += len(queue.not_owed(lacking))
+                blocks += len(queue.lacking(first, first + SCAN_BLOCKS))
                 await asyncio.sleep(0)
-            if blocks := blocks + queue.left_of(queue.epoch):
+            if blocks := blocks + queue.epochs.left_of(queue.epochs.epoch):
                 left[tier.label] = blocks
         return left
 
@@ -378,7 +425,8 @@ class WriteBehind:
         """Return what a tier is owed."""
         queue = self._queues[tier]
         given_up = {why: n for why, n in list(queue.given_up.items()) if n}
-        writing = self._residency.counts(tier).reserved
+        near = tier in self._near
+        writing = self._residency.counts(tier).reserved if near else self._in_flight[tier]
         return WriteBehindCounts(queue.blocks, queue.kept_blocks, writing, given_up)
 
     def abandon(self) -> None:

@@ -81,11 +81,12 @@ class Core:
             self.residency, self.planner, self.actors, self.observer, self.persistence,
             cache.io_deadline_s,
         )  # fmt: skip
+        ships = {parts.tier: parts.ship for parts in self._tiers if parts.ship is not None}
         self.behind = self.scheduler.behind = WriteBehind(
             self.residency,
             self.planner,
             self.scheduler.watch,
-            behind_limits(cache, sizes),
+            behind_limits(cache, sizes)._replace(far=ships),
             self.scheduler.write_behind,
             self.observer.event,
         )
@@ -121,3 +122,9 @@ class Core:
             )
             for name, work in parts.work(hooks).items():
                 supervisor.keep(name, work)
+
+    def cleared(self, tier: Tier | None, root: bytes | None) -> None:
+        """Forget what is owed, and after a clear of more than one tier what is far, too."""
+        if tier is None:
+            self.planner.catalogue.clear(root)
+        self.behind.cleared(tier)

@@ -141,7 +141,7 @@ class Engine:
             self._scheduler.fail, close, self._supervisor.abandon, self._resources
         )
         self._retention.about_to_clear = self._behind.about_to_clear
-        self._retention.on_clear = self._behind.cleared
+        self._retention.on_clear = core.cleared
 
     def register_kv_caches(
         self, kv_caches: KVCaches, layout: str | None = None, tp_rank: int = 0

@@ -37,8 +37,9 @@ class Retention:
         self._opened_with, self.pins = opened_with, pins
         self.about_to_clear: Callable[[], None] = lambda: None
         """Called before each clear."""
-        self.on_clear: Callable[[Tier | None], None] = lambda tier: None
-        """Called with the tier that was cleared; None for a namespace or everything."""
+        self.on_clear: Callable[[Tier | None, bytes | None], None] = lambda tier, root: None
+        """Called with the tier that was cleared, or the root of the namespace; both are None if
+        everything was."""
 
     def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
         """Forget the blocks of a tier, of a namespace, or all; return how many places they had.
@@ -55,7 +56,7 @@ class Retention:
             if tier in (None, each):
                 persistence.clear(root)
         places = self._residency.clear(tier, root)
-        self.on_clear(tier)
+        self.on_clear(tier, root)
         return places
 
     async def clear_durably(self, tier: Tier | None = None, namespace: Namespace = None) -> int:

@@ -181,7 +181,7 @@ def snapshot(of: Sources, observer: Observer) -> Statistics:
         corrupt_blocks=observer.corrupt_blocks,
         restored_blocks=of.restored_blocks,
         write_behind={
-            tier.label: of.behind.counts(tier) for tier in of.residency.tiers if tier > Tier.HOST
+            tier.label: of.behind.counts(tier) for tier in of.behind.tiers
         },
         missing_tiers=dict(of.unavailable.tiers),
         unused_directories=dict(of.unavailable.directories),

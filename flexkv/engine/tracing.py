@@ -8,7 +8,6 @@ import numpy as np
 
 from flexkv.common.config import MB, CacheConfig, CacheSizes
 from flexkv.common.errors import ConfigError
-from flexkv.common.terms import Tier
 from flexkv.engine.statistics import Sources
 from flexkv.observe.observer import Observer
 from flexkv.observe.recorder import Recorder, header
@@ -119,7 +118,7 @@ class Tracing:
             actor.name: (actor.depth, actor.in_flight_bytes[True], actor.in_flight_bytes[False])
             for actor in of.actors.values()
         }
-        behind = {tier: of.behind.counts(tier) for tier in of.residency.tiers if tier > Tier.HOST}
+        behind = {tier: of.behind.counts(tier) for tier in of.behind.tiers}
         return SampleRecord(
             now_ns,
             tiers,

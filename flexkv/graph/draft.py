@@ -86,6 +86,18 @@ class Draft:
         fill = self._fill(leg, positions, ids, bounds)
         self._fills.append(structs.replace(fill, owed_to=owed_to) if owed_to else fill)
 
+    def add_far(
+        self,
+        hops: tuple[Route, ...],
+        positions: Positions,
+        ids: dict[Tier, BlockIds],
+        span_blocks: int,
+    ) -> None:
+        """Add a leg of consecutive blocks of a far tier, whose chunks divide no span."""
+        leg, bounds = chunked_by_span(hops, positions, self._chunk_blocks, span_blocks)
+        self._legs.append(leg)
+        self._fills.append(self._fill(leg, positions, ids, bounds))
+
     def add_waiting(
         self, hops: tuple[Route, ...], pending: Placement, chunks: Chunks, group: int = 0
     ) -> None:
@@ -157,6 +169,17 @@ def chunked(
     if group:
         chunks = min(chunks, LEAF_CHUNKS_MAX)
     return Leg(hops, chunks, False, group), even_bounds(block_count, chunks)
+
+
+def chunked_by_span(
+    hops: tuple[Route, ...], positions: Positions, chunk_blocks: int, span_blocks: int
+) -> tuple[Leg, tuple[int, ...]]:
+    """Return the leg of consecutive blocks, and bounds of its chunks at which spans begin."""
+    first, count = positions.first, positions.block_count
+    spans = range(first // span_blocks, -(-(first + count) // span_blocks))
+    chunks = chunks_of(hops, len(spans), max(1, chunk_blocks // span_blocks))
+    begins = [spans[bound] * span_blocks - first for bound in even_bounds(len(spans), chunks)[:-1]]
+    return Leg(hops, chunks), (0, *begins[1:], count)
 
 
 @lru_cache(maxsize=TEMPLATES_MAX)

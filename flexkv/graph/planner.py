@@ -273,7 +273,11 @@ class Planner:
                 continue
             if tier is not Tier.HOST:
                 ids = {tier: placed.block_ids, Tier.HOST: host_ids[tier]}
-                draft.add((Route(tier, Tier.HOST), *onward), placed.positions, ids)
+                hops = (Route(tier, Tier.HOST), *onward)
+                if tier in self.tiers:
+                    draft.add(hops, placed.positions, ids)
+                else:
+                    draft.add_far(hops, placed.positions, ids, self.catalogue.span_blocks)
             elif onward:
                 draft.add(onward, placed.positions, {Tier.HOST: placed.block_ids})
         if pending is not None and (placed := pending.before(last)).block_count:
@@ -444,9 +448,13 @@ class Planner:
         return min(wanted_blocks, max(0, self.limits.write_behind_blocks_max - waiting))
 
     def plan_behind(self, taken: Taken, run_id: int) -> Plan:
-        """Plan to write blocks of host memory to their reserved places in a lower tier."""
+        """Plan to write blocks of host memory to a lower tier: to their reserved places, or a span.
+
+        A span of a far tier is written by one op.
+        """
         tier, count = taken.tier, len(taken.host_ids)
-        leg, bounds = chunked((Route(Tier.HOST, tier),), count, self.limits.chunk_blocks)
+        chunk_blocks = self.limits.chunk_blocks if tier in self.tiers else count
+        leg, bounds = chunked((Route(Tier.HOST, tier),), count, chunk_blocks)
         ids = {Tier.HOST: taken.host_ids, tier: taken.target_ids}
         fill = LegFill(taken.keys, Positions(0, count), ids, bounds)
         return self._claimed(Plan(template_of(Operation.PREFETCH, (leg,)), run_id, (fill,)))

@@ -16,7 +16,7 @@ from collections.abc import Sequence, Set
 from typing import NamedTuple, Protocol
 
 from flexkv.common.errors import TransferError
-from flexkv.common.terms import BlockIds, Tier, Transfer
+from flexkv.common.terms import BlockIds, BlockKey, Tier, Transfer
 
 
 class FarRun(NamedTuple):
@@ -36,6 +36,16 @@ class Catalogue(Protocol):
     @property
     def is_empty(self) -> bool:
         """Return whether nothing at all is far; the catalogue is not asked any further then."""
+        ...
+
+    @property
+    def span_blocks(self) -> int:
+        """Return how many consecutive blocks of a prompt make up a span: what is far is known, and
+        best fetched, by whole spans."""
+        ...
+
+    def has(self, tier: Tier, key: BlockKey) -> bool:
+        """Return whether a tier is said to have the span whose last block has this key."""
         ...
 
     def far(self, keys: bytes, first: int, last: int, avoid: Set[Tier]) -> Sequence[FarRun]:
@@ -62,17 +72,33 @@ class Catalogue(Protocol):
         """
         ...
 
+    def clear(self, root: bytes | None) -> None:
+        """Promise nothing any more that was stored before this call.
+
+        Args:
+            root: of the namespace that is cleared; None for everything. A catalogue that cannot
+                tell namespaces apart forgets everything.
+        """
+        ...
+
 
 class NothingIsFar:
     """The catalogue of an engine that has only its own tiers."""
 
-    is_empty = True
+    is_empty, span_blocks = True, 1
+
+    def has(self, tier: Tier, key: BlockKey) -> bool:
+        """Return False."""
+        return False
 
     def far(self, keys: bytes, first: int, last: int, avoid: Set[Tier]) -> Sequence[FarRun]:
         """Return nothing."""
         return ()
 
     def doubt(self, transfer: Transfer, error: TransferError) -> None:
+        """Do nothing."""
+
+    def clear(self, root: bytes | None) -> None:
         """Do nothing."""
 
 

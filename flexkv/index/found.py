@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.common.terms import BlockIds, Positions, Tier
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, BlockKey, Positions, Tier
 from flexkv.index.claims import Holding
 
 
@@ -158,3 +158,20 @@ def prefix_match(found: Found, tiers: Sequence[Tier], tokens_per_block: int) -> 
         by_tier[tier] = placement.block_count * tokens_per_block
     tokens = (found.last - found.first) * tokens_per_block
     return PrefixMatch(tokens, by_tier, pending * tokens_per_block)
+
+
+class ReadySpan(NamedTuple):
+    """The consecutive blocks of a prompt that make up a span, all READY in one tier.
+
+    Attributes:
+        block_ids: their places in that tier: int64[blocks].
+        keys: the key of the block before them, or the root, and then theirs: 16 bytes each.
+    """
+
+    block_ids: BlockIds
+    keys: bytes
+
+    @property
+    def key(self) -> BlockKey:
+        """Return the key of the span: that of its last block."""
+        return self.keys[-BLOCK_KEY_BYTES:]

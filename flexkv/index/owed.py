@@ -65,22 +65,48 @@ class Taken(NamedTuple):
     """A root of zeros, and the key of each block."""
 
 
+class EpochCounts:
+    """How many blocks are neither written nor given up yet, by the epoch in which they were owed.
+
+    Attributes:
+        epoch: number of the current epoch.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self._left: Counter[int] = Counter()
+
+    def add(self, epoch: int, blocks: int) -> None:
+        """Add to the number of an epoch's unfinished blocks; forget an epoch without any."""
+        self._left[epoch] += blocks
+        if not self._left[epoch]:
+            del self._left[epoch]
+
+    def left_of(self, epoch: int) -> int:
+        """Return how many blocks, up to an epoch, are neither written nor given up yet."""
+        return sum(count for number, count in self._left.items() if number <= epoch)
+
+    def next(self) -> int:
+        """Begin another epoch, and return the previous one."""
+        self.epoch += 1
+        return self.epoch - 1
+
+
 class OwedBlocks:
     """The blocks that one lower tier is owed.
 
     Attributes:
         blocks: how many wait.
         kept_blocks: how many of them are kept from eviction.
-        epoch: number of the current period, under which blocks are added; see `left_of`.
+        epochs: counts what is unfinished, by when it was owed.
         given_up: how many will never be written, by the reason.
     """
 
     def __init__(self, residency: Residency, tier: Tier, batch_blocks_max: int) -> None:
-        self.tier, self.blocks, self.kept_blocks, self.epoch = tier, 0, 0, 0
+        self.tier, self.blocks, self.kept_blocks, self.epochs = tier, 0, 0, EpochCounts()
         self.given_up: Counter[str] = Counter()
         self._residency, self._batch_blocks_max = residency, batch_blocks_max
         self._batches: deque[_Batch] = deque()
-        self._left: Counter[int] = Counter()
         places = residency.counts(Tier.HOST).capacity  # resizing adds none
         self._key_at = np.zeros((places, _KEY_WORDS), np.uint64)
         """The key of the block that waits at each place of host memory; zeros where none does."""
@@ -100,7 +126,7 @@ class OwedBlocks:
         keys = _words(records[:, :BLOCK_KEY_BYTES].tobytes())
         wanted = (keys[:, 0] | keys[:, 1]).astype(np.bool_) & ~_equal(keys, self._key_at[host_ids])
         ids, keys = host_ids[wanted], keys[wanted]
-        epoch = self.epoch if epoch is None else epoch
+        epoch = self.epochs.epoch if epoch is None else epoch
         for at in range(0, len(ids), self._batch_blocks_max):
             part = slice(at, at + self._batch_blocks_max)
             batch = _Batch(ids[part], keys[part].tobytes(), attempts, epoch)
@@ -132,7 +158,7 @@ class OwedBlocks:
             if hold is not None:
                 self._keep(rest)
         if len(target_ids):
-            self._leave(batch.epoch, len(target_ids))
+            self.epochs.add(batch.epoch, len(target_ids))
             taken = batch.part(outcomes == TAKEN)
             keys = bytes(BLOCK_KEY_BYTES) + taken.keys
             return Taken(
@@ -143,9 +169,13 @@ class OwedBlocks:
 
     def ended(self, taken: Taken) -> None:
         """Note that the taken blocks are now written, owed again, or given up."""
-        self._leave(taken.epoch, -len(taken.host_ids))
+        self.epochs.add(taken.epoch, -len(taken.host_ids))
 
-    def not_owed(self, host_ids: BlockIds) -> BlockIds:
+    def lacking(self, first: int, last: int) -> BlockIds:
+        """Return the places of READY host blocks in a range that the tier lacks and is not owed."""
+        return self._not_owed(self._residency.lacking(Tier.HOST, self.tier, first, last))
+
+    def _not_owed(self, host_ids: BlockIds) -> BlockIds:
         """Return those of the given places of READY host blocks whose blocks are not owed."""
         waiting = self._key_at[host_ids]
         may_wait = (waiting[:, 0] | waiting[:, 1]).astype(np.bool_)
@@ -153,15 +183,6 @@ class OwedBlocks:
         keys = _words(self._residency.keys_of(Tier.HOST, some))
         others = ~_equal(keys, waiting[may_wait])
         return np.concatenate([host_ids[~may_wait], some[others]])
-
-    def left_of(self, epoch: int) -> int:
-        """Return how many blocks, up to an epoch, are neither written nor given up yet."""
-        return sum(count for number, count in self._left.items() if number <= epoch)
-
-    def next_epoch(self) -> int:
-        """Begin another epoch, and return the previous one."""
-        self.epoch += 1
-        return self.epoch - 1
 
     def unkeep(self, block_count: int) -> None:
         """Allow the eviction of at least this many kept blocks, beginning with the last in turn."""
@@ -214,7 +235,7 @@ class OwedBlocks:
     def clear(self) -> None:
         """Forget everything that is owed."""
         for batch in self._batches:
-            self._leave(batch.epoch, -len(batch.block_ids))
+            self.epochs.add(batch.epoch, -len(batch.block_ids))
             self._settle(batch.hold)
         self._batches.clear()
         self.blocks = self.kept_blocks = 0
@@ -222,18 +243,12 @@ class OwedBlocks:
 
     def _count(self, batch: _Batch, sign: int) -> None:
         self.blocks += sign * len(batch.block_ids)
-        self._leave(batch.epoch, sign * len(batch.block_ids))
+        self.epochs.add(batch.epoch, sign * len(batch.block_ids))
         ids, keys = batch.block_ids, _words(batch.keys)
         if sign > 0:
             self._key_at[ids] = keys
         else:  # another block may wait at the same place, since this one was evicted
             self._key_at[ids[_equal(self._key_at[ids], keys)]] = 0
-
-    def _leave(self, epoch: int, blocks: int) -> None:
-        """Add to the number of an epoch's unfinished blocks; forget an epoch without any."""
-        self._left[epoch] += blocks
-        if not self._left[epoch]:
-            del self._left[epoch]
 
     def _keep(self, batch: _Batch) -> None:
         batch.hold = self._residency.claims.hold(Holding(Tier.HOST, batch.block_ids))

@@ -23,7 +23,15 @@ from flexkv.common.terms import BLOCK_KEY_BYTES, BLOCK_RECORD_BYTES, BlockIds, P
 from flexkv.index.claims import Claims, Holding
 from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
-from flexkv.index.found import NO_LIMITS, AlikeBlocks, Found, LeafFound, Limits, Placement
+from flexkv.index.found import (
+    NO_LIMITS,
+    AlikeBlocks,
+    Found,
+    LeafFound,
+    Limits,
+    Placement,
+    ReadySpan,
+)
 
 ABSENT, PENDING, READY = 0, 1, 2
 """State of a block in one tier: nowhere, being filled, there."""
@@ -284,6 +292,15 @@ class Residency:
         """
         blob = self._table.export(self._number[tier], block_ids)
         return np.frombuffer(blob, np.uint8).reshape(len(block_ids), BLOCK_RECORD_BYTES)
+
+    def spans(self, tier: Tier, block_ids: BlockIds, size: int) -> list[ReadySpan]:
+        """Return the spans of `size` blocks to which blocks of a tier belong, if READY as a whole.
+
+        A span may be there several times.
+        """
+        ids, keys = self._table.spans(self._number[tier], block_ids, size)
+        rows, step = np.frombuffer(ids, np.int64).reshape(-1, size), (size + 1) * BLOCK_KEY_BYTES
+        return [ReadySpan(row, keys[n * step : (n + 1) * step]) for n, row in enumerate(rows)]
 
     def restore(
         self, tier: Tier, blocks: NDArray[np.uint8], parents: BlockIds, block_ids: BlockIds

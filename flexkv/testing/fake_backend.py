@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.actors.checks import BlockChecks, KeptSums
+from flexkv.actors.write_behind import ShipLimits
 from flexkv.common.config import CacheConfig
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
@@ -66,6 +67,7 @@ class FakeBackend:
 
     Attributes:
         windows: bounds on the bytes in flight from the disk, and to it; may be set before `open`.
+        ship: how the far tier is written to, which may be set before `open`; None: only read.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class FakeBackend:
         self._device_faults = device_faults or faults
         self.ledger: WatchedLedger | None = None
         self.windows = disk_windows(CacheConfig())
+        self.ship: ShipLimits | None = None
         self._tiers: list[TierParts] = []
         self.unavailable = Unavailable()
         self.port: FakePort | None = None
@@ -103,8 +106,14 @@ class FakeBackend:
         if self._far is not None:
             port = FarPort(self._far, self._memory, self._faults, self._sums)
             undo.callback(port.close)
-            self._tiers.append(TierParts(self._far.tier, None, port, *self.windows))
+            self._tiers.append(self._far_parts(self._far, port))
             self.far_port = port
+
+    def _far_parts(self, far: FakeFar, port: FarPort) -> TierParts:
+        inbound, outbound = self.windows
+        span_bytes = far.span_blocks * BLOCK_KEY_BYTES
+        outbound = outbound._replace(piece_bytes_max=max(outbound.piece_bytes_max, span_bytes))
+        return TierParts(far.tier, None, port, inbound, outbound, ship=self.ship)
 
     def _open_disk(self, undo: ExitStack) -> TierParts:
         disk_blocks = len(self._store)

@@ -1,7 +1,8 @@
-"""A far tier without hardware: what others hold, the hints of that, and a port that fetches it.
+"""A far tier without hardware: what others hold, the hints of that, and a port to it.
 
 The port is addressed by content: it looks up the keys of a transfer's blocks. Like a real port it
 checks what arrives. If the hints were wrong, a transfer fails with only the leading blocks filled.
+It stores whole spans. A span that is there already stays as it is.
 """
 
 from __future__ import annotations
@@ -35,10 +36,13 @@ class FakeFar:
         doubts: what the catalogue was told of blocks that did not arrive.
         looks: the position of each look-up.
         residency: if given, each look-up is checked: it must ask for a block that is not here.
+        generation: grows by one when everything is cleared; what was stored before is not there.
     """
 
-    def __init__(self, tier: Tier = Tier.REMOTE, blocks_max: int = 1024) -> None:
-        self.tier = tier
+    def __init__(
+        self, tier: Tier = Tier.REMOTE, blocks_max: int = 1024, span_blocks: int = 1
+    ) -> None:
+        self.tier, self.span_blocks, self.generation = tier, span_blocks, 0
         self.store = np.zeros((blocks_max, BLOCK_KEY_BYTES), np.uint8)
         self.held: set[BlockKey] = set()
         self.hinted: set[BlockKey] = set()
@@ -47,16 +51,30 @@ class FakeFar:
         self.looks: list[int] = []
         self.residency: Residency | None = None
         self._row: dict[BlockKey, int] = {}
+        self._ever_held: set[BlockKey] = set()
 
     # -- what others do -------------------------------------------------------------------------
 
     def hold(self, keys: Iterable[BlockKey]) -> None:
         """Hold blocks, and announce them; the right content of a block is its key."""
         for key in keys:
-            row = self._row.setdefault(key, len(self._row))
-            self.store[row] = np.frombuffer(key, np.uint8)
-            self.held.add(key)
-            self.hinted.add(key)
+            self.store[self.row(key)] = np.frombuffer(key, np.uint8)
+            self._hold(key)
+
+    def _hold(self, key: BlockKey) -> None:
+        self.held.add(key)
+        self.hinted.add(key)
+        self._ever_held.add(key)
+
+    def row(self, key: BlockKey) -> int:
+        """Return the row of a block, whether it is held or not."""
+        return self._row.setdefault(key, len(self._row))
+
+    def stored(self, keys: Iterable[BlockKey], generation: int) -> None:
+        """Hold blocks whose bytes are in their rows, if they were stored in this generation."""
+        if generation == self.generation:
+            for key in keys:
+                self._hold(key)
 
     def damage(self, key: BlockKey) -> None:
         """Change a bit of a block that is held."""
@@ -78,8 +96,8 @@ class FakeFar:
 
     @property
     def ever_held(self) -> Set[BlockKey]:
-        """Return the keys of all blocks that were held at some time."""
-        return self._row.keys()
+        """Return the keys of all blocks that were held at some time since the last clear."""
+        return self._ever_held
 
     def rows(self, keys: Iterable[BlockKey]) -> NDArray[np.int64]:
         """Return the rows of the leading blocks that are held."""
@@ -100,14 +118,34 @@ class FakeFar:
             _check_absent(self.residency, keys, first, avoid)
         if self.tier in avoid:
             return ()
-        run = list(takewhile(self.hinted.__contains__, block_keys(keys)[first:last]))
-        return [FarRun(self.tier, np.zeros(len(run), np.int64))] if run else ()
+        prompt, size, end = block_keys(keys), self.span_blocks, first
+        while end < last and (span := end // size) < len(prompt) // size:
+            if prompt[(span + 1) * size - 1] not in self.hinted:
+                break
+            end = (span + 1) * size
+        count = min(end, last) - first
+        return [FarRun(self.tier, np.zeros(count, np.int64))] if count > 0 else ()
+
+    def has(self, tier: Tier, key: BlockKey) -> bool:
+        """Return whether the hints promise the span that ends with a block."""
+        return tier is self.tier and key in self.hinted
 
     def doubt(self, transfer: Transfer, error: TransferError) -> None:
-        """Drop the hint of the first block that did not arrive, or of all that may be gone."""
-        keys = transfer.block_keys
+        """Drop the hint of the first span that did not arrive, or of all that may be gone."""
+        keys, size = transfer.block_keys, self.span_blocks
+        assert transfer.names is not None
+        prompt, positions = block_keys(transfer.names.keys), transfer.positions
+        spans = range(positions.first // size, positions.at(len(keys) - 1) // size + 1)
+        ends = [prompt[(span + 1) * size - 1] for span in spans]
         self.doubts.append((keys, error))
-        self.hinted.difference_update(keys if error.blames_tier else keys[:1])
+        self.hinted.difference_update(ends if error.blames_tier else ends[:1])
+
+    def clear(self, root: bytes | None) -> None:
+        """Hold nothing any more, and promise nothing."""
+        self.generation += 1
+        self.held.clear()
+        self.hinted.clear()
+        self._ever_held.clear()
 
 
 def _check_absent(residency: Residency, keys: bytes, at: int, avoid: Set[Tier]) -> None:
@@ -120,11 +158,12 @@ def _check_absent(residency: Residency, keys: bytes, at: int, avoid: Set[Tier]) 
 
 
 class FarPort(FakePort):
-    """Fetches far blocks by their keys into host memory, with the faults of a plan.
+    """Fetches far blocks by their keys into host memory, and stores spans, with a plan's faults.
 
     Attributes:
         fetching: by op id, a transfer in flight, and how many of its blocks were there.
         fetched: how often each block has arrived.
+        storing: by op id, a span that is being stored, and the generation at its beginning.
     """
 
     adapter = "FarPort"
@@ -139,20 +178,41 @@ class FarPort(FakePort):
         super().__init__(far.store, host, faults, BLOCK_KEY_BYTES, sums)
         self.fetching: dict[int, tuple[Transfer, int]] = {}
         self.fetched: dict[BlockKey, int] = {}
+        self.storing: dict[int, tuple[Transfer, int]] = {}
         self._far = far
 
     def submit(self, transfer: Transfer) -> None:
-        """Begin to fetch the leading blocks that are held."""
-        assert transfer.route.target is Tier.HOST, transfer.route
+        """Begin to fetch the leading blocks that are held, or to store a span."""
+        if transfer.route.source is Tier.HOST:
+            self._begin_to_store(transfer)
+            return
         for other, _ in self.fetching.values():
             assert not np.isin(transfer.target_ids, other.target_ids).any(), "a place has two"
         rows = self._far.rows(transfer.block_keys)
         self.fetching[transfer.op_id] = transfer, len(rows)
         super().submit(structs.replace(transfer.part(0, len(rows)), source_ids=rows))
 
+    def _begin_to_store(self, transfer: Transfer) -> None:
+        far, keys = self._far, transfer.block_keys
+        assert len(keys) == far.span_blocks, "a part of a span is stored"
+        assert transfer.positions.first == 0, transfer.positions
+        self.storing[transfer.op_id] = transfer, far.generation
+        # What is there already stays: its bytes go to a row of no block.
+        rows = [len(far.store) - 1 if key in far.ever_held else far.row(key) for key in keys]
+        super().submit(structs.replace(transfer, target_ids=np.array(rows, np.int64)))
+
     def reap(self) -> list[Completion]:
         """Return what ended; only blocks whose bytes are right count as filled."""
-        return [self._checked(end) for end in super().reap()]
+        return [
+            self._stored(end) if end.op_id in self.storing else self._checked(end)
+            for end in super().reap()
+        ]
+
+    def _stored(self, end: Completion) -> Completion:
+        transfer, generation = self.storing.pop(end.op_id)
+        if end.error is None:
+            self._far.stored(transfer.block_keys, generation)
+        return end
 
     def _checked(self, end: Completion) -> Completion:
         transfer, there = self.fetching.pop(end.op_id)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from flexkv.actors.actor import Window
 from flexkv.actors.checks import BlockChecks
+from flexkv.actors.write_behind import ShipLimits
 from flexkv.common.errors import CorruptBlockError, StorageError
 from flexkv.common.terms import BlockIds, Tier
 from flexkv.index.residency import Residency
@@ -111,6 +112,7 @@ class TierParts:
         work: returns the tasks that the engine has to run for the tier.
         checks: what sums its blocks and compares them; None if they are not checked. The
             checksummers of all tiers share one array of sums, which are those of host memory.
+        ship: how a far tier is written to; None for other tiers, or if it is only read.
     """
 
     tier: Tier
@@ -122,3 +124,4 @@ class TierParts:
     presence: PresenceCheck | None = None
     work: Callable[[TierHooks], Work] = no_work
     checks: BlockChecks | None = None
+    ship: ShipLimits | None = None

@@ -1,0 +1,150 @@
+"""The spans in host memory that a far tier is not known to have: they are owed to it.
+
+    add ──▶ span, span, … (the oldest first, each once) ──take──▶ a transfer of one whole span
+
+Spans that wait are not kept from eviction, since a far tier may be slow for long. The keys of a
+span's blocks show whether they were evicted when its turn comes. As for `OwedBlocks`, every block
+that is never written is counted in `given_up`, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, BlockKey, Tier
+from flexkv.index.claims import Holding
+from flexkv.index.found import ReadySpan
+from flexkv.index.owed import EVICTED, EpochCounts, Taken
+from flexkv.index.residency import Residency
+
+
+class _Owed(NamedTuple):
+    span: ReadySpan
+    attempts: int
+    epoch: int
+
+
+class OwedSpans:
+    """The spans that one far tier is owed.
+
+    Attributes:
+        kept_blocks: 0, since none of them is kept from eviction.
+        epochs: counts what is unfinished, by when it was owed.
+        given_up: how many blocks will never be written, by the reason.
+    """
+
+    kept_blocks = 0
+
+    def __init__(
+        self,
+        residency: Residency,
+        tier: Tier,
+        span_blocks: int,
+        is_far: Callable[[Tier, BlockKey], bool],
+    ) -> None:
+        """Owe nothing yet; `is_far` returns whether a tier is said to have a span."""
+        self.tier, self.epochs = tier, EpochCounts()
+        self.given_up: Counter[str] = Counter()
+        self._residency, self._span_blocks, self._is_far = residency, span_blocks, is_far
+        self._waiting: dict[BlockKey, _Owed] = {}
+        self._being_written: set[BlockKey] = set()
+
+    @property
+    def blocks(self) -> int:
+        """Return how many blocks wait."""
+        return len(self._waiting) * self._span_blocks
+
+    def add(
+        self, host_ids: BlockIds, room_blocks: int, attempts: int = 0, epoch: int | None = None
+    ) -> None:
+        """Owe the spans that blocks of host memory belong to, where all their blocks are there.
+
+        Spans are left out that the tier is said to have, or that are owed already.
+
+        Args:
+            host_ids: int64[n].
+            room_blocks: is not used: see `OwedBlocks.add`.
+            attempts: how often writing them has failed.
+            epoch: the epoch in which they were first owed; None for the current one.
+        """
+        is_new = epoch is None
+        for span in self._residency.spans(Tier.HOST, host_ids, self._span_blocks):
+            key = span.key
+            if is_new and key in self._being_written:
+                continue
+            if key not in self._waiting and not self._is_far(self.tier, key):
+                owed = _Owed(span, attempts, self.epochs.epoch if epoch is None else epoch)
+                self._waiting[key] = owed
+                self.epochs.add(owed.epoch, self._span_blocks)
+
+    def take(self) -> Taken | None:
+        """Remove the oldest span, and keep its blocks; None if they were evicted, or are far."""
+        key = next(iter(self._waiting))
+        span, attempts, epoch = self._waiting[key]
+        if not self._is_here(span):
+            self._drop(key, EVICTED)
+            return None
+        if self._is_far(self.tier, key):
+            self._drop(key)
+            return None
+        del self._waiting[key]
+        self._being_written.add(key)
+        hold = self._residency.claims.hold(Holding(Tier.HOST, span.block_ids))
+        nowhere = np.zeros(self._span_blocks, np.int64)
+        return Taken(self.tier, span.block_ids, nowhere, attempts, epoch, hold, span.keys)
+
+    def ended(self, taken: Taken) -> None:
+        """Note that a taken span is now written, owed again, or given up."""
+        self._being_written.discard(taken.keys[-BLOCK_KEY_BYTES:])
+        self.epochs.add(taken.epoch, -len(taken.host_ids))
+
+    def lacking(self, first: int, last: int) -> BlockIds:
+        """Return the places of blocks whose spans the tier lacks and is not owed.
+
+        These are the spans that have blocks at host places from `first` to `last`, exclusive.
+        """
+        near = self._residency.spans(Tier.HOST, np.arange(first, last), self._span_blocks)
+        lacking = {
+            span.key: span.block_ids
+            for span in near
+            if span.key not in self._waiting
+            and span.key not in self._being_written
+            and not self._is_far(self.tier, span.key)
+        }
+        return _joined(list(lacking.values()))
+
+    def unkeep(self, block_count: int) -> None:
+        """Do nothing: no block is kept."""
+
+    def drop_gone(self, reason: str | None = None) -> None:
+        """Forget spans that host memory no longer holds; with a reason, count them as given up."""
+        for key in [key for key, owed in self._waiting.items() if not self._is_here(owed.span)]:
+            self._drop(key, reason)
+
+    def give_up_next(self, reason: str) -> None:
+        """Drop the oldest span, and count it as given up."""
+        self._drop(next(iter(self._waiting)), reason)
+
+    def clear(self) -> None:
+        """Forget everything that is owed."""
+        for key in list(self._waiting):
+            self._drop(key)
+
+    def _drop(self, key: BlockKey, reason: str | None = None) -> None:
+        owed = self._waiting.pop(key)
+        self.epochs.add(owed.epoch, -self._span_blocks)
+        if reason is not None:
+            self.given_up[reason] += self._span_blocks
+
+    def _is_here(self, span: ReadySpan) -> bool:
+        """Return whether host memory still holds a span's blocks at the same places."""
+        records = self._residency.export(Tier.HOST, span.block_ids)
+        return records[:, :BLOCK_KEY_BYTES].tobytes() == span.keys[BLOCK_KEY_BYTES:]
+
+
+def _joined(some: Sequence[BlockIds]) -> BlockIds:
+    return np.concatenate(some) if some else np.zeros(0, np.int64)
