@@ -242,7 +242,7 @@ class WriteBehind:
         self.is_active = bool(tiers_owed or pending or self._burst_until_s is not None)
         wake(self._waiters)
 
-    def _pump(self, tier: Tier, queue: OwedBlocks) -> None:
+    def _pump(self, tier: Tier, queue: Queue) -> None:
         far = self._limits.far.get(tier)
         limit = self._limits.in_flight_blocks if far is None else far.in_flight_blocks
         while queue.blocks and self._in_flight[tier] < limit:

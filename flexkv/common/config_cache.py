@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BeforeValidator, Secret, SecretStr, field_validator, model_validator
+from pydantic import SecretStr, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from flexkv.common.config_keys import (
     BLOCKS_MAX,
     HIDDEN,
     ConfigModel,
-    DuplicateKeyError,
     RetiredKeyWarning,
     check_no_rivals,
     key,
-    without_duplicates,
 )
 from flexkv.common.config_model import ModelConfig
-from flexkv.common.directories import directories_of
+from flexkv.common.config_values import (
+    Addresses,
+    CustomConfig,
+    EvictionPolicy,
+    Layout,
+    Paths,
+)
 from flexkv.common.errors import ConfigError
 from flexkv.common.space import CacheSizes, GivenSize
 
@@ -38,50 +40,15 @@ SIZE_PAIRS = (
 """Pairs of keys that set the same size: as a count of blocks, or in GB."""
 
 
-def _joined(value: object) -> object:
-    """Return addresses as a tuple; a string may hold several, joined by `;`."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(";") if part.strip())
-    return value
-
-
-def _block_first(value: object) -> object:
-    """Return the current name of a layout, and warn about an old name: only one layout exists."""
-    name = value.upper() if isinstance(value, str) else value
-    notes = {
-        "BLOCKWISE": "BLOCKWISE is an old name: use BLOCKFIRST",
-        "LAYERWISE": "LAYERWISE is ignored: every block is one contiguous extent (BLOCKFIRST)",
-    }
-    if isinstance(name, str) and name in notes:
-        warnings.warn(f"configured layout {notes[name]}", RetiredKeyWarning, stacklevel=4)
-        return "BLOCKFIRST"
-    return name
-
-
-def _object(value: object) -> object:
-    """Return the object that a JSON text, as from an environment variable, describes."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value, object_pairs_hook=without_duplicates)
-    except (ValueError, RecursionError, DuplicateKeyError):
-        fault = ValueError("must be a JSON object")
-    raise fault  # raised outside of `except`, because its context would hold the text
-
-
-Paths = Annotated[tuple[Path, ...], BeforeValidator(directories_of)]
-Addresses = Annotated[tuple[str, ...], BeforeValidator(_joined)]
-Layout = Annotated[Literal["BLOCKFIRST"], BeforeValidator(_block_first)]
-CustomConfig = Annotated[Secret[dict[str, Any]], BeforeValidator(_object)]
-EvictionPolicy = Literal["lru", "lfu", "fifo", "mru", "filo", "slru", "lhd"]
-
-
 def _thread_blocks(direction: str, old: str) -> Any:
     """Return the key for one direction of the copies by kernel."""
     what = f"Thread blocks of the kernel that copies {direction}; unset = by measurement."
     return key(None, what, ge=1, le=65535, old=(old,))
+
+
+_FILE_KEYS = {
+    "remote_cache_size_mode", "remote_file_size", "remote_file_num", "remote_file_prefix",
+}  # fmt: skip
 
 
 class CacheConfig(ConfigModel):
@@ -180,27 +147,58 @@ class CacheConfig(ConfigModel):
     )
 
     # remote tier
-    enable_remote: bool = key(
-        False, "Keep blocks in remote storage.", part="the remote tier", built=(False,)
+    enable_remote: bool = key(False, "Keep blocks in remote storage, which other engines share.")
+    num_remote_blocks: int | None = key(
+        None, "Size of the remote tier; unset = no limit.", unit="blocks", ge=1
     )
-    num_remote_blocks: int | None = key(None, "Size of the remote tier.", unit="blocks")
     remote_cache_path: Addresses = key(
-        (), "Where the remote tier is: `s3://bucket/prefix`, `file:///dir`, …"
+        (),
+        "Where the remote tier is: `s3://bucket/prefix`, `gs://…`, `az://…`, `memory://` (for "
+        "tests), or a directory that the engines share, `file:///dir`.",
     )
     remote_config_custom: CustomConfig = key(
         {},
-        "Options of the remote store's client: endpoint, bucket, credentials, …",
+        "Options of the remote store's client: endpoint, bucket, region, credentials, … Without "
+        "credentials here they are looked for in the usual places: environment, files, roles.",
         secret=True,
         shown_default="{}",
     )
+    remote_write: Literal["through", "reused", "off"] = key(
+        "through",
+        "What is written to the remote tier: everything that reaches host memory, only what a "
+        "load has found there, or nothing.",
+    )
+    remote_read_window_mb: float = key(
+        256.0, "Most bytes being read from the remote tier at once.", unit="MB", gt=0
+    )
+    remote_write_window_mb: float = key(
+        64.0, "Most bytes being written to the remote tier at once.", unit="MB", gt=0
+    )
+    remote_list_per_s: float = key(
+        2.0,
+        "Requests that list the remote tier, after the first listing; 0 = list only at the start.",
+        unit="1/s",
+        le=1000,
+    )
     remote_cache_size_mode: Literal["file_size", "block_num"] = key(
-        "file_size", "Unit in which the size of the remote tier is given."
+        "file_size", "Accepted but ignored: num_remote_blocks is the size of the remote tier."
     )
     remote_file_size: int | None = key(
-        None, "Size of one remote file.", unit="bytes", ge=1, le=1 << 50
+        None,
+        "Accepted but ignored: the remote tier has an object for every few blocks.",
+        unit="bytes",
+        ge=1,
+        le=1 << 50,
     )
-    remote_file_num: int | None = key(None, "Number of remote files.", ge=1, le=BLOCKS_MAX)
-    remote_file_prefix: str | None = key(None, "Prefix of the remote files' names.")
+    remote_file_num: int | None = key(
+        None,
+        "Accepted but ignored: the remote tier has an object for every few blocks.",
+        ge=1,
+        le=BLOCKS_MAX,
+    )
+    remote_file_prefix: str | None = key(
+        None, "Accepted but ignored: objects are named below remote_cache_path."
+    )
     use_mooncake_store_backend: bool = key(
         False,
         "Use Mooncake Store as the remote tier.",
@@ -363,6 +361,8 @@ class CacheConfig(ConfigModel):
         if self.enable_ssd and not directories:
             why = "an SSD tier needs at least one directory: set this key"
             raise ConfigError("ssd_cache_dir", HIDDEN, why)
+        if self.enable_remote:
+            self._check_remote()
         if len(set(directories)) != len(directories):
             raise ConfigError("ssd_cache_dir", directories, "names a directory twice")
         if self.hugepage_size_bytes.bit_count() != 1:
@@ -374,6 +374,14 @@ class CacheConfig(ConfigModel):
                 raise ConfigError(name, value, "must be -1, 0 or more")
         check_no_rivals({name: getattr(self, name) for name in self.model_fields_set}, SIZE_PAIRS)
         return self
+
+    def _check_remote(self) -> None:
+        if len(self.remote_cache_path) != 1:
+            why = "a remote tier has exactly one address: set this key"
+            raise ConfigError("remote_cache_path", HIDDEN, why)
+        for name in sorted(_FILE_KEYS & self.model_fields_set):
+            why = "is ignored: the remote tier has an object for every few blocks, not files"
+            warnings.warn(f"{name} {why}", RetiredKeyWarning, stacklevel=4)
 
     def sized(self, model: ModelConfig) -> CacheSizes:
         """Return the tiers' sizes in blocks of this model.

@@ -201,6 +201,9 @@ class FarPort(FakePort):
         rows = [len(far.store) - 1 if key in far.ever_held else far.row(key) for key in keys]
         super().submit(structs.replace(transfer, target_ids=np.array(rows, np.int64)))
 
+    async def sync(self) -> None:
+        """Do nothing: what others hold is theirs to make durable."""
+
     def reap(self) -> list[Completion]:
         """Return what ended; only blocks whose bytes are right count as filled."""
         return [

@@ -46,6 +46,7 @@ from tests.property.index_names import (
     places_found,
     positions_of,
 )
+from tests.property.index_spans import check_spans
 
 
 class Place:
@@ -434,6 +435,8 @@ class Driver:
             }
             assert set(self.index.lacking(tier, other, 0, self.most[tier]).tolist()) == lacking
             assert self.index.lacking(tier, other, 1, 2).tolist() == [1] * (1 in lacking)
+            ready = {path: at.block_id for path, at in self.ready_places(tier).items()}
+            check_spans(self.index, tier, ready, self.most[tier])
             for space in range(NAMESPACES):
                 told = self.index.namespace_blocks(key_of((space,)))[tier]
                 assert told == self.used_by(tier, space)

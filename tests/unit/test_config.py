@@ -63,10 +63,10 @@ def test_files_in_use_load_as_they_are(name: str, tmp_path: Path) -> None:
     if name == "comments.json":
         assert (cache.num_cpu_blocks, cache.transfer_num_cta_h2d) == (50000, 8)
     if name == "remote.json":
-        with pytest.raises(ConfigError, match="enable_remote=True: the remote tier is not built"):
-            cache.require_built()
-    else:
-        cache.require_built()
+        assert (cache.remote_cache_path, cache.num_remote_blocks) == (
+            ("s3://flexkv-cache/",), 20_000_000,
+        )  # fmt: skip
+    cache.require_built()
 
 
 @pytest.mark.parametrize(
@@ -246,11 +246,24 @@ def test_a_size_in_the_file_wins_in_whatever_unit() -> None:
     assert settings.cache_config.sized(ModelConfig(**MODEL)).num_host_blocks == 5
 
 
-@pytest.mark.parametrize("file", [{"sync_get": True}, {"enable_remote": True}])
+@pytest.mark.parametrize("file", [{"sync_get": True}, {"enable_p2p_cpu": True}])
 def test_settings_of_parts_that_are_not_built_are_refused(file: dict[str, Any]) -> None:
     """Keys of parts that are not built load, but are refused by name when something starts."""
     with pytest.raises(ConfigError, match="not built yet"):
         settings_of(file).require_built()
+
+
+@pytest.mark.parametrize("path", ["", "s3://one/;s3://two/"])
+def test_a_remote_tier_has_one_address(path: str) -> None:
+    """A remote tier without an address, or with two, is refused by the key."""
+    with pytest.raises(ConfigError, match="remote_cache_path"):
+        CacheConfig(enable_remote=True, remote_cache_path=path)
+
+
+def test_keys_of_remote_files_warn() -> None:
+    """Keys of a layout in files are accepted, and a warning says that they are ignored."""
+    with pytest.warns(RetiredKeyWarning, match="remote_file_num is ignored"):
+        CacheConfig(enable_remote=True, remote_cache_path="s3://b/", remote_file_num=4)
 
 
 def test_old_names_in_the_environment_warn() -> None:

@@ -1,0 +1,215 @@
+"""Ships: whole spans that reach host memory are written to a far tier, in the background."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from flexkv.actors.write_behind import ShipLimits
+from flexkv.common.config import CacheConfig
+from flexkv.common.errors import TransferError
+from flexkv.common.request import KVResponseStatus, Operation
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey, Tier
+from flexkv.engine.engine import Engine
+from flexkv.index.keys import block_keys
+from flexkv.testing.fake_backend import FakeBackend, empty
+from flexkv.testing.fake_far import FakeFar, FarPort
+from flexkv.testing.faults import FaultPlan
+from flexkv.testing.simulated_groups import MODEL, TOKENS_PER_BLOCK
+from flexkv.testing.virtual_time import run_virtual
+
+BLOCKS, SPAN = 11, 4
+
+
+class Bench:
+    """An engine that writes spans of four blocks to a far tier; a block's content is its key."""
+
+    def __init__(self, far: FakeFar, failure: float, reused_only: bool, host: int) -> None:
+        cache = CacheConfig(
+            tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=host, evict_ratio=0.0
+        )
+        self.far = far
+        faults, sound = FaultPlan(1, failure, 0.001, 0.01), FaultPlan(1, 0.0, 0.001, 0.01)
+        self.backend = FakeBackend(host, faults, empty(0), sound, far=far)
+        self.backend.ship = ShipLimits(SPAN, 2 * SPAN, reused_only)
+        self.engine = Engine(MODEL, cache, self.backend)
+        self.device = np.zeros((BLOCKS, BLOCK_KEY_BYTES), np.uint8)
+
+    @property
+    def port(self) -> FarPort:
+        """Return the port to the far tier."""
+        assert self.backend.far_port is not None
+        return self.backend.far_port
+
+    async def perform(self, operation: Operation, number: int = 0, blocks: int = BLOCKS) -> int:
+        """Perform an operation on the first blocks of a prompt, and return how many it moved."""
+        tokens = list(range(1000 * number, 1000 * number + blocks * TOKENS_PER_BLOCK))
+        mask = np.ones(len(tokens), np.bool_) if operation is not Operation.PREFETCH else None
+        request = self.engine.requests.intake(operation, tokens, mask)
+        right = np.array([np.frombuffer(key, np.uint8) for key in block_keys(request.keys)])
+        self.device[:blocks] = right if operation is Operation.PUT else 0
+        ready = request
+        if operation is not Operation.PREFETCH:
+            with_slots = self.engine.requests.with_slots(request, np.arange(len(tokens)))
+            assert with_slots is not None
+            ready = with_slots
+        response = (await self.engine.requests.perform(ready)).response
+        assert response is not None
+        assert response.status in (KVResponseStatus.SUCCESS, KVResponseStatus.NOTFOUND)
+        moved = int(np.count_nonzero(response.return_mask)) // TOKENS_PER_BLOCK
+        if operation is Operation.GET:
+            assert np.array_equal(self.device[:moved], right[:moved])
+        return moved
+
+    def keys(self, number: int = 0, blocks: int = BLOCKS) -> list[BlockKey]:
+        """Return the keys of a prompt's blocks."""
+        tokens = list(range(1000 * number, 1000 * number + blocks * TOKENS_PER_BLOCK))
+        return block_keys(self.engine.requests.intake(Operation.PREFETCH, tokens).keys)
+
+
+def on_bench(
+    work: Callable[[Bench], Awaitable[None]],
+    far: FakeFar,
+    failure: float = 0.0,
+    reused_only: bool = False,
+    host: int = 32,
+) -> None:
+    """Run something on an open engine, and close it, which checks that nothing is left."""
+
+    async def run() -> None:
+        bench = Bench(far, failure, reused_only, host)
+        await bench.engine.open()
+        bench.engine.register_kv_caches([bench.device])
+        await work(bench)
+        await bench.engine.close()
+
+    run_virtual(run())
+
+
+def new_far() -> FakeFar:
+    """Return an empty far tier of spans of four blocks."""
+    return FakeFar(span_blocks=SPAN)
+
+
+def test_what_one_engine_puts_another_gets() -> None:
+    """Of eleven blocks two spans are written; an engine with empty tiers loads these eight."""
+    far = new_far()
+
+    async def first(bench: Bench) -> None:
+        await bench.perform(Operation.PUT)
+        await bench.engine.flush()
+        assert far.held == set(bench.keys()[: 2 * SPAN])
+        written = bench.engine.statistics().routes["host→remote"]
+        assert (written.ops, written.blocks) == (2, 2 * SPAN)
+
+    async def second(bench: Bench) -> None:
+        assert await bench.perform(Operation.GET) == 2 * SPAN
+        await bench.engine.flush()
+        assert "host→remote" not in bench.engine.statistics().routes  # it is there already
+
+    on_bench(first, far)
+    on_bench(second, far)
+
+
+def test_a_conversation_that_grows_completes_its_spans() -> None:
+    """Blocks of two puts make up a span, which is written once the second put has stored it."""
+    far = new_far()
+
+    async def work(bench: Bench) -> None:
+        await bench.perform(Operation.PUT, blocks=3)
+        await bench.engine.flush()
+        assert not far.held
+        await bench.perform(Operation.PUT, blocks=6)
+        await bench.engine.flush()
+        assert far.held == set(bench.keys()[:SPAN])
+
+    on_bench(work, far)
+
+
+def test_only_what_is_used_again_is_written_if_that_is_asked_for() -> None:
+    """With `reused_only` neither a put nor a flush writes a span; a get that finds it does."""
+    far = new_far()
+
+    async def work(bench: Bench) -> None:
+        await bench.perform(Operation.PUT)
+        await bench.engine.flush()
+        assert not far.held
+        assert await bench.perform(Operation.GET, blocks=SPAN) == SPAN
+        await bench.engine.flush()
+        assert far.held == set(bench.keys()[:SPAN])
+
+    on_bench(work, far, reused_only=True)
+
+
+def test_a_write_that_fails_is_tried_again_and_then_given_up() -> None:
+    """A far tier that fails every write costs a few attempts; a flush reports the error."""
+    far = new_far()
+
+    async def work(bench: Bench) -> None:
+        await bench.perform(Operation.PUT)
+        with pytest.raises(TransferError, match="host→remote"):
+            await bench.engine.flush()
+        assert not far.held
+        assert bench.engine.residency.counts(Tier.HOST).pinned == 0
+        assert await bench.perform(Operation.GET) == BLOCKS
+
+    on_bench(work, far, failure=1.0)
+
+
+def test_writes_in_flight_are_bounded_and_keep_nobody_waiting() -> None:
+    """Two spans at most are pinned for writing; a put that needs their room evicts the others."""
+    far = new_far()
+
+    async def work(bench: Bench) -> None:
+        most = 0
+        for number in range(8):
+            assert await bench.perform(Operation.PUT, number) == BLOCKS
+            most = max(most, len(bench.port.storing))
+        assert most == 2
+        await bench.engine.flush()
+        behind = bench.engine.statistics().write_behind["remote"]
+        given_up = sum(behind.given_up_blocks.values())
+        assert (behind.owed_blocks, behind.writing_blocks) == (0, 0)
+        assert len(far.held) + given_up == 8 * 2 * SPAN
+        assert given_up
+
+    on_bench(work, far, host=24)
+
+
+def test_nothing_from_before_a_clear_is_far_after_it() -> None:
+    """A clear forgets what is far, and a write that began before it announces nothing."""
+    far = new_far()
+
+    async def work(bench: Bench) -> None:
+        await bench.perform(Operation.PUT, 0)
+        await bench.engine.flush()
+        await bench.perform(Operation.PUT, 1)
+        await asyncio.sleep(0.0005)  # virtual time: the actor has its turn
+        assert bench.port.storing
+        bench.engine.clear()
+        assert far.is_empty
+        await bench.engine.flush()
+        assert far.is_empty
+        assert [await bench.perform(Operation.GET, number) for number in (0, 1)] == [0, 0]
+        await bench.perform(Operation.PUT, 0)
+        await bench.engine.flush()
+        assert far.held == set(islice(bench.keys(), 2 * SPAN))
+
+    on_bench(work, far)
+
+
+def test_clearing_one_tier_leaves_what_is_far() -> None:
+    """A clear of host memory alone keeps the far copies, and a get brings them back."""
+    far = new_far()
+
+    async def work(bench: Bench) -> None:
+        await bench.perform(Operation.PUT)
+        await bench.engine.flush()
+        bench.engine.clear(Tier.HOST)
+        assert await bench.perform(Operation.GET) == 2 * SPAN
+
+    on_bench(work, far)

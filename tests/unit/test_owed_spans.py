@@ -1,0 +1,138 @@
+"""Spans that a far tier is owed: which, in which order, and what happens to those that are gone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey, Positions, Route, Tier
+from flexkv.graph.draft import ONWARD, chunked_by_span
+from flexkv.index.owed import EVICTED, Taken
+from flexkv.index.owed_spans import OwedSpans
+from flexkv.index.residency import Residency
+from tests.unit.prompts import filled, keys, residency
+
+SPAN = 2
+
+
+def owed_by(tiers: Residency, *known: BlockKey) -> OwedSpans:
+    """Return an empty queue for a remote tier that is said to have spans with these keys."""
+    return OwedSpans(tiers, Tier.REMOTE, SPAN, lambda tier, key: key in known)
+
+
+def taken_from(tiers: Residency, owed: OwedSpans) -> Taken:
+    """Return the next span, whose blocks are held no longer."""
+    taken = owed.take()
+    assert taken is not None
+    assert taken.hold is not None
+    assert tiers.counts(Tier.HOST).pinned == SPAN
+    tiers.claims.settle(taken.hold, filled=False)
+    return taken
+
+
+def test_whole_spans_are_taken_in_order_with_their_parents_keys() -> None:
+    """Five blocks owe two spans; each comes with its own keys and that of the block before it."""
+    tiers = residency(host=8)
+    ids = filled(tiers, Tier.HOST, *range(5))
+    owed = owed_by(tiers)
+    owed.add(ids, 0)
+    assert owed.blocks == 2 * SPAN
+    for first in (0, 2):
+        taken = taken_from(tiers, owed)
+        assert taken.host_ids.tolist() == ids[first : first + SPAN].tolist()
+        prompt = keys(*range(5))
+        assert taken.keys == prompt[first * BLOCK_KEY_BYTES : (first + 3) * BLOCK_KEY_BYTES]
+    assert owed.blocks == 0
+
+
+def test_a_span_is_owed_once_its_last_block_is_there() -> None:
+    """The first half of a span owes nothing, and the second half owes the whole span."""
+    tiers = residency(host=8)
+    owed = owed_by(tiers)
+    owed.add(filled(tiers, Tier.HOST, 0), 0)
+    assert owed.blocks == 0
+    owed.add(filled(tiers, Tier.HOST, 0, 1, first=1), 0)
+    assert owed.blocks == SPAN
+
+
+def test_a_span_is_owed_although_its_first_half_came_last() -> None:
+    """Halves may arrive in any order: what arrives last completes the span."""
+    tiers = residency(host=8)
+    ids = tiers.reserve(Tier.HOST, keys(0, 1, 2, 3), Positions(0, 4))
+    owed = owed_by(tiers)
+    for some, blocks in ((ids[1:3], 0), (ids[3:], SPAN), (ids[:1], 2 * SPAN)):
+        tiers.commit(Tier.HOST, some)
+        owed.add(some, 0)
+        assert owed.blocks == blocks
+
+
+def test_what_is_far_waiting_or_being_written_is_not_owed_again() -> None:
+    """A span is owed at most once, and not at all if the tier is said to have it."""
+    tiers = residency(host=8)
+    ids, prompt = filled(tiers, Tier.HOST, *range(4)), keys(*range(4))
+    owed = owed_by(tiers, prompt[2 * BLOCK_KEY_BYTES : 3 * BLOCK_KEY_BYTES])
+    for _ in range(2):
+        owed.add(ids, 0)
+        assert owed.blocks == SPAN
+    assert len(owed.lacking(0, 8)) == 0
+    taken = taken_from(tiers, owed)
+    owed.add(ids, 0)
+    assert owed.blocks == 0
+    owed.add(taken.host_ids, 0, attempts=1, epoch=taken.epoch)  # writing it has failed
+    owed.ended(taken)
+    again = taken_from(tiers, owed)
+    assert (again.attempts, again.epoch, again.keys) == (1, taken.epoch, taken.keys)
+
+
+def test_evicted_spans_are_given_up() -> None:
+    """A span without all its blocks is not written, whatever is at their places now."""
+    tiers = residency(host=4)
+    owed = owed_by(tiers)
+    owed.add(filled(tiers, Tier.HOST, *range(4)), 0)
+    tiers.evict(Tier.HOST, 4)
+    filled(tiers, Tier.HOST, 90, 91, 92, 93)
+    assert owed.take() is None
+    assert (owed.blocks, owed.given_up[EVICTED]) == (SPAN, SPAN)
+    owed.drop_gone(EVICTED)
+    assert (owed.blocks, owed.given_up[EVICTED]) == (0, 2 * SPAN)
+    assert owed.epochs.left_of(0) == 0
+
+
+def test_epochs_end_with_their_last_span() -> None:
+    """What was owed before an epoch began counts until it is written, given up or cleared."""
+    tiers = residency(host=8)
+    owed = owed_by(tiers)
+    owed.add(filled(tiers, Tier.HOST, 0, 1, 2, 3), 0)
+    before = owed.epochs.next()
+    owed.add(filled(tiers, Tier.HOST, 10, 11), 0)
+    assert (owed.epochs.left_of(before), owed.epochs.left_of(owed.epochs.epoch)) == (4, 6)
+    owed.ended(taken_from(tiers, owed))
+    assert owed.epochs.left_of(before) == SPAN
+    owed.give_up_next("failed")
+    assert owed.epochs.left_of(before) == 0
+    owed.clear()
+    assert (owed.blocks, owed.epochs.left_of(owed.epochs.epoch)) == (0, 0)
+
+
+def test_what_lacks_is_found_by_place() -> None:
+    """Blocks of host memory whose spans are neither far nor owed are lacking."""
+    tiers = residency(host=8)
+    ids = filled(tiers, Tier.HOST, *range(4))
+    owed = owed_by(tiers)
+    assert sorted(owed.lacking(0, 8).tolist()) == sorted(ids.tolist())
+    owed.add(ids[:2], 0)
+    assert sorted(owed.lacking(0, 8).tolist()) == sorted(ids[2:].tolist())
+
+
+@pytest.mark.parametrize("first", range(9))
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 40, 100, 1000])
+@pytest.mark.parametrize("span_blocks", [1, 2, 8])
+def test_no_chunk_divides_a_span(first: int, count: int, span_blocks: int) -> None:
+    """Chunks of a far leg begin where spans begin, the first one where the leg does."""
+    hops = (Route(Tier.REMOTE, Tier.HOST), *ONWARD)
+    leg, bounds = chunked_by_span(hops, Positions(first, count), 4, span_blocks)
+    assert len(bounds) == leg.chunks + 1
+    assert (bounds[0], bounds[-1]) == (0, count)
+    assert (np.diff(bounds) > 0).all()
+    assert all((first + bound) % span_blocks == 0 for bound in bounds[1:-1])
+    assert count <= 8 or leg.chunks > 1
