@@ -178,6 +178,7 @@ class CacheConfig(ConfigModel):
         2.0,
         "Requests that list the remote tier, after the first listing; 0 = list only at the start.",
         unit="1/s",
+        ge=0,
         le=1000,
     )
     remote_cache_size_mode: Literal["file_size", "block_num"] = key(
