@@ -5,6 +5,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 LATEST_VENV ?= .venv-latest
 LOCK_VENV ?= .venv-lock
+export MOTO_VENV ?= $(CURDIR)/.venv-moto
 BIN := $(VENV)/bin
 PARALLEL := --numprocesses 2 --dist worksteal
 # A lock names every package, so pip must not add one.
@@ -16,7 +17,7 @@ APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
 TEST_APT_PACKAGES := fuse3 g++ chromium
 MACHINE_APT_PACKAGES := xfsprogs btrfs-progs dosfstools e2fsprogs ntfs-3g
 
-.PHONY: help setup ext demo test test-system test-latest test-vllm test-vllm-code soak-vllm lock check \
+.PHONY: help setup ext demo moto test test-system test-latest test-vllm test-vllm-code soak-vllm lock check \
 	lint types gpu mutants coverage sanitize bench soak wheel clean
 
 help:  ## List the targets
@@ -45,14 +46,20 @@ ext: $(VENV)/.setup  ## Build the extension again, in place
 demo: $(VENV)/.setup  ## Run the main job and verify every byte; TRACE=file.jsonl replays a trace
 	$(BIN)/flexkv demo $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
-test: $(VENV)/.setup-dev  ## Run the tests, on two cores; ARGS="-n 0 tests/unit" for some, in one process
+$(MOTO_VENV)/.setup: scripts/moto-venv requirements/moto.txt
+	scripts/moto-venv $(MOTO_VENV) $(PYTHON)
+	touch $@
+
+moto: $(MOTO_VENV)/.setup  ## A server that speaks S3, in a venv of its own, for the tests
+
+test: $(VENV)/.setup-dev $(MOTO_VENV)/.setup  ## Run the tests, on two cores; ARGS="-n 0 tests/unit" for some, in one process
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-system: $(VENV)/.setup-dev  ## The tests that mount file systems and make cgroups: as root
 	scripts/system-packages $(MACHINE_APT_PACKAGES) || echo 'some tests need $(MACHINE_APT_PACKAGES)'
 	$(BIN)/python -m pytest tests/machine $(ARGS)
 
-test-latest:  ## The tests with the newest releases of everything, in a venv of their own
+test-latest: $(MOTO_VENV)/.setup  ## The tests with the newest releases of everything, in a venv of their own
 	scripts/system-packages $(APT_PACKAGES) $(TEST_APT_PACKAGES)
 	test -x $(LATEST_VENV)/bin/python || $(PYTHON) -m venv $(LATEST_VENV)
 	$(LATEST_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
@@ -98,10 +105,10 @@ soak-vllm: $(VLLM_VENV)/.setup  ## The tests under vLLM that test-vllm leaves ou
 	$(VLLM_VENV)/bin/python -m pytest -m soak tests/vllm $(ARGS)
 	ALL_SCENARIOS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm/test_upstream.py $(filter --write-support,$(ARGS))
 
-mutants: $(VENV)/.setup-dev $(VLLM_VENV)/.setup  ## Small changes that a test should notice; ARGS="--sample 50 --seed 7"
+mutants: $(VENV)/.setup-dev $(VLLM_VENV)/.setup $(MOTO_VENV)/.setup  ## Small changes that a test should notice; ARGS="--sample 50 --seed 7"
 	$(BIN)/python -m tests.mutation $(ARGS)
 
-coverage: $(VENV)/.setup-dev  ## Branch coverage of the pure folders; fails below 95 %
+coverage: $(VENV)/.setup-dev $(MOTO_VENV)/.setup  ## Branch coverage of the pure folders; fails below 95 %
 	$(BIN)/python -m pytest -q --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 tests
 
 sanitize: $(VENV)/.setup-dev  ## The extension's tests under ASan and UBSan
@@ -120,4 +127,4 @@ wheel: $(VENV)/.setup  ## One abi3 wheel, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:  ## Remove what the targets made
-	rm -rf $(VENV) $(LATEST_VENV) $(LOCK_VENV) build dist *.egg-info flexkv/_ext*.so
+	rm -rf $(VENV) $(LATEST_VENV) $(LOCK_VENV) $(MOTO_VENV) build dist *.egg-info flexkv/_ext*.so

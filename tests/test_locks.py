@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-LOCKS = ["dev", "run", "vllm", "vllm-sources"]
+LOCKS = ["dev", "run", "vllm", "vllm-sources", "moto"]
 LEFT_OUT = {"torch", "torchaudio", "torchcodec", "torchvision"}
 """Packages that the locks leave out; see `scripts/lock`."""
 SCRIPTS = [ROOT / "Makefile", ROOT / ".ci/run", *sorted((ROOT / "scripts").iterdir())]

@@ -166,6 +166,24 @@ class ShortTransferError(TransferError):
         self.wanted_bytes, self.moved_bytes = wanted_bytes, moved_bytes
 
 
+class RemoteError(TransferError):
+    """A remote store did not do what it was asked to do, or did not answer in time.
+
+    The text has no bytes of the store's answer: they may contain credentials.
+
+    Attributes:
+        is_busy: whether the store asked for fewer requests.
+        is_lasting: whether asking again cannot help, as when access is denied.
+    """
+
+    def __init__(
+        self, store: str, what: str, why: str, is_busy: bool = False, is_lasting: bool = False
+    ) -> None:
+        FlexKVError.__init__(self, f"{store}: {what} failed: {why}")
+        self.store, self.what, self.why = store, what, why
+        self.is_busy, self.is_lasting = is_busy, is_lasting
+
+
 class DeviceError(TransferError):
     """A device call failed with a driver code."""
 

@@ -1,0 +1,230 @@
+"""How bytes from a store get into host memory, and are summed there.
+
+    a body      store ──▶ memory of its own ──copy threads: copy and sum──▶ arena
+    a file      file ──▶ arena, seals aside ──copy threads: sum──▶
+
+A body is a device block to the copy threads, with gaps where the seals are. Nothing is written to
+the arena but by a thread of ours, which `close` waits for, so no request that was given up, no
+connection and no library can write there later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import Future
+from collections.abc import Awaitable, Callable
+from itertools import count
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from typing_extensions import Buffer
+
+from flexkv._ext import TO_HOST, CopyPool, PageMap
+from flexkv.common.errors import ClosedError
+from flexkv.common.terms import BlockIds
+from flexkv.io.memory.arena import Arena
+from flexkv.io.ports import Sums
+from flexkv.io.remote.requests import Requests, Until
+from flexkv.io.remote.seal import SEAL_BYTES, Seals
+from flexkv.io.remote.spans import SpanPart
+from flexkv.io.remote.store import BodyStore, FileStore, Store
+from flexkv.process import forks
+
+
+class HostBlocks(NamedTuple):
+    """The host memory of the blocks.
+
+    Attributes:
+        arena: their places.
+        sums: their checksums, uint64[host blocks].
+        block_bytes: the bytes of a block of each KV group.
+    """
+
+    arena: Arena
+    sums: Sums
+    block_bytes: tuple[int, ...]
+
+    def views(self, host_ids: BlockIds, group: int) -> list[memoryview]:
+        """Return the bytes of some blocks."""
+        stride, size, buffer = self.arena.block_stride_bytes, self.block_bytes[group], self.buffer
+        return [buffer[at * stride : at * stride + size] for at in host_ids.tolist()]
+
+    @property
+    def buffer(self) -> memoryview:
+        """Return the bytes of the arena."""
+        return self.arena.buffer
+
+
+class Arrival(NamedTuple):
+    """What a store has answered.
+
+    Attributes:
+        nbytes: how many bytes.
+        seals: of the whole records among them.
+        land: returns once so many leading blocks are in the arena, with their sums.
+    """
+
+    nbytes: int
+    seals: Seals
+    land: Callable[[int], Awaitable[None]]
+
+
+class Landing(Protocol):
+    """Brings a part of a span from a store."""
+
+    async def fetch(self, part: SpanPart, name: str, until: Until) -> Arrival:
+        """Ask for a part's records, and return what the store answered.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            RemoteError: the store failed, or did not answer in time.
+        """
+        ...
+
+
+class OpenStore(Store, Protocol):
+    """A store that knows how its bytes get into the arena."""
+
+    def landing(self, requests: Requests, host: HostBlocks, copier: Copier) -> Landing:
+        """Return what brings spans from it."""
+        ...
+
+
+class Copier:
+    """Copy threads whose jobs can be awaited."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool: CopyPool | None = CopyPool(threads)
+        self._numbers = count()
+        self._jobs: dict[int, Future[None]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        forks.on_fork(self._let_go_in_child)
+
+    def connect(self) -> None:
+        """Attach to the running loop."""
+        assert self._pool is not None
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._pool.fileno(), self._reap)
+
+    async def copy(self, pages: PageMap, blocks: int, host_ids: BlockIds) -> None:
+        """Copy the leading blocks of `pages` to host blocks, and sum them.
+
+        Cancellation: the copy goes on, until `close` at the latest.
+        """
+        number, ended = self._begin()
+        assert self._pool is not None
+        self._pool.submit(number, pages, TO_HOST, np.arange(blocks), host_ids, True)
+        await ended
+
+    async def checksum(self, pages: PageMap, host_ids: BlockIds) -> None:
+        """Sum host blocks; for the rest see `copy`."""
+        number, ended = self._begin()
+        assert self._pool is not None
+        self._pool.checksum(number, pages, host_ids, True)
+        await ended
+
+    def _begin(self) -> tuple[int, Future[None]]:
+        if self._pool is None or self._loop is None:
+            raise ClosedError("the remote port is closed, or not connected")
+        number = next(self._numbers)
+        ended = self._jobs[number] = self._loop.create_future()
+        return number, ended
+
+    def _reap(self) -> None:
+        assert self._pool is not None
+        for number in self._pool.reap():
+            ended = self._jobs.pop(number)
+            if not ended.done():
+                ended.set_result(None)
+
+    def _let_go_in_child(self) -> None:
+        if self._pool is not None:
+            forks.replace(self._pool.fileno())
+
+    def close(self) -> None:
+        """Detach from the loop, and join the threads: nothing is copied any more. Idempotent."""
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        if self._loop is not None:
+            self._loop.remove_reader(pool.fileno())
+        pool.close()
+
+
+class BodyLanding:
+    """Brings spans from a store that returns bodies."""
+
+    def __init__(
+        self, store: BodyStore, requests: Requests, host: HostBlocks, copier: Copier
+    ) -> None:
+        self._store, self._requests, self._host, self._copier = store, requests, host, copier
+
+    async def fetch(self, part: SpanPart, name: str, until: Until) -> Arrival:
+        """Ask for a part's records, and return what the store answered."""
+        block_bytes = self._host.block_bytes[part.group]
+        record_bytes = block_bytes + SEAL_BYTES
+        first = part.first_record * record_bytes
+        extent = first, first + part.blocks * record_bytes
+        body = await self._requests.get(self._store, name, extent, until)
+        found = np.frombuffer(memoryview(body), np.uint8)
+        records = min(found.size // record_bytes, part.blocks)
+        shaped = found[: records * record_bytes].reshape(records, record_bytes)
+
+        async def land(blocks: int) -> None:
+            host = self._host
+            piece = [shaped.ctypes.data, record_bytes, block_bytes, 0]
+            pages = PageMap(
+                np.array([piece], np.int64),
+                records,
+                host.buffer,
+                host.arena.block_stride_bytes,
+                body,
+                host.sums,
+            )
+            await self._copier.copy(pages, blocks, part.host_ids[:blocks])
+
+        return Arrival(found.size, shaped[:, block_bytes:], land)
+
+
+class FileLanding:
+    """Brings spans from a store that reads into the arena."""
+
+    def __init__(
+        self, store: FileStore, requests: Requests, host: HostBlocks, copier: Copier
+    ) -> None:
+        self._store, self._requests, self._host, self._copier = store, requests, host, copier
+        arena = host.arena
+        self._pages = [
+            PageMap(
+                np.array([[arena.address, arena.block_stride_bytes, size, 0]], np.int64),
+                arena.num_blocks,
+                host.buffer,
+                arena.block_stride_bytes,
+                None,
+                host.sums,
+            )
+            for size in host.block_bytes
+        ]
+
+    async def fetch(self, part: SpanPart, name: str, until: Until) -> Arrival:
+        """Read a part's records: the blocks to their places in the arena, the seals elsewhere."""
+        record_bytes = self._host.block_bytes[part.group] + SEAL_BYTES
+        seals = np.zeros((part.blocks, SEAL_BYTES), np.uint8)
+        buffers = [
+            view
+            for block, own in zip(self._host.views(part.host_ids, part.group), seals, strict=True)
+            for view in (block, own.data)
+        ]
+        first = part.first_record * record_bytes
+        nbytes = await self._requests.read_into(self._store, name, first, buffers, until)
+
+        async def land(blocks: int) -> None:
+            await self._copier.checksum(self._pages[part.group], part.host_ids[:blocks])
+
+        return Arrival(nbytes, seals[: nbytes // record_bytes], land)
+
+
+def buffers_of(part: SpanPart, host: HostBlocks, seals: list[bytes]) -> list[Buffer]:
+    """Return the content of a span's object: each block, and behind it its seal."""
+    blocks = host.views(part.host_ids, part.group)
+    return [buffer for pair in zip(blocks, seals, strict=True) for buffer in pair]

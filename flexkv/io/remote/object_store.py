@@ -1,0 +1,201 @@
+"""An object store (S3 and what speaks its protocol, Google, Azure, memory) through obstore.
+
+obstore does the requests in threads of its own. Its texts of errors quote requests and answers,
+which may contain credentials, so nothing of them is passed on but what is known to be harmless.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
+
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from typing_extensions import Buffer
+
+from flexkv.common.errors import RemoteError
+from flexkv.io.remote.landing import BodyLanding, Copier, HostBlocks, Landing
+from flexkv.io.remote.requests import Requests
+from flexkv.io.remote.store import Listed
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore as Client
+
+T = TypeVar("T")
+_Mode = Literal["create", "overwrite"]
+
+_PAGE = 1000
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>(\w{1,64})</Code>")
+_BUSY = {"429", "503"}
+_LASTING = {"400", "401", "403", "405", "501"}
+_GONE = ("NoSuchBucket", "ContainerNotFound", "specified bucket does not exist")
+_REASONS = {
+    "non-partial": "it answered a range with the whole object",
+    "response body error": "its answer broke off",
+    "error sending request": "it did not answer",
+    "error decoding": "its answer cannot be decoded",
+}
+_BEYOND = "Wanted range starting at"
+_SELF_COPY = "InvalidRequest"
+
+
+class ObjectStore:
+    """A store behind one of obstore's clients."""
+
+    def __init__(self, client: Client, kind: str, where: str) -> None:
+        """Take a client that repeats nothing itself; `where` names it without credentials."""
+        self.kind, self.where = kind, where
+        self._client = client
+        self._copies = True
+        """Whether the store lets an object be copied onto itself; S3 mostly does not."""
+
+    def __repr__(self) -> str:
+        return f"ObjectStore({self.where})"
+
+    # -- bytes ----------------------------------------------------------------------------------
+
+    def get(self, name: str, first: int, last: int) -> asyncio.Future[Buffer]:
+        """Begin to read the bytes from `first` to `last` (exclusive) of an object."""
+        getting = obstore.get_range_async(self._client, name, start=first, end=last)
+        return cast("asyncio.Future[Buffer]", getting)
+
+    async def put(self, name: str, buffers: Sequence[Buffer]) -> bool:
+        """Create an object whose bytes are the buffers' in turn; return False if it exists."""
+        try:
+            await self._put(name, buffers, "create")
+        except (AlreadyExistsError, PreconditionError):
+            return False
+        except (BaseError, OSError) as error:
+            failed = self.error_of(error, "put")
+            if not isinstance(failed, RemoteError):
+                failed = RemoteError(self.where, "put", "there is nowhere to put it")
+            raise failed from None  # see above: its text may contain credentials
+        return True
+
+    def _put(self, name: str, buffers: Sequence[Buffer], mode: _Mode) -> Awaitable[object]:
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        return obstore.put_async(self._client, name, views, use_multipart=False, mode=mode)
+
+    async def read(self, name: str) -> bytes:
+        """Return a small object's bytes."""
+
+        async def read() -> bytes:
+            found = await obstore.get_async(self._client, name)
+            return bytes(await found.bytes_async())
+
+        return await self._done(read(), "get")
+
+    def landing(self, requests: Requests, host: HostBlocks, copier: Copier) -> Landing:
+        """Return what brings spans from here."""
+        return BodyLanding(self, requests, host, copier)
+
+    # -- names ----------------------------------------------------------------------------------
+
+    async def head(self, name: str) -> Listed:
+        """Return an object's size and age."""
+        found = await self._done(obstore.head_async(self._client, name), "head")
+        return Listed(name, found["size"], found["last_modified"].timestamp())
+
+    async def pages(self, prefix: str) -> AsyncIterator[list[Listed]]:
+        """Yield the objects whose names begin with `prefix`, which ends in a slash, by pages."""
+        pages = obstore.list(self._client, prefix, chunk_size=_PAGE).__aiter__()
+
+        async def following() -> list[Listed] | None:
+            page = await anext(pages, None)
+            return (
+                None
+                if page is None
+                else [
+                    Listed(each["path"], each["size"], each["last_modified"].timestamp())
+                    for each in page
+                ]
+            )
+
+        while page := await self._done(following(), "list"):
+            yield page
+
+    async def delete(self, name: str) -> None:
+        """Delete an object; one that is not there is no error."""
+        try:
+            await self._done(obstore.delete_async(self._client, name), "delete")
+        except FileNotFoundError:
+            return
+
+    async def touch(self, name: str) -> None:
+        """Make an object as new as if it were written now.
+
+        It is copied onto itself. S3 refuses that unless the copy changes something, for which an
+        encryption among the store's options will do; without one the object is written again.
+        """
+        if self._copies:
+            try:
+                await self._done(obstore.copy_async(self._client, name, name), "touch")
+            except RemoteError as error:
+                self._copies = _SELF_COPY not in error.why
+                if self._copies:
+                    raise
+            else:
+                return
+        await self._done(self._rewrite(name), "touch")
+
+    async def _rewrite(self, name: str) -> None:
+        found = await obstore.get_async(self._client, name)
+        body = await found.bytes_async()
+        if len(body) != found.meta["size"]:
+            raise RemoteError(self.where, "touch", "its answer broke off")
+        await self._put(name, [body], "overwrite")
+
+    async def sweep(self, prefix: str, age_s: float) -> int:
+        """Remove nothing: a put that does not end leaves nothing."""
+        return 0
+
+    def close(self) -> None:
+        """Do nothing: the client ends with its last request."""
+
+    # -- errors ---------------------------------------------------------------------------------
+
+    async def _done(self, work: Awaitable[T], what: str) -> T:
+        try:
+            return await work
+        except (BaseError, OSError) as error:
+            raise self.error_of(error, what) from None  # its text may contain credentials
+
+    def error_of(
+        self, raised: BaseException, what: str
+    ) -> RemoteError | FileNotFoundError | EOFError:
+        """Return the error of a request that raised."""
+        text = str(raised)
+        if isinstance(raised, FileNotFoundError):
+            if any(gone in text for gone in _GONE):
+                return RemoteError(self.where, what, "the bucket is gone", is_lasting=True)
+            return FileNotFoundError(f"{self.where}: the object is not there")
+        found = _STATUS.search(text)
+        status = found[1] if found else ""
+        if status == "416" or _BEYOND in text:
+            return EOFError(f"{self.where}: the object is too short")
+        is_lasting = status in _LASTING or isinstance(
+            raised, PermissionDeniedError | UnauthenticatedError
+        )
+        return RemoteError(
+            self.where, what, _reason(raised, text, status), status in _BUSY, is_lasting
+        )
+
+
+def _reason(raised: BaseException, text: str, status: str) -> str:
+    """Return why a request failed, in words that quote nothing secret."""
+    if status:
+        code = _CODE.search(text)
+        return f"status {status}{f' ({code[1]})' if code else ''}"
+    for sign, reason in _REASONS.items():
+        if sign in text:
+            return reason
+    return type(raised).__name__

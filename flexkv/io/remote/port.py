@@ -1,0 +1,274 @@
+"""The port of the remote tier: transfers between the arena and objects of a store, by span.
+
+    transfer ─▶ parts, one for each span ─▶ gets │ puts ─▶ tasks, a bounded number ─▶ completion
+                                            (order of arrival; a put waits while a get does)
+
+A transfer has ended at its deadline, however the store behaves, so the port never keeps places of
+host memory for somebody who does not answer. Only a directory whose file system hangs can be late:
+its threads write to the arena, and the kernel does not say when it is done with a read.
+
+A get fills the blocks before the first one that did not arrive. What has not been asked for behind
+such a gap is not asked for any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from flexkv.common.errors import (
+    ClosedError,
+    InvariantError,
+    MissingBlockError,
+    RemoteError,
+    TransferError,
+)
+from flexkv.common.extents import check_ids
+from flexkv.common.terms import BlockKey, Tier, Transfer
+from flexkv.io.ports import Completion
+from flexkv.io.remote.landing import Copier, HostBlocks, buffers_of
+from flexkv.io.remote.names import Pool
+from flexkv.io.remote.options import RemoteOptions
+from flexkv.io.remote.reader import Brought, SpanReader
+from flexkv.io.remote.requests import Requests, Until
+from flexkv.io.remote.seal import seal
+from flexkv.io.remote.spans import SpanPart, parts_of
+
+Spawn = Callable[[str, Coroutine[Any, Any, None]], object]
+"""Starts a task, which has a name: see `TierHooks.spawn`."""
+
+_OUTER_BLOCKS = 1 << 62
+"""Ids at the other end mean nothing here: blocks are addressed by their keys."""
+
+
+class SpanNews(NamedTuple):
+    """Who is told what is in the store; called on the loop's thread with the key of a span."""
+
+    noted: Callable[[BlockKey], None]
+    """It is there: it was written or read."""
+    missing: Callable[[BlockKey], None]
+    """It is not there, or not any more."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """A transfer in flight.
+
+    Attributes:
+        ends: of each part that has ended.
+        running: of each part under way, what stops it.
+        gap: the first part that did not arrive whole.
+    """
+
+    transfer: Transfer
+    parts: list[SpanPart]
+    deadline_s: float
+    ends: dict[int, Brought] = field(default_factory=dict)
+    running: dict[int, Until] = field(default_factory=dict)
+    gap: int | None = None
+
+
+class RemotePort:
+    """A durable transfer port between the arena and a store.
+
+    Attributes:
+        requests: the store's requests, for whatever else asks it something.
+        spawn: starts tasks; to be set before the first transfer.
+    """
+
+    def __init__(
+        self,
+        requests: Requests,
+        pool: Pool,
+        host: HostBlocks,
+        options: RemoteOptions,
+        news: SpanNews,
+    ) -> None:
+        """Start the copy threads.
+
+        Args:
+            requests: to the store, which the port closes.
+            pool: names the objects.
+            host: the blocks in host memory, and their sums; they must outlive the port.
+            options: limits.
+            news: who is told what is in the store.
+        """
+        self.requests = requests
+        self.spawn: Spawn | None = None
+        self.adapter, self.block_bytes = requests.store.kind, host.arena.block_stride_bytes
+        self._pool, self._host, self._options, self._news = pool, host, options, news
+        self._copier = Copier(options.copy_threads)
+        landing = requests.store.landing(requests, host, self._copier)
+        self._reader = SpanReader(pool, landing, host, requests)
+        self._gets: deque[tuple[_Job, int]] = deque()
+        self._puts: deque[tuple[_Job, int]] = deque()
+        self._jobs: dict[int, _Job] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._running = {True: 0, False: 0}
+        """Parts under way that come in, and that go out."""
+        self._ended: list[Completion] = []
+        self._wake: Callable[[], None] | None = None
+        self._closed = False
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Attach to the running loop, which calls `wake` when `reap` has something to return."""
+        self._wake = wake
+        self._copier.connect()
+
+    def submit(self, transfer: Transfer) -> None:
+        """Start one transfer; one to the store must be of whole spans.
+
+        Raises:
+            ClosedError: after `close`.
+            InvariantError: an id is out of range, the id lists differ in length, the keys do not
+                name the spans, or the port is not connected.
+        """
+        self._check_open()
+        check_ids(transfer, self._host.arena.num_blocks, _OUTER_BLOCKS)
+        if self.spawn is None or self._wake is None or transfer.op_id in self._jobs:
+            raise InvariantError(f"transfer {transfer.op_id}: not connected, or in flight already")
+        parts = parts_of(transfer, self._pool.description.span_blocks)
+        is_inbound = transfer.route.target is Tier.HOST
+        if not is_inbound and not all(part.is_whole for part in parts):
+            raise InvariantError(f"transfer {transfer.op_id} {transfer.route} cuts a span")
+        if not parts:
+            self._ended.append(Completion(transfer.op_id, None))
+            return
+        deadline_s = asyncio.get_running_loop().time() + self._options.deadline_s
+        job = self._jobs[transfer.op_id] = _Job(transfer, parts, deadline_s)
+        waiting = self._gets if is_inbound else self._puts
+        waiting.extend((job, number) for number in range(len(parts)))
+        self._pump()
+
+    def reap(self) -> list[Completion]:
+        """Return every transfer that ended since the last call, each exactly once."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        """Start parts while there is room: gets first, and one put at a time while gets wait."""
+        while self._gets and self._running[True] < self.requests.gets.now:
+            self._start(*self._gets.popleft())
+        puts_max = 1 if self._gets else self.requests.puts.now
+        while self._puts and self._running[False] < puts_max:
+            self._start(*self._puts.popleft())
+
+    def _start(self, job: _Job, number: int) -> None:
+        if job.gap is not None and number > job.gap:
+            self._end_part(job, number, Brought(0))
+            return
+        assert self.spawn is not None
+        is_inbound = job.transfer.route.target is Tier.HOST
+        self._running[is_inbound] += 1
+        until = job.running[number] = Until(job.deadline_s)
+        work = self._work(job, number, until, is_inbound)
+        self.spawn(f"remote {'get' if is_inbound else 'put'}", work)
+
+    async def _work(self, job: _Job, number: int, until: Until, is_inbound: bool) -> None:
+        """Move one part, in a task of its own."""
+        if self._closed:
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            part = job.parts[number]
+            end = await (self._reader.read(part, until) if is_inbound else self._write(part, until))
+        finally:
+            self._tasks.discard(task)
+            self._running[is_inbound] -= 1
+            del job.running[number]
+        self._tell(part.span_key, end)
+        self._end_part(job, number, end)
+        self._pump()
+
+    async def _write(self, part: SpanPart, until: Until) -> Brought:
+        """Store a span; one that is there already counts as stored."""
+        block_bytes = self._host.block_bytes[part.group]
+        sums = self._host.sums[part.host_ids].tolist()
+        seals = [seal(name, block_bytes, its) for name, its in zip(part.names, sums, strict=True)]
+        buffers = buffers_of(part, self._host, seals)
+        try:
+            await self.requests.put(self._pool.object_name(part.span_key), buffers, until)
+        except RemoteError as error:
+            return Brought(0, error)
+        return Brought(part.blocks)
+
+    def _tell(self, span_key: BlockKey, end: Brought) -> None:
+        if end.error is None:
+            self._news.noted(span_key)
+        elif end.is_deleted or isinstance(end.error, FileNotFoundError):
+            self._news.missing(span_key)
+            if not end.is_deleted:
+                self.requests.counting.other["missing"] += 1
+
+    # -- ends -----------------------------------------------------------------------------------
+
+    def _end_part(self, job: _Job, number: int, end: Brought) -> None:
+        """Record the end of a part; after the last one, report that of the transfer."""
+        job.ends[number] = end
+        if end.filled < job.parts[number].blocks and (job.gap is None or number < job.gap):
+            job.gap = number
+            for later, until in job.running.items():
+                if later > number:
+                    until.stop()
+        if len(job.ends) < len(job.parts):
+            return
+        del self._jobs[job.transfer.op_id]
+        self._ended.append(_completion(job))
+        assert self._wake is not None
+        self._wake()
+
+    async def sync(self) -> None:
+        """Return at once: a store reports a put when the object is on stable storage.
+
+        Raises:
+            ClosedError: after `close`.
+        """
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the remote port to {self.requests.store.where} is closed")
+
+    def close(self) -> None:
+        """End everything; nothing writes to the arena any more. Idempotent.
+
+        Raises:
+            InvariantError: transfers were in flight, or ended without being reaped.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        self.requests.store.close()
+        self._copier.close()
+        if unreaped := len(self._jobs) + len(self._ended):
+            raise InvariantError(f"remote port closed with {unreaped} transfers unreaped")
+
+
+def _completion(job: _Job) -> Completion:
+    """Return the end of a transfer whose parts have ended."""
+    transfer, gap = job.transfer, job.gap
+    if gap is None:
+        return Completion(transfer.op_id, None)
+    end = job.ends[gap]
+    filled = job.parts[gap].begin + end.filled
+    return Completion(transfer.op_id, _error_of(transfer, filled, end.error), filled)
+
+
+def _error_of(
+    transfer: Transfer, filled: int, error: TransferError | FileNotFoundError | None
+) -> TransferError:
+    """Return why a transfer ended after `filled` blocks."""
+    assert error is not None
+    if isinstance(error, TransferError):
+        return error
+    left = transfer.block_count - filled
+    return MissingBlockError(transfer.op_id, str(transfer.route), left, str(error))

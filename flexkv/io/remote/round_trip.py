@@ -1,0 +1,48 @@
+"""Tries a store: writes an object, reads it back and deletes it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from flexkv.common.errors import RemoteError
+from flexkv.io.remote.store import Store
+
+
+class RoundTrip(NamedTuple):
+    """How fast a store was for one object of some size."""
+
+    put_mb_per_s: float
+    get_mb_per_s: float
+    head_ms: float
+
+
+async def round_trip(store: Store, nbytes: int = 16 << 20) -> RoundTrip:
+    """Write, read and delete an object of its own, and return how fast that was.
+
+    Raises:
+        RemoteError: the store failed, or returned other bytes than were written.
+    """
+    name = f"doctor/{secrets.token_hex(16)}"
+    wanted = np.random.default_rng().bytes(nbytes)
+    begin_s = time.perf_counter()
+    await store.put(name, [wanted])
+    put_s = time.perf_counter() - begin_s
+    try:
+        begin_s = time.perf_counter()
+        found = await store.read(name)
+        get_s = time.perf_counter() - begin_s
+        begin_s = time.perf_counter()
+        await store.head(name)
+        head_s = time.perf_counter() - begin_s
+    except FileNotFoundError:
+        why = "what was written cannot be found"
+        raise RemoteError(store.where, "get", why) from None
+    finally:
+        await store.delete(name)
+    if found != wanted:
+        raise RemoteError(store.where, "get", "it returned other bytes than were written")
+    return RoundTrip(nbytes / put_s / 1e6, nbytes / get_s / 1e6, head_s * 1e3)
