@@ -248,6 +248,8 @@ class Requests:
         """
         limit = {"get": self.gets, "put": self.puts}.get(kind)
         for number in range(self._retries + 1):
+            if until.left_s <= 0:
+                raise RemoteError(self.store.where, kind, "there was no time left for it")
             is_last = number == self._retries
             self.counting.requests[kind] += 1
             try:
@@ -269,9 +271,9 @@ class Requests:
     async def _once(
         self, kind: str, request: Callable[[], Awaitable[T]], until: Until, share: float
     ) -> T:
-        before_s = max(0.0, until.left_s)
+        before_s = until.left_s
         try:
-            return await until.wait(_awaited(request), share)
+            return await until.wait(request(), share)
         except TimeoutError as error:
             why = f"no answer within {before_s * share:.3g} s"
             raise RemoteError(self.store.where, kind, why) from error
@@ -282,11 +284,6 @@ class Requests:
             self.counting.other["busy"] += 1
             if limit is not None:
                 limit.is_too_high(asyncio.get_running_loop().time())
-
-
-async def _awaited(request: Callable[[], Awaitable[T]]) -> T:
-    """Make a request once it is waited for, so that one whose time is up is never made."""
-    return await request()
 
 
 def _drop(get: Future[Any]) -> None:
