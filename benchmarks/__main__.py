@@ -22,6 +22,7 @@ CASES = (
     "hints",
     "gather",
     "disk",
+    "remote",
     "survive",
     "neighbours",
     "starved",

@@ -11,21 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from remote_rigs import (
-    BLOCK_BYTES,
-    HOST_BLOCKS,
-    OPTIONS,
-    POOL,
-    PROMPT,
-    RECORD_BYTES,
-    SPAN_BLOCKS,
-    STORES,
-    PortRig,
-    content,
-    fetched,
-    rig_over,
-    span_key,
-)
 
 from flexkv.common.errors import (
     ClosedError,
@@ -40,6 +25,21 @@ from flexkv.io.remote.landing import OpenStore
 from flexkv.io.remote.open import join_pool
 from flexkv.io.remote.seal import SEAL_BYTES
 from tests.moto import Moto
+from tests.remote_rigs import (
+    BLOCK_BYTES,
+    HOST_BLOCKS,
+    OPTIONS,
+    POOL,
+    PROMPT,
+    RECORD_BYTES,
+    SPAN_BLOCKS,
+    STORES,
+    PortRig,
+    content,
+    fetched,
+    rig_over,
+    span_key,
+)
 
 G = SPAN_BLOCKS
 SPAN_BYTES = G * RECORD_BYTES

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from remote_rigs import OPTIONS, POOL, STORES, fetched, pages_of
 
 from flexkv.common.errors import ConfigError
 from flexkv.io.remote.landing import OpenStore
@@ -15,6 +14,7 @@ from flexkv.io.remote.open import join_pool
 from flexkv.io.remote.round_trip import round_trip
 from flexkv.io.remote.store import Listed
 from tests.moto import Moto
+from tests.remote_rigs import OPTIONS, POOL, STORES, fetched, pages_of
 
 NAME = POOL.object_name(bytes(range(16)))
 PARTS = [b"a" * 70_000, bytes(range(64)), b"", b"c" * 9]

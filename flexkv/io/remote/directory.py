@@ -76,7 +76,12 @@ class DirectoryStore:
         stop = _Stop()
 
         def read() -> int:
-            fd = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fd = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if not (self._root / name.partition("/")[0]).is_dir():
+                    raise OSError(errno.ESTALE, "the pool's directory is gone") from None
+                raise
             try:
                 return _moved(os.preadv, fd, buffers, first, stop)
             finally:
@@ -266,8 +271,17 @@ def _created(path: Path) -> int:
     try:
         return os.open(path, flags, 0o600)
     except FileNotFoundError:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_private(path.parent)
         return os.open(path, flags, 0o600)
+
+
+def _make_private(folder: Path) -> None:
+    """Make a directory and those above it that are missing, for us only."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except FileNotFoundError:
+        _make_private(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _named(temporary: Path, path: Path) -> bool:

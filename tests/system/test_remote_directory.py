@@ -1,0 +1,144 @@
+"""The shared directory: writers that are killed, and file systems that lack or lose something."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexkv.common.errors import RemoteError
+from flexkv.io.remote.directory import DirectoryStore
+from tests.remote_rigs import POOL
+
+ROOT = Path(__file__).parents[2]
+NAME = POOL.object_name(b"\x07" * 16)
+PARTS = [b"a" * 300_000, b"b" * 64, b"c" * 300_000, b"d" * 64]
+WHOLE = b"".join(PARTS)
+
+WRITER = """
+import asyncio, os, sys, time
+from pathlib import Path
+from flexkv.io.remote.directory import DirectoryStore
+
+folder, name, step = sys.argv[1:]
+parts = [b"a" * 300_000, b"b" * 64, b"c" * 300_000, b"d" * 64]
+real = os.pwritev
+
+def stop(*arguments, **named):
+    print("here", flush=True)
+    time.sleep(1e6)
+
+def half(fd, buffers, offset):
+    if offset:
+        stop()
+    return real(fd, [memoryview(buffers[0])[:100_000]], offset)
+
+setattr(os, step, half if step == "pwritev" else stop)
+asyncio.run(DirectoryStore(Path(folder)).put(name, parts))
+"""
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Return all files below a directory."""
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def kill_writer(folder: Path, step: str) -> None:
+    """Kill a process that puts an object when it comes to a step of that."""
+    command = [sys.executable, "-c", WRITER, str(folder), NAME, step]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "here\n"
+        writer.kill()
+
+
+async def listed(store: DirectoryStore) -> list[str]:
+    """Return the names of all objects."""
+    return [each.name async for page in store.pages("") for each in page]
+
+
+@pytest.mark.parametrize("step", ["pwritev", "fdatasync", "link", "unlink"])
+async def test_a_writer_that_is_killed_leaves_no_part_of_an_object(
+    tmp_path: Path, step: str
+) -> None:
+    """At whatever step it is killed the object is whole or absent, and can be written by others.
+
+    What is left is in no listing, stays while it may be somebody's, and is swept after that.
+    """
+    kill_writer(tmp_path, step)
+    store = DirectoryStore(tmp_path)
+    is_there = step == "unlink"
+    assert await listed(store) == [NAME] * is_there
+    assert await store.put(NAME, PARTS) is not is_there
+    assert await listed(store) == [NAME]
+    assert await store.read(NAME) == WHOLE
+    left = [path for path in files_in(tmp_path) if path.name != NAME[-32:]]
+    assert len(left) == 1
+    assert await store.sweep("", 3600.0) == 0
+    os.utime(left[0], (1.0, 1.0))
+    assert await store.sweep("", 3600.0) == 1
+    assert [path.name for path in files_in(tmp_path)] == [NAME[-32:]]
+    store.close()
+
+
+async def test_without_hard_links_a_rename_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system without links an object appears whole, too, and one that exists stays."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store = DirectoryStore(tmp_path)
+    assert await store.put(NAME, PARTS)
+    assert not await store.put(NAME, [b"other"])
+    assert await store.read(NAME) == WHOLE
+    assert [path.name for path in files_in(tmp_path)] == [NAME[-32:]]
+    store.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+async def test_a_put_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A full or failing disk is a RemoteError that says why; no file is left, and a retry works."""
+
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    store = DirectoryStore(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", fail)
+        with pytest.raises(RemoteError, match=os.strerror(number)) as caught:
+            await store.put(NAME, PARTS)
+    assert caught.value.blames_tier
+    assert files_in(tmp_path) == []
+    assert await store.put(NAME, PARTS)
+    store.close()
+
+
+async def test_a_mount_that_is_gone_is_no_miss(tmp_path: Path) -> None:
+    """If the pool's directory is not there, a get fails and blames the tier."""
+    store = DirectoryStore(tmp_path / "mount")
+    await store.put(POOL.description_name, [b"{}"])
+    with pytest.raises(FileNotFoundError):
+        await store.read_into(NAME, 0, [memoryview(bytearray(9))])
+    (tmp_path / "mount").rename(tmp_path / "elsewhere")
+    with pytest.raises(RemoteError, match="gone") as caught:
+        await store.read_into(NAME, 0, [memoryview(bytearray(9))])
+    assert caught.value.blames_tier
+    store.close()
+
+
+async def test_files_are_private(tmp_path: Path) -> None:
+    """Objects and directories that the store makes can be read by their owner only."""
+    store = DirectoryStore(tmp_path / "kv")
+    await store.put(NAME, PARTS)
+    modes = {path.stat().st_mode & 0o077 for path in (tmp_path / "kv").rglob("*")}
+    assert modes == {0}
+    store.close()
