@@ -345,6 +345,16 @@ class CacheConfig(ConfigModel):
     load_if_faster: bool = key(
         True, "Whether engines load only what was measured to load faster than it is computed."
     )
+    prefetch_stop: Literal["best_effort", "complete", "timeout"] = key(
+        "timeout",
+        "How long a prompt of an engine waits for blocks that are fetched from a far tier: not at "
+        "all once the engine would run it (`best_effort`), until the fetch ends (`complete`), or "
+        "for `prefetch_timeout_ms` at most, and no longer than computing them takes (`timeout`).",
+    )
+    prefetch_timeout_ms: float = key(
+        2000.0, "How long a prompt waits for far blocks at most, under `timeout`.", unit="ms",
+        ge=0, le=3_600_000,
+    )  # fmt: skip
     num_log_interval_requests: int = key(
         200, "Requests between two summary lines in the log.", unit="requests", ge=1, le=2**53
     )

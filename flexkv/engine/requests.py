@@ -16,6 +16,7 @@ from flexkv.engine.pins import Holds
 from flexkv.engine.runner import ALONE, RequestOwner, RequestRunner
 from flexkv.engine.tickets import PREPARED, RequestSpec, Ticket, nothing_moved
 from flexkv.engine.tracing import Tracing
+from flexkv.graph.far import SetApart, set_apart
 from flexkv.index.found import Found, PrefixMatch, prefix_match
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
@@ -165,3 +166,14 @@ class Requests:
         """Return where a prompt's blocks from `first` on are: see `Planner.find`."""
         self._core.scheduler.update_avoid()
         return self._core.planner.find(keys, first, drop)
+
+    def find_here(self, keys: bytes, first: int = 0, drop: int = 0) -> SetApart:
+        """Return what `find` does without blocks that are coming from far, and what is far behind.
+
+        With several KV groups nothing is far yet.
+        """
+        planner = self._core.planner
+        if planner.groups > 1:
+            return SetApart(self.find(keys, first, drop), {})
+        found, avoid = self.find(keys, first), planner.avoid.unreadable
+        return set_apart(keys, found, drop, self._core.residency, planner.catalogue, avoid)

@@ -1,15 +1,22 @@
-"""Extends what a load finds in this engine's own tiers by the blocks that are said to lie far."""
+"""Extends what is found in this engine's own tiers by the blocks that are said to lie far.
+
+A load takes far blocks along. An engine that asks what it may load must not be offered any that
+could still fail to arrive, so a match tells them apart:
+
+    here, or coming from here │ far, or coming from there │ unknown
+    ──────── found ──────────▶│◀───────── far ───────────▶│
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 from msgspec import structs
 
 from flexkv.common.request import Request
-from flexkv.common.terms import Positions, Tier
-from flexkv.index.catalogue import Catalogue
+from flexkv.common.terms import BLOCK_KEY_BYTES, Positions, Tier
+from flexkv.index.catalogue import Catalogue, FarRun
 from flexkv.index.claims import Holding
 from flexkv.index.found import Found, Placement
 from flexkv.index.residency import ABSENT, Residency
@@ -41,14 +48,82 @@ def with_far(
     above = residency.parent(keys, first) if runs and at == first else []
     if not runs or above is None:
         return Extended(found)
+    ready = dict(found.ready)
+    for tier, ids in _absent(runs, keys, at, end, residency):
+        assert tier not in ready, f"{tier.label} has two runs, or places"
+        ready[tier] = Placement(Positions(at, len(ids)), ids)
+        at += len(ids)
+    return Extended(structs.replace(found, last=at, ready=ready), above)
+
+
+def _absent(
+    runs: Sequence[FarRun], keys: bytes, at: int, end: int, residency: Residency
+) -> list[FarRun]:
+    """Return runs from position `at` on, up to the first block that host memory does not lack."""
     for states, positions, _ in residency.survey(keys, at, end, use=False):
         if states[0] != ABSENT:
             end = min(end, positions.first)
-    ready = dict(found.ready)
+    absent = []
     for tier, ids in runs:
-        assert tier not in ready, f"{tier.label} has two runs, or places"
-        ids = ids[: end - at]
-        if len(ids):
-            ready[tier] = Placement(Positions(at, len(ids)), ids)
+        if len(ids := ids[: end - at]):
+            absent.append(FarRun(tier, ids))
             at += len(ids)
-    return Extended(structs.replace(found, last=at, ready=ready), above)
+    return absent
+
+
+class SetApart(NamedTuple):
+    """What a match finds here, and how many blocks behind that could be had, by tier."""
+
+    found: Found
+    far: Mapping[Tier, int]
+    coming: int = 0
+    """How many of these are on their way already, or are here behind such a block."""
+
+
+def set_apart(
+    keys: bytes,
+    found: Found,
+    drop: int,
+    residency: Residency,
+    catalogue: Catalogue,
+    avoid: Set[Tier],
+) -> SetApart:
+    """Return what was found without blocks that are coming from far, and what is far behind it.
+
+    Args:
+        keys: root and keys of the prompt's blocks.
+        found: what is resident or coming, up to what is to be avoided.
+        drop: how many more blocks must be here behind what is returned as found.
+        residency: where these blocks are.
+        catalogue: what lies far.
+        avoid: tiers that are down.
+    """
+    here, far = _coming(found, residency)
+    coming = found.last - here.last
+    at, end = found.last, len(keys) // BLOCK_KEY_BYTES - 1
+    if at < end and not catalogue.is_empty and (runs := catalogue.far(keys, at, end, avoid)):
+        for tier, ids in _absent(runs, keys, at, end, residency):
+            far[tier] = far.get(tier, 0) + len(ids)
+    if drop:
+        here = here.before(max(here.first, here.last - drop))
+    return SetApart(here, far, coming)
+
+
+def _coming(found: Found, residency: Residency) -> tuple[Found, dict[Tier, int]]:
+    """Return the part of a run before the first block that comes from far, and count the rest."""
+    if (pending := found.pending) is None:
+        return found, {}
+    own = {Tier.DEVICE, None, *residency.tiers}
+    sources = residency.claims.sources(Tier.HOST, pending.block_ids)
+    begin = next((n for n, source in enumerate(sources) if source not in own), None)
+    if begin is None:
+        return found, {}
+    here = found.before(pending.positions.at(begin))
+    far = dict[Tier, int]()
+    for source in sources[begin:]:
+        tier = Tier.HOST if source in own or source is None else source
+        far[tier] = far.get(tier, 0) + 1
+    for tier, placed in found.ready.items():
+        if behind := placed.block_count - placed.positions.number_before(here.last):
+            far[tier] = far.get(tier, 0) + behind
+    return here, far

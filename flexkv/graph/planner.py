@@ -472,7 +472,7 @@ class Planner:
             source, target = op.route
             pinned = Holding(source, ids[source][begin:end]) if source in own else None
             leased = Holding(target, ids[target][begin:end]) if target in own else None
-            claims.open(run_id * OPS_MAX + op.index, Claim(run_id, pinned, leased))
+            claims.open(run_id * OPS_MAX + op.index, Claim(run_id, pinned, leased, source))
         return plan
 
 

@@ -32,6 +32,8 @@ class Claim(NamedTuple):
     owner: int
     pinned: Holding | None
     leased: Holding | None
+    source: Tier | None = None
+    """Where the op reads, if it is known; also a tier whose blocks are not pinned."""
 
 
 class Claims:
@@ -51,7 +53,7 @@ class Claims:
         """Pin what the op reads, and record the op as the filler of its reserved places."""
         if op_id in self._open:
             raise InvariantError(f"op {op_id} already has a claim: {self._open[op_id]}")
-        owner, pinned, leased = claim
+        owner, pinned, leased, _ = claim
         if leased is not None:
             self._table.lease(self._number[leased.tier], leased.block_ids, op_id)
         if pinned is not None:
@@ -79,7 +81,7 @@ class Claims:
         claim = self._open.pop(op_id, None)
         if claim is None:
             raise InvariantError(f"op {op_id} has no open claim")
-        owner, pinned, leased = claim
+        owner, pinned, leased, _ = claim
         if self._owned[owner] == 1:
             del self._owned[owner]
         else:
@@ -98,6 +100,11 @@ class Claims:
     def fillers(self, tier: Tier, block_ids: BlockIds) -> NDArray[np.int64]:
         """Return the id of the op that is filling each RESERVED block."""
         return np.frombuffer(self._table.fillers(self._number[tier], block_ids), np.int64)
+
+    def sources(self, tier: Tier, block_ids: BlockIds) -> list[Tier | None]:
+        """Return the tier from which each RESERVED block is being filled; None if unknown."""
+        claims = [self._open.get(op_id) for op_id in self.fillers(tier, block_ids).tolist()]
+        return [None if claim is None else claim.source for claim in claims]
 
     def of_owner(self, owner: int) -> int:
         """Return the number of open claims of an owner."""

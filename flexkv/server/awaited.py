@@ -77,7 +77,8 @@ class Awaited:
             ProtocolError: it has more blocks than were asked for.
         """
         if self._asked.pop(message.number, None) is not None:
-            counts = message.blocks, message.chain, *message.by_tier.values()
+            there = message.blocks + sum(message.far.values())
+            counts = there, message.chain, *message.by_tier.values()
             self._check_blocks(message.number, *counts)
             self._matched[message.number] = message
 

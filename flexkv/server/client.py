@@ -54,6 +54,7 @@ from flexkv.server.wire import (
     Release,
     Start,
     State,
+    Welcome,
     parts_of,
     why_unsent,
 )
@@ -76,7 +77,7 @@ class Client:
         generation: the generation of the server's cache, as last reported.
         key_chain: derives the keys of prompts, for the element order of the devices' blocks.
         epoch: identifies the state of the devices: see `State`.
-        tiers: the labels of the server's tiers, as of the last connection.
+        welcome: how the server answered the last connection: its tiers, its host memory.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Client:
         # A random start, so that no number of an earlier scheduler can be taken for one of ours.
         self._next = randbits(31) << 32
         self.is_ready, self.num_blocks, self.epoch, self.generation = False, 0, 0, 0
-        self.tiers: tuple[str, ...] = ()
+        self.welcome = Welcome(PROTOCOL_VERSION, 0)
         self._heard_s = 0.0
 
     # -- keys -----------------------------------------------------------------------------------
@@ -165,16 +166,16 @@ class Client:
         return matched
 
     def ask(
-        self, keys: Keys, first: int = 0, hold: bool = False, tell: bool = False, drop: int = 0
-    ) -> int:
-        """Send a match (see `match`), and return its number for `answer` or `release`.
+        self, keys: Keys, first: int = 0, hold: bool = False, tell: bool = False, drop: int = 0,
+        apart: bool = False,
+    ) -> int:  # fmt: skip
+        """Send a match (see `match` and `Match.apart`); return its number for `answer`, `release`.
 
         For a part of a prompt, only the keys that the server lacks are sent.
         """
         part = self._part_of(keys)
-        message = Match(
-            self.number(), part.keys, first, hold, tell, part.prompt, part.known, drop=drop
-        )
+        message = Match(self.number(), part.keys, first, hold, tell, part.prompt, part.known,
+                        drop=drop, apart=apart)  # fmt: skip
         return self._ask(message, blocks_of(keys))
 
     def _ask(self, message: Match, blocks: int) -> int:
@@ -218,14 +219,14 @@ class Client:
                 self._send(Release(part))
 
     def start(
-        self, operation: Operation, keys: bytes, first: int, device_ids: BlockIds | None,
+        self, operation: Operation, keys: Keys, first: int, device_ids: BlockIds | None,
         when_ready: bool = False, held: int = 0,
     ) -> int:  # fmt: skip
         """Begin a request for the blocks from `first` on, and return its number.
 
         Args:
             operation: get, put or prefetch.
-            keys: the root and the block keys, up to the last block of the request.
+            keys: root and keys of the prompt, up to the last block of the request.
             first: the first block of the request.
             device_ids: int64, one for each block; None for a prefetch.
             when_ready: whether it waits until the agent of every rank has reported it as `ready`.
@@ -368,7 +369,7 @@ class Client:
         return self._socket is not None
 
     def _take_connection(self, connected: Connected) -> None:
-        self._socket, self.tiers = FrameSocket(connected.socket), connected.welcome.tiers
+        self._socket, self.welcome = FrameSocket(connected.socket), connected.welcome
         self._home = HomeProcess("the connection to the server")
         log.info("connected", path=self._address, instance=self._instance)
         self._heard_s = time.monotonic()

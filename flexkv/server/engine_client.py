@@ -296,7 +296,7 @@ class EngineClient:
         matched = self._client.match(request.keys)
         self.receive()
         per_block = self._intake.tokens_per_block
-        counts = {**dict.fromkeys(self._client.tiers, 0), **matched.by_tier}
+        counts = {**dict.fromkeys(self._client.welcome.tiers, 0), **matched.by_tier}
         by_tier = {tier: counts[tier.label] * per_block for tier in Tier if tier.label in counts}
         return PrefixMatch(matched.blocks * per_block, by_tier, matched.pending * per_block)
 

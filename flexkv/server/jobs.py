@@ -29,6 +29,7 @@ from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine.engine import Engine
 from flexkv.engine.runner import RequestOwner
 from flexkv.engine.tickets import Ticket
+from flexkv.graph.far import SetApart
 from flexkv.index.found import Found
 from flexkv.observe.logs import get_logger
 from flexkv.server.agent_port import AgentPort
@@ -118,12 +119,12 @@ class Jobs:
         # Leaves at positions that the client has are not needed.
         begin = min(message.first, blocks) if message.from_first or has_leaves else 0
         drop = min(message.drop, blocks)
-        found = engine.find(keys, begin, drop)
+        found, far, coming = self._found(message, keys, begin, drop)
         if message.hold:  # holds are counted, so no block may occur twice
             agreeing = engine.residency.agreeing(keys[: (found.last + 1) * BLOCK_KEY_BYTES])
             if agreeing < found.last:  # these keys were not derived from tokens
-                begin = min(begin, agreeing)
-                found = engine.find(keys[: (agreeing + 1) * BLOCK_KEY_BYTES], begin, drop)
+                begin, some = min(begin, agreeing), keys[: (agreeing + 1) * BLOCK_KEY_BYTES]
+                found, far, coming = self._found(message, some, begin, drop)
         by_tier = {
             tier.label: place.block_count - place.positions.number_before(message.first)
             for tier, place in found.ready.items()
@@ -131,9 +132,16 @@ class Jobs:
         pending = found.pending.block_count if found.pending else 0
         run = self._host_run(keys, found, message)
         chain = max(found.last, found.chain)
-        answer(Matched(message.number, found.last, by_tier, pending, run, chain))
+        told = {tier.label: count for tier, count in far.items()}
+        answer(Matched(message.number, found.last, by_tier, pending, run, chain, told, coming))
         if message.hold:
             engine.requests.holds.hold(self._instance, message.number, found.holdings)
+
+    def _found(self, message: Match, keys: bytes, begin: int, drop: int) -> SetApart:
+        """Return where a prompt's blocks are, and if the client asks for it, what is far."""
+        if message.apart:
+            return self._engine.requests.find_here(keys, begin, drop)
+        return SetApart(self._engine.find(keys, begin, drop), {})
 
     def _host_run(self, keys: bytes, found: Found, message: Match) -> int:
         """Return how many blocks, from the match's first one on, a put need not store."""

@@ -262,6 +262,7 @@ class Server:
             arena.num_blocks,
             arena.block_stride_bytes,
             arena.fd_offset_bytes,
+            tuple(p.tier.label for p in self._backend.tiers() if p.capacity_blocks is None),
         )
         fds = [arena.fd] if hello.role == "agent" else []
         socket.send_fds(peer, [framed(welcome)], fds)

@@ -47,7 +47,7 @@ from flexkv.common.space import GROUPS_MAX
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 FRAME_BYTES_MAX = 8 << 20
 """Maximum size of a message; the server accepts at most `FRAME_BYTES_OF` the peer's role."""
 LENGTH_BYTES = 4
@@ -110,6 +110,8 @@ class Welcome(Message, tag="welcome", frozen=True):
     num_host_blocks: Number = 0
     block_stride_bytes: Number = 0
     fd_offset_bytes: Number = 0
+    far_tiers: tuple[ShortText, ...] = ()
+    """The labels of the tiers that others fill: see `flexkv.index.catalogue`."""
 
 
 class State(Message, tag="state", frozen=True):
@@ -144,6 +146,9 @@ class Match(Message, tag="match", frozen=True):
     """Whether the blocks before `first` need not be resident."""
     drop: Number = 0
     """How many blocks behind those found must be resident, too: see `KVGroups.drop`."""
+    apart: bool = False
+    """Whether to count blocks that lie far, or are coming from there, as `Matched.far`: they may
+    fail to arrive. Otherwise those that are coming count as `pending`."""
 
 
 class Forget(Message, tag="forget", frozen=True):
@@ -172,6 +177,11 @@ class Matched(Message, tag="matched", frozen=True):
     it has the leaves of the longest prefix there, too; this is reported only with `from_first`."""
     chain: Number = 0
     """How many blocks of the chain are ready, with or without the leaves that a prefix needs."""
+    far: Mapping[str, Number] = {}
+    """How many blocks behind those found could be had by a prefetch, by the tier where they are
+    said to be: see `Match.apart`. None with several KV groups."""
+    coming: Number = 0
+    """How many of these are on their way already, or wait here for those before them."""
 
 
 class LeafIds(msgspec.Struct, frozen=True, array_like=True, gc=False):

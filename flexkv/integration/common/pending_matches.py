@@ -30,6 +30,8 @@ class _Asked(NamedTuple):
     seen_s: float
     is_early: bool
     """Whether it was made on arrival, and its prompt was not tried since."""
+    answer: Matched | None = None
+    """Its answer, if that was looked at before the prompt was tried."""
 
 
 class PendingMatches:
@@ -44,6 +46,11 @@ class PendingMatches:
         self._client, self._tells, self._drop = client, tells, drop
         self._wait_s = self._wait_left_s = wait_ms / 1e3
         self._asked: dict[str, _Asked] = {}
+
+    @property
+    def _has_far(self) -> bool:
+        """Return whether the server has far tiers."""
+        return bool(self._client.welcome.far_tiers)
 
     @property
     def has_early_room(self) -> bool:
@@ -79,7 +86,8 @@ class PendingMatches:
         assert request.request_id not in self._asked
         assert len(self._asked) < ASKED_MAX
         tell, request.is_told = self._tells and not request.is_told, True
-        number = self._client.ask(part, first, hold=True, tell=tell, drop=self._drop)
+        apart = self._has_far
+        number = self._client.ask(part, first, True, tell, self._drop, apart)
         asked = _Asked(number, part.blocks, first, time.monotonic(), is_early)
         self._asked[request.request_id] = asked
 
@@ -119,9 +127,31 @@ class PendingMatches:
         was_put_off, request.was_put_off = request.was_put_off, True
         return Matched(0, 0, {}) if was_put_off else None
 
+    def early_answers(self) -> list[tuple[str, int, Matched]]:
+        """Return the new answers with far blocks about prompts that were not tried yet.
+
+        Each comes with the prompt's request id, and how many blocks the match was about. Without
+        far tiers, nothing is looked at.
+        """
+        if not self._has_far:
+            return []
+        told = []
+        for request_id, asked in self._asked.items():
+            if not asked.is_early or asked.answer is not None:
+                continue
+            if (answer := self._client.answer(asked.number)) is not None:
+                self._asked[request_id] = asked._replace(answer=answer)
+                told += [(request_id, asked.blocks, answer)] if answer.far else []
+        return told
+
+    def take_over(self, request: RequestTransfers) -> None:
+        """Forget a request's match, whose hold another message ends."""
+        self._asked.pop(request.request_id, None)
+        request.found = None
+
     def _answer(self, request_id: str, asked: _Asked) -> Matched | None:
         begin_s = time.monotonic()
-        found = self._client.answer(asked.number, self._wait_left_s)
+        found = asked.answer or self._client.answer(asked.number, self._wait_left_s)
         self._wait_left_s = max(0.0, self._wait_left_s - (time.monotonic() - begin_s))
         if found is not None:
             del self._asked[request_id]

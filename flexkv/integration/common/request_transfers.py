@@ -109,6 +109,10 @@ class RequestTransfers:
     """Whether the step loads what was found for it, layer by layer."""
     may_load: bool = True
     """Whether it may load: a request whose load came short would get the same offer again."""
+    may_fetch: bool = True
+    """Whether far blocks may be fetched for it: once in its life."""
+    load_deadline_s: float | None = None
+    """How long it may wait for far blocks; None: as long as the rule of all requests says."""
     was_put_off: bool = False
     """Whether it was put off because too many matches were under way."""
     is_told: bool = False

@@ -103,6 +103,7 @@ class Transfers(Generic[Step]):
 
     Attributes:
         blocks: the blocks of the device.
+        on_other_end: called with the end of a request that is neither a load nor a put.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class Transfers(Generic[Step]):
         self._fresh_puts: dict[int, BlockIds] = {}
         """The puts of the next step."""
         self._step = new_step()
+        self.on_other_end: Callable[[Done], object] = lambda done: None
 
     # -- loads ----------------------------------------------------------------------------------
 
@@ -326,6 +328,8 @@ class Transfers(Generic[Step]):
                 request, load = layered  # the workers have reported what failed
                 request.end_layers(load, done)
                 self._record(request, load, done)
+            else:
+                self.on_other_end(done)
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flexkv.integration.common.request_transfers import RequestTransfers
+from flexkv.integration.vllm.deadlines import accepted_deadline_s
 from flexkv.integration.vllm.events import KVEvents
 from flexkv.integration.vllm.prompt import Scopes, features_of
 from flexkv.server.client import Client
@@ -50,6 +51,7 @@ class RequestStates:
         if state is None:
             client = self._client
             transfers = RequestTransfers(request_id, client.new_prompt(), client.generation)
+            transfers.load_deadline_s = accepted_deadline_s(request)
             state = self.by_id[request_id] = RequestState(request, self._scopes, transfers)
         return state
 

@@ -4,7 +4,8 @@ Per request, from vLLM's hooks:
 
     on_new_request             ─▶ match with a hold, sent as early as possible
     get_num_new_matched_tokens ─▶ its answer  ──update_state_after_alloc──▶ load ─Done─▶ received
-                                  or "ask again": no step waits longer than `match_wait_ms`
+                                  or "ask again": no step waits longer than `match_wait_ms`, and
+                                  far blocks are fetched first (`far_fetches.py`)
     build_connector_meta       ─▶ whole blocks of this step: a put, which reads them after the
                                   forward; Done ─▶ its blocks may be reused
     request_finished           ─▶ blocks stay until the puts that read them are done
@@ -32,6 +33,7 @@ from typing import Any
 from flexkv.common.errors import FlexKVError
 from flexkv.common.request import LeafBlocks
 from flexkv.integration.common.costs import Costs
+from flexkv.integration.common.far_fetches import FarFetches, FetchRules
 from flexkv.integration.common.kv_groups import GroupIds, KVGroups
 from flexkv.integration.common.own_server import OwnServer
 from flexkv.integration.common.pending_matches import PendingMatches
@@ -100,6 +102,11 @@ class SchedulerSide:
             self.client, TransferRules(setup.gates_loads, setup.loads_by_layer, wait_s, groups),
             StepMetadata, self._counts.count, self._forget, self._costs,
         )  # fmt: skip
+        rules = FetchRules(cache.prefetch_stop, cache.prefetch_timeout_ms / 1e3)
+        self._fetches = FarFetches(
+            self.client, groups, cache.tokens_per_block, rules, self._counts.count, self._costs
+        )
+        self.transfers.on_other_end = self._fetches.take
 
     # -- loads ----------------------------------------------------------------------------------
 
@@ -128,6 +135,7 @@ class SchedulerSide:
         if room is not None:
             room.leave(request.request_id)  # it has no blocks: it is new, was preempted, or failed
         if not (blocks := self._wanted(state, computed)):
+            self._fetches.stop(transfers)
             matches.release(transfers)
             return 0, False
         if room is not None and room.is_full:  # no prompt that may load overtakes one that waits
@@ -135,7 +143,6 @@ class SchedulerSide:
             return None, False
         found = self._found(state, blocks, computed)
         if found is None:
-            self._counts.count("late_matches")
             return None, False
         end = self._groups.aligned(found.blocks)
         extra = end * self._per_block - computed
@@ -159,18 +166,41 @@ class SchedulerSide:
         return 0, False
 
     def _found(self, state: RequestState, blocks: int, computed: int) -> Matched | None:
-        """Return the match of a prompt that is tried; None if it is not known in this step."""
+        """Return the match of a prompt that is tried; None if it is put off to the next step.
+
+        That is so while the match is not known, or far blocks are fetched that may be worth it.
+        """
         transfers = state.transfers
         waited_for, transfers.waits_for = transfers.waits_for, None
         if transfers.found is not None and waited_for == (blocks, computed):
             return transfers.found  # its hold was kept
         transfers.local_blocks = computed // self._per_block
         matches = self._pending_matches
+        if self._fetches.waits(transfers):
+            return None
         found = matches.found(transfers, blocks, lambda n: self._requests.part(state, n))
-        if found is not None:
-            transfers.found = found
-            self._counts.count("matches")
+        if found is None:
+            self._counts.count("late_matches")
+            return None
+        if self._fetches_first(state, found, blocks, is_tried=True):
+            return None
+        self._fetches.stop(transfers, found)
+        transfers.found = found
+        self._counts.count("matches")
         return found
+
+    def _fetches_first(
+        self, state: RequestState, found: Matched, blocks: int, is_tried: bool
+    ) -> bool:
+        """Return whether a prompt now waits for a fetch of what lies far behind its match."""
+        if not found.far or not self._requests.has_keys(state):
+            return False
+        begun = self._fetches.begin(
+            state.transfers, found, blocks, is_tried, lambda n: self._requests.part(state, n)
+        )
+        if begun:
+            self._pending_matches.take_over(state.transfers)
+        return begun
 
     def _is_worth_it(self, transfers: RequestTransfers, end: int) -> bool:
         """Return whether a load up to this block is faster than computing the blocks."""
@@ -332,6 +362,8 @@ class SchedulerSide:
     def _poll(self) -> None:
         """Handle the transfers that have ended, and start the loads that waited for them."""
         self.transfers.poll()
+        for request_id, blocks, found in self._pending_matches.early_answers():
+            self._fetches_first(self._states[request_id], found, blocks, is_tried=False)
         self._hear()
         if self._launched is not None and not self.client.is_ready:
             self._launched.look()
@@ -356,6 +388,7 @@ class SchedulerSide:
         if state is None:
             return False
         self._pending_matches.release(state.transfers)
+        self._fetches.finish(state.transfers)
         self._counts.request_ended()
         lora = getattr(request, "lora_request", None)
         if lora is not None and request.num_output_tokens:
@@ -413,6 +446,7 @@ class SchedulerSide:
         Nothing that was computed or loaded before a reset is stored after it.
         """
         self._pending_matches.give_up_all()  # their answers are from before
+        self._fetches.give_up_all()
         self.transfers.blocks.reset()
         for request_id, state in list(self._states.items()):
             state.transfers.stored_blocks, state.transfers.waits_for = 0, None
