@@ -13,7 +13,7 @@ from flexkv.common.terms import Positions
 from flexkv.integration.common.kv_groups import KVGroups
 from flexkv.integration.common.pending_matches import PendingMatches
 from flexkv.server.prompts import PromptPart
-from flexkv.server.wire import Done, Matched
+from flexkv.server.wire import PROTOCOL_VERSION, Done, Matched, Welcome
 from tests.unit.group_spaces import STATE, WINDOW, spaces_of
 from tests.unit.transfer_rig import HELD, Rig, request_with
 
@@ -255,12 +255,17 @@ def test_a_load_waits_for_puts_that_read_its_leaves() -> None:
 class Asks:
     """A client whose matches are answered at once."""
 
+    welcome = Welcome(PROTOCOL_VERSION, 1)
+
     def __init__(self, *answers: Matched) -> None:
         self.answers, self.asked = list(answers), list[tuple[int, int, int]]()
         self.released: list[int] = []
 
-    def ask(self, part: PromptPart, first: int, hold: bool, tell: bool, drop: int) -> int:
+    def ask(
+        self, part: PromptPart, first: int, hold: bool, tell: bool, drop: int, apart: bool
+    ) -> int:
         """Record a match."""
+        assert (hold, apart) == (True, False), "the server has no far tier"
         self.asked.append((part.blocks, first, drop))
         return len(self.asked)
 

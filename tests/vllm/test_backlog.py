@@ -32,8 +32,9 @@ class Server(Client):
         self.is_ready, self.asked, self.told = True, list[int](), set[int]()
 
     def ask(
-        self, keys: Any, first: int = 0, hold: bool = False, tell: bool = False, drop: int = 0
-    ) -> int:
+        self, keys: Any, first: int = 0, hold: bool = False, tell: bool = False, drop: int = 0,
+        apart: bool = False,
+    ) -> int:  # fmt: skip
         """Record the question, and return its number."""
         number = self.number()
         self.asked.append(number)

@@ -151,6 +151,7 @@ class FarFetches:
         number = self._client.start(
             Operation.PREFETCH, part_of(last), found.blocks, None, held=found.number
         )
+        self._client.flush()
         fetch = _Fetch(
             request.request_id, found.blocks, last, by_tier, ahead, not found.coming, number
         )
