@@ -13,9 +13,9 @@ from flexkv.common.request import Operation
 from flexkv.common.terms import Tier
 from flexkv.server.client import Client
 from flexkv.server.wire import Copied, Copy, Matched
+from flexkv.testing.far_server import FarServer
 
 from .caches import MODEL, PER_BLOCK
-from .far_server import FarServer
 from .serving import BLOCKS, Instance, Peer, eventually, settings_in
 
 HERE = 3
@@ -30,7 +30,7 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture
 def served(settings: Settings) -> Iterator[FarServer]:
     """Yield a server with a far tier, and check that it ends with nothing left."""
-    made = FarServer(settings)
+    made = FarServer(MODEL, settings)
     yield made
     made.close()
 
@@ -172,5 +172,5 @@ def test_a_far_tier_that_is_down_is_not_spoken_of(served: FarServer, instance: I
     client, keys = instance.client, instance.keys(0)
     served.hold(keys)
     assert matched(client, keys).far == {"remote": BLOCKS}
-    served.call(lambda: served._engine.scheduler.watch.lose(Tier.REMOTE, "planted"))
+    served.call(lambda: served.engine.scheduler.watch.lose(Tier.REMOTE, "planted"))
     assert matched(client, keys).far == {}

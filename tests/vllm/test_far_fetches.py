@@ -18,8 +18,8 @@ import pytest
 from flexkv.common.errors import ConfigError
 from flexkv.index.keys import block_keys
 from flexkv.server.wire import Copied, Copy, Match, Message, Ready, Start
+from flexkv.testing.far_server import FarServer
 from tests.system.conftest import MODEL, PER_BLOCK
-from tests.system.far_server import FarServer
 from tests.system.serving import Peer, eventually, settings_in
 
 pytest.importorskip("vllm")
@@ -55,7 +55,7 @@ class Rig:
             folder, **{"num_ssd_blocks": 0, "num_cpu_blocks": 64, "chunk_mb": chunk_mb, **cache}
         )
         settings = settings.model_copy(update={"match_wait_ms": 10_000})
-        self.served = FarServer(settings, has_far)
+        self.served = FarServer(MODEL, settings, has_far)
         self.side = SchedulerSide(Setup(MODEL, settings, 0, launches=False))
         self.agent = Peer(settings, "agent")
         eventually(self.side._ready)

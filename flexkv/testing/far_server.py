@@ -1,4 +1,8 @@
-"""A server in a thread of this process, with a far tier whose transfers wait for the test."""
+"""A server in a thread of this process, with a far tier whose transfers wait for the test.
+
+Others hold blocks whose content is their key (`hold`), or copies of what is in host memory
+(`keep_copies`), so that an engine which loads them can tell whether they are right.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.common.config import Settings
-from flexkv.common.terms import BLOCK_KEY_BYTES, Transfer
+from flexkv.common.config import ModelConfig, Settings
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey, Tier, Transfer
 from flexkv.index.keys import block_keys
 from flexkv.io.memory.arena import Arena
+from flexkv.io.ports import Completion
 from flexkv.kvmanager import KVManager
 from flexkv.server.address import socket_path
 from flexkv.server.backend import ServerBackend
@@ -26,8 +31,6 @@ from flexkv.testing.faults import FaultPlan
 from flexkv.tiers.limits import disk_windows
 from flexkv.tiers.parts import TierParts
 
-from .caches import MODEL
-
 T = TypeVar("T")
 CALL_S = 20.0
 
@@ -37,12 +40,14 @@ class GatedPort(FarPort):
 
     Attributes:
         passing: how many more transfers may pass; None: all.
+        copies: the whole content of blocks, by key, if it is not the key.
     """
 
     def __init__(self, far: FakeFar, host: NDArray[np.uint8]) -> None:
         super().__init__(far, host, FaultPlan(1, 0.0, 0.0, 0.0))
         self.passing: int | None = None
         self.waiting = deque[Transfer]()
+        self.copies: dict[BlockKey, NDArray[np.uint8]] = {}
 
     def submit(self, transfer: Transfer) -> None:
         """Begin a transfer once the gate lets it pass."""
@@ -57,6 +62,15 @@ class GatedPort(FarPort):
                 self.passing -= 1
             super().submit(self.waiting.popleft())
 
+    def _checked(self, end: Completion) -> Completion:
+        transfer, _ = self.fetching[end.op_id]
+        told = super()._checked(end)
+        filled = zip(transfer.block_keys[: told.filled], transfer.target_ids, strict=False)
+        for key, host_id in filled:
+            if (copied := self.copies.get(key)) is not None:
+                self._host[host_id] = copied
+        return told
+
     def close(self) -> None:
         """Refuse transfers from now on, and let go of host memory."""
         super().close()
@@ -66,9 +80,9 @@ class GatedPort(FarPort):
 class FarBackend(ServerBackend):
     """A server's memory, and a fake far tier."""
 
-    def __init__(self, settings: Settings, far: FakeFar, has_far: bool) -> None:
+    def __init__(self, model: ModelConfig, settings: Settings, far: FakeFar, has_far: bool) -> None:
         cache = settings.cache_config
-        super().__init__(cache, cache.sized(MODEL))
+        super().__init__(cache, cache.sized(model))
         self.far = far
         self.port: GatedPort | None = None
         if has_far:
@@ -82,13 +96,18 @@ class FarBackend(ServerBackend):
 
 
 class FarServer:
-    """The server, and what others hold for it."""
+    """The server, and what others hold for it.
 
-    def __init__(self, settings: Settings, has_far: bool = True) -> None:
-        """Start it; its settings should have no SSD, whose checksums a fake does not make."""
+    Attributes:
+        far: what others hold, and the catalogue of it.
+        backend: what the server runs on.
+    """
+
+    def __init__(self, model: ModelConfig, settings: Settings, has_far: bool = True) -> None:
+        """Start it; its settings must have no SSD, whose checksums a fake does not make."""
         self.far = FakeFar()
-        self.backend = FarBackend(settings, self.far, has_far)
-        self._settings, self._stack = settings, AsyncExitStack()
+        self.backend = FarBackend(model, settings, self.far, has_far)
+        self._model, self._settings, self._stack = model, settings, AsyncExitStack()
         self._loop = asyncio.SelectorEventLoop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -101,9 +120,9 @@ class FarServer:
         settings = self._settings
         listener = Listener(socket_path(settings.server_recv_port))
         self._stack.callback(listener.close)
-        manager = KVManager(MODEL, settings.cache_config, backend=self.backend)
+        manager = KVManager(self._model, settings.cache_config, backend=self.backend)
         await self._stack.enter_async_context(manager)
-        self._engine = manager.engine
+        self.engine = manager.engine
         server = Server(manager.engine, self.backend, listener)
         server.start()
         self._stack.push_async_callback(server.close)
@@ -125,6 +144,20 @@ class FarServer:
     def hold(self, keys: bytes, blocks: int | None = None) -> None:
         """Have others hold the first blocks of a prompt, all by default, and say so."""
         self.call(lambda: self.far.hold(block_keys(keys)[:blocks]))
+
+    def keep_copies(self) -> int:
+        """Have others hold copies of all blocks in host memory; return how many there are."""
+
+        def copy() -> int:
+            residency, array = self.engine.residency, self.backend.arena.array
+            records = residency.export(Tier.HOST, np.arange(len(array)))
+            there = {n: record[:BLOCK_KEY_BYTES].tobytes() for n, record in enumerate(records)
+                     if record.any()}  # fmt: skip
+            self.port.copies |= {key: array[host_id].copy() for host_id, key in there.items()}
+            self.far.hold(there.values())
+            return len(there)
+
+        return self.call(copy)
 
     def lose(self, keys: bytes, first: int = 0) -> None:
         """Have others drop the blocks of a prompt from `first` on, and say nothing."""
@@ -151,7 +184,7 @@ class FarServer:
         """Return whether nothing is held, pinned or being filled."""
 
         def is_idle() -> bool:
-            told = self._engine.statistics()
+            told = self.engine.statistics()
             host = told.tiers["host"]
             return not (told.claims or told.runs_in_flight or host.reserved_blocks)
 
