@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PROGRAM = Path(os.environ.get("MOTO_VENV", Path(__file__).parents[1] / ".venv-moto"))
 PATIENCE_S = 60.0
 SECRET = "a-secret-of-tests"
@@ -84,3 +86,10 @@ def _answers(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[Moto]:
+    """Yield a running server."""
+    with running() as server:
+        yield server

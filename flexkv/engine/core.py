@@ -31,6 +31,7 @@ class Core:
         capacities: how many blocks each tier was opened with; without far tiers.
         backing: by tier, the name of what holds the blocks.
         persistence: by tier, what makes its blocks survive, for tiers that have it.
+        stores: by far tier, what returns what it knows of its store.
         restored_blocks: how many blocks of an earlier run the tiers began with.
     """
 
@@ -66,6 +67,8 @@ class Core:
         self.restored_blocks = sum(p.restore(self.residency) for p in self.persistence.values())
         self.backing = {Tier.HOST: backend.host}
         self.backing |= {parts.tier: parts.port.adapter for parts in self._tiers}
+        stores = [(parts.tier, parts.store) for parts in self._tiers]
+        self.stores = {tier: store for tier, store in stores if store is not None}
         self.actors: dict[Tier, TransferActor] = {}
         for parts in self._tiers:
             windows = parts.inbound, parts.outbound

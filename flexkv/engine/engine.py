@@ -121,7 +121,7 @@ class Engine:
         )  # fmt: skip
         self._sources = Sources(
             self._residency, self._scheduler, self._admission, self._actors, core.backing,
-            self._behind, core.restored_blocks, backend.unavailable,
+            self._behind, core.restored_blocks, backend.unavailable, core.stores,
         )  # fmt: skip
         self._tracing = Tracing(cache, sizes, self._observer, self._sources)
         undo.callback(self._tracing.stop)

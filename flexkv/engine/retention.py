@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flexkv.common.arguments import integer, member, seconds, text
-from flexkv.common.errors import ConfigError, StorageError
+from flexkv.common.errors import ConfigError, TransferError
 from flexkv.common.request import Operation
 from flexkv.common.terms import Tier
 from flexkv.engine.pins import Pins
@@ -63,15 +63,15 @@ class Retention:
         """Do what `clear` does, and return once no crash can bring the blocks back.
 
         Raises:
-            StorageError: all is cleared, but the next run may find blocks on SSD, because a journal
-            could not be written.
+            TransferError: all is cleared, but the next run may find blocks: a StorageError says
+                that a journal could not be written, a RemoteError that the store did not answer.
         """
         places = self.clear(tier, namespace)
-        failed: StorageError | None = None
+        failed: TransferError | None = None
         for persistence in self._persistence.values():
             try:
                 await persistence.written()
-            except StorageError as error:
+            except TransferError as error:
                 failed = failed or error
         if failed is not None:
             raise failed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -14,6 +14,7 @@ from flexkv.common.terms import Tier
 from flexkv.engine.admission import Admission
 from flexkv.index.residency import Residency
 from flexkv.observe.observer import Observer
+from flexkv.tiers.parts import StoreStatistics
 from flexkv.tiers.unavailable import Unavailable
 
 
@@ -29,6 +30,7 @@ class Sources:
     behind: WriteBehind
     restored_blocks: int
     unavailable: Unavailable
+    stores: Mapping[Tier, Callable[[], StoreStatistics]]
 
 
 class TierStatistics(msgspec.Struct, frozen=True):
@@ -125,6 +127,8 @@ class Statistics(msgspec.Struct, frozen=True):
     """Configured tiers that cannot be used, or were lost, with the reason."""
     unused_directories: dict[str, str] = {}
     """Directories of the SSD tier that are not used, with the reason."""
+    stores: dict[str, StoreStatistics] = {}
+    """What each far tier knows of its store, and has asked of it."""
 
     @property
     def hit_rate(self) -> float:
@@ -185,4 +189,5 @@ def snapshot(of: Sources, observer: Observer) -> Statistics:
         },
         missing_tiers=dict(of.unavailable.tiers),
         unused_directories=dict(of.unavailable.directories),
+        stores={tier.label: store() for tier, store in of.stores.items()},
     )

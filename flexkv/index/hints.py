@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from flexkv import _ext
 from flexkv.common.errors import TransferError
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier, Transfer
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, BlockKey, Tier, Transfer
 from flexkv.index.catalogue import FarRun
 from flexkv.index.spans import rows_of, span_rows
 
@@ -209,6 +209,17 @@ class HintedCatalogue:
     def far(self, keys: bytes, first: int, last: int, avoid: Set[Tier]) -> Sequence[FarRun]:
         """Return which tiers are said to have the blocks from `first` on: see `Hints.far_runs`."""
         return self._hints.far_runs(keys, first, last, avoid)
+
+    def has(self, tier: Tier, key: BlockKey) -> bool:
+        """Return whether a tier is said to have the span whose last block has this key.
+
+        Only the remote store's are looked up: nobody writes to the tiers of other nodes.
+        """
+        return tier is Tier.REMOTE and bool(self._hints.known(STORE, key)[0])
+
+    def clear(self, root: bytes | None) -> None:
+        """Forget everything: hints do not say to which namespace a span belongs."""
+        self._hints.clear()
 
     def doubt(self, transfer: Transfer, error: TransferError) -> None:
         """Drop the span that is missing or has wrong bytes; doubt all if the tier is to blame.

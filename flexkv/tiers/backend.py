@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from flexkv.actors.checks import BlockChecks
 from flexkv.common.config import CacheConfig, CacheSizes
 from flexkv.common.errors import ConfigError
@@ -30,6 +32,7 @@ from flexkv.observe.logs import get_logger
 from flexkv.process.stoppable import no_pause, run_stoppable
 from flexkv.tiers.limits import memory_error_named
 from flexkv.tiers.parts import TierParts
+from flexkv.tiers.remote import RemoteTier
 from flexkv.tiers.ssd import SsdTier
 from flexkv.tiers.unavailable import Unavailable
 
@@ -116,9 +119,11 @@ class LocalBackend:
         self.host = ""
         self.unavailable = Unavailable()
         self.ssd = SsdTier(cache, sizes, self.unavailable)
-        self._openers = [self.ssd.open]
+        self.remote = RemoteTier(cache, sizes, self.unavailable)
+        self._openers = [self.ssd.open, self.remote.open]
         """Open one tier each, the nearest first; they share the sums of host memory."""
         self._tiers: list[TierParts] = []
+        self._sums: Sums | None = None
         self._cache, self._sizes = cache, sizes
         self._has_taken = False
 
@@ -175,10 +180,12 @@ class LocalBackend:
         self._pinned = Pinned(self._arena)
         self.host = self._arena.backing
         with memory_error_named(self._sizes):
-            self._tiers = []
+            self._tiers, sums = [], np.zeros(self._sizes.num_host_blocks, np.uint64)
             for open_tier in self._openers:
-                parts = open_tier(self._arena, self.sums, undo)
+                parts = open_tier(self._arena, sums, undo)
                 self._tiers += [] if parts is None else [parts]
+        self._sums = sums if self._tiers else None
+        self.catalogue = self.remote.catalogue
         outlives = any(parts.persistence is not None for parts in self._tiers)
         if not self.space.facts["model_id"] and (self.shared or outlives):
             log.warning(
@@ -200,8 +207,7 @@ class LocalBackend:
     @property
     def sums(self) -> Sums | None:
         """Return the sums of host memory, which all tiers share: uint64[blocks]; None without."""
-        checks = (parts.checks for parts in self._tiers)
-        return next((each.checksummer.sums for each in checks if each is not None), None)
+        return self._sums
 
     @property
     def arena(self) -> Arena:

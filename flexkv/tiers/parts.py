@@ -9,6 +9,8 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from flexkv.actors.actor import Window
 from flexkv.actors.checks import BlockChecks
 from flexkv.actors.write_behind import ShipLimits
@@ -16,6 +18,7 @@ from flexkv.common.errors import CorruptBlockError, StorageError
 from flexkv.common.terms import BlockIds, Tier
 from flexkv.index.residency import Residency
 from flexkv.io.ports import DurablePort
+from flexkv.io.remote.counts import RemoteCounts
 
 
 class Persistence(Protocol):
@@ -38,7 +41,11 @@ class Persistence(Protocol):
         ...
 
     async def written(self) -> None:
-        """Return once no crash of this process undoes what was recorded."""
+        """Return once no crash of this process undoes what was recorded.
+
+        Raises:
+            TransferError: it may be undone.
+        """
         ...
 
     async def flush(self) -> None:
@@ -87,6 +94,28 @@ class TierHooks(NamedTuple):
     and an exception from it ends the engine."""
 
 
+class StoreStatistics(msgspec.Struct, frozen=True):
+    """What a far tier knows of its store, and has asked of it.
+
+    Attributes:
+        where: names the store, without credentials.
+        is_joined: whether the store has answered, so that the tier is in use.
+        generation: of the pool in use; 0 until a clear.
+        known_spans: how many spans the hints promise.
+        lost_spans: how many promises were displaced by others since the start.
+        listed_rounds: how often the whole pool was listed.
+        requests: what was asked of the store since the start.
+    """
+
+    where: str
+    is_joined: bool
+    generation: int
+    known_spans: int
+    lost_spans: int
+    listed_rounds: int
+    requests: RemoteCounts
+
+
 Work = Mapping[str, Coroutine[Any, Any, None]]
 """Tasks that run as long as the engine does, by name."""
 
@@ -113,6 +142,7 @@ class TierParts:
         checks: what sums its blocks and compares them; None if they are not checked. The
             checksummers of all tiers share one array of sums, which are those of host memory.
         ship: how a far tier is written to; None for other tiers, or if it is only read.
+        store: returns what a far tier knows of its store; None for other tiers.
     """
 
     tier: Tier
@@ -125,3 +155,4 @@ class TierParts:
     work: Callable[[TierHooks], Work] = no_work
     checks: BlockChecks | None = None
     ship: ShipLimits | None = None
+    store: Callable[[], StoreStatistics] | None = None

@@ -73,12 +73,12 @@ class SsdTier:
             faults = "; ".join(f"{at}: {why}" for at, why in self._unavailable.directories.items())
             self._unavailable.lose_tier(Tier.DISK, f"none of its directories can be used: {faults}")
 
-    def open(self, arena: Arena, sums: Sums | None, undo: ExitStack) -> TierParts | None:
+    def open(self, arena: Arena, sums: Sums, undo: ExitStack) -> TierParts | None:
         """Open the adapters over the files; return None if there are no files.
 
         Args:
             arena: the host memory.
-            sums: of its blocks: uint64[blocks]; None if no nearer tier has checksums.
+            sums: of its blocks: uint64[blocks].
             undo: gets what releases the adapters.
         """
         if self._taken is None:

@@ -59,10 +59,34 @@ class Pool:
         encoded = msgspec.json.encode(description, order="deterministic")
         self.name = hashlib.blake2b(encoded, digest_size=16, person=b"flexkv pool").hexdigest()
 
+    @property
+    def span_blocks(self) -> int:
+        """Return how many blocks of the chain an object has."""
+        return self.description.span_blocks
+
+    @property
+    def current(self) -> Pool:
+        """Return itself: a port may use a pool that never changes."""
+        return self
+
+    @property
+    def clears(self) -> int:
+        """Return 0."""
+        return 0
+
+    async def joined(self) -> Pool:
+        """Return itself."""
+        return self
+
     @cached_property
     def description_name(self) -> str:
         """Return the name of the object that describes the pool."""
         return f"{self.name}/{DESCRIPTION}"
+
+    @cached_property
+    def generations(self) -> str:
+        """Return what the names of the objects begin with that number the generations."""
+        return f"{self.name}/generations/"
 
     @cached_property
     def encoded(self) -> bytes:

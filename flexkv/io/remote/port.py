@@ -17,12 +17,13 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from flexkv.common.errors import (
     ClosedError,
     InvariantError,
     MissingBlockError,
+    RecalledError,
     RemoteError,
     TransferError,
 )
@@ -42,6 +43,29 @@ Spawn = Callable[[str, Coroutine[Any, Any, None]], object]
 
 _OUTER_BLOCKS = 1 << 62
 """Ids at the other end mean nothing here: blocks are addressed by their keys."""
+
+
+class CurrentPool(Protocol):
+    """The pool that is in use."""
+
+    @property
+    def span_blocks(self) -> int:
+        """Return how many blocks of the chain an object has."""
+        ...
+
+    @property
+    def current(self) -> Pool | None:
+        """Return the pool; None while nothing may be read or written."""
+        ...
+
+    @property
+    def clears(self) -> int:
+        """Return how often the pool was left for another: what began before must not be written."""
+        ...
+
+    async def joined(self) -> Pool:
+        """Return the pool, once there is one."""
+        ...
 
 
 class SpanNews(NamedTuple):
@@ -66,6 +90,7 @@ class _Job:
     transfer: Transfer
     parts: list[SpanPart]
     deadline_s: float
+    clears: int
     ends: dict[int, Brought] = field(default_factory=dict)
     running: dict[int, Until] = field(default_factory=dict)
     gap: int | None = None
@@ -82,7 +107,7 @@ class RemotePort:
     def __init__(
         self,
         requests: Requests,
-        pool: Pool,
+        pool: CurrentPool,
         host: HostBlocks,
         options: RemoteOptions,
         news: SpanNews,
@@ -91,7 +116,7 @@ class RemotePort:
 
         Args:
             requests: to the store, which the port closes.
-            pool: names the objects.
+            pool: names the objects; may change at any time.
             host: the blocks in host memory, and their sums; they must outlive the port.
             options: limits.
             news: who is told what is in the store.
@@ -102,7 +127,7 @@ class RemotePort:
         self._pool, self._host, self._options, self._news = pool, host, options, news
         self._copier = Copier(options.copy_threads)
         landing = requests.store.landing(requests, host, self._copier)
-        self._reader = SpanReader(pool, landing, host, requests)
+        self._reader = SpanReader(pool.span_blocks, landing, host, requests)
         self._gets: deque[tuple[_Job, int]] = deque()
         self._puts: deque[tuple[_Job, int]] = deque()
         self._jobs: dict[int, _Job] = {}
@@ -130,7 +155,7 @@ class RemotePort:
         check_ids(transfer, self._host.arena.num_blocks, _OUTER_BLOCKS)
         if self.spawn is None or self._wake is None or transfer.op_id in self._jobs:
             raise InvariantError(f"transfer {transfer.op_id}: not connected, or in flight already")
-        parts = parts_of(transfer, self._pool.description.span_blocks)
+        parts = parts_of(transfer, self._pool.span_blocks)
         is_inbound = transfer.route.target is Tier.HOST
         if not is_inbound and not all(part.is_whole for part in parts):
             raise InvariantError(f"transfer {transfer.op_id} {transfer.route} cuts a span")
@@ -138,7 +163,7 @@ class RemotePort:
             self._ended.append(Completion(transfer.op_id, None))
             return
         deadline_s = asyncio.get_running_loop().time() + self._options.deadline_s
-        job = self._jobs[transfer.op_id] = _Job(transfer, parts, deadline_s)
+        job = self._jobs[transfer.op_id] = _Job(transfer, parts, deadline_s, self._pool.clears)
         waiting = self._gets if is_inbound else self._puts
         waiting.extend((job, number) for number in range(len(parts)))
         self._pump()
@@ -176,25 +201,35 @@ class RemotePort:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        part, pool = job.parts[number], None
         try:
-            part = job.parts[number]
-            end = await (self._reader.read(part, until) if is_inbound else self._write(part, until))
+            pool = await until.wait(self._pool.joined())
+            if self._pool.clears != job.clears:
+                end = Brought(0, _recalled(job.transfer))
+            elif is_inbound:
+                end = await self._reader.read(pool, part, until)
+            else:
+                end = await self._write(pool, part, until)
+        except TimeoutError:
+            why = "its pool could not be joined in time"
+            end = Brought(0, RemoteError(self.requests.store.where, "transfer", why))
         finally:
             self._tasks.discard(task)
             self._running[is_inbound] -= 1
             del job.running[number]
-        self._tell(part.span_key, end)
+        if pool is self._pool.current:  # otherwise its objects are not in use any more
+            self._tell(part.span_key, end)
         self._end_part(job, number, end)
         self._pump()
 
-    async def _write(self, part: SpanPart, until: Until) -> Brought:
+    async def _write(self, pool: Pool, part: SpanPart, until: Until) -> Brought:
         """Store a span; one that is there already counts as stored."""
         block_bytes = self._host.block_bytes[part.group]
         sums = self._host.sums[part.host_ids].tolist()
         seals = [seal(name, block_bytes, its) for name, its in zip(part.names, sums, strict=True)]
         buffers = buffers_of(part, self._host, seals)
         try:
-            await self.requests.put(self._pool.object_name(part.span_key), buffers, until)
+            await self.requests.put(pool.object_name(part.span_key), buffers, until)
         except RemoteError as error:
             return Brought(0, error)
         return Brought(part.blocks)
@@ -249,8 +284,14 @@ class RemotePort:
             task.cancel()
         self.requests.store.close()
         self._copier.close()
+        del self._reader  # its page maps view the arena
         if unreaped := len(self._jobs) + len(self._ended):
             raise InvariantError(f"remote port closed with {unreaped} transfers unreaped")
+
+
+def _recalled(transfer: Transfer) -> RecalledError:
+    why = "the cache was cleared meanwhile"
+    return RecalledError(transfer.op_id, str(transfer.route), transfer.block_count, why)
 
 
 def _completion(job: _Job) -> Completion:

@@ -47,12 +47,15 @@ class _Evidence(NamedTuple):
 class SpanReader:
     """Reads parts of spans into the arena."""
 
-    def __init__(self, pool: Pool, landing: Landing, host: HostBlocks, requests: Requests) -> None:
-        self._pool, self._landing, self._host, self._requests = pool, landing, host, requests
+    def __init__(
+        self, span_blocks: int, landing: Landing, host: HostBlocks, requests: Requests
+    ) -> None:
+        self._span_blocks, self._landing = span_blocks, landing
+        self._host, self._requests = host, requests
 
-    async def read(self, part: SpanPart, until: Until) -> Brought:
+    async def read(self, pool: Pool, part: SpanPart, until: Until) -> Brought:
         """Read a part of a span, and return how that ended: by `until`, or soon after."""
-        name = self._pool.object_name(part.span_key)
+        name = pool.object_name(part.span_key)
         try:
             first = await self._answer(part, name, until)
             if first.filled == part.blocks:
@@ -90,7 +93,7 @@ class SpanReader:
         record_bytes = self._host.block_bytes[part.group] + SEAL_BYTES
         if wrong.nbytes >= (wrong.filled + 1) * record_bytes:
             return True
-        span_blocks = 1 if part.group else self._pool.description.span_blocks
+        span_blocks = 1 if part.group else self._span_blocks
         try:
             return (await self._requests.head(name, until)).size_bytes != span_blocks * record_bytes
         except (RemoteError, FileNotFoundError):

@@ -1,0 +1,124 @@
+"""Lists a pool round after round, so that hints say what is in the store.
+
+    round   shard 0, 1, … 255, page by page ──▶ noted; at its end, what was not seen is forgotten
+    the first round is made at once, by some tasks side by side; later ones at a bounded rate
+
+A shard that cannot be listed is tried again later in its round, which does not end without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from flexkv.actors.supervisor import Bell
+from flexkv.common.errors import RemoteError
+from flexkv.index.hints import STORE, Hints
+from flexkv.io.remote.names import SHARDS, Pool
+from flexkv.io.remote.port import Spawn
+from flexkv.io.remote.requests import Requests
+from flexkv.observe.logs import get_logger
+from flexkv.tiers.remote_pool import SharedPool
+
+log = get_logger(__name__)
+
+SIDE_BY_SIDE = 8
+"""How many shards the first round lists at once."""
+PAGE_S = 30.0
+"""How long the store may take to answer with one page."""
+RETRY_S = 2.0
+"""The pause after a page that could not be listed."""
+TICK_S = 1.0
+"""How often time is told to the hints, whose doubts end with it."""
+SCRUB_LINES = 1 << 14
+"""How many lines of hints one step searches for those of earlier rounds: about a millisecond."""
+
+
+class Listing:
+    """The listing of the pool in use.
+
+    Attributes:
+        rounds: how many rounds have ended, of any pool.
+        spans: how many spans the last of them has found.
+    """
+
+    def __init__(
+        self, requests: Requests, pool: SharedPool, hints: Hints, requests_per_s: float
+    ) -> None:
+        """Take the store's requests, the pool, and the hints that are kept up to date."""
+        self.rounds = self.spans = 0
+        self._requests, self._pool, self._hints = requests, pool, hints
+        self._per_s = requests_per_s
+        self._found = self._left = 0
+        self._ended = Bell()
+
+    async def clock(self) -> None:
+        """Tell the hints the time, and remove in steps what they do not promise any more."""
+        loop, begin_s = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+        while True:
+            self._hints.tick(int((loop.time() - begin_s) / TICK_S))
+            if self._hints.counts().dead:
+                self._hints.scrub(SCRUB_LINES)
+            await asyncio.sleep(TICK_S)
+
+    async def run(self, spawn: Spawn) -> None:
+        """List the pool until cancelled; once only if later rounds are not wanted."""
+        listed: Pool | None = None
+        while True:
+            pool = await self._pool.joined()
+            is_first = pool is not listed
+            if not is_first and not self._per_s:
+                await self._pool.left(pool)
+                continue
+            await self._round(pool, spawn, is_first)
+            listed = pool
+
+    async def _round(self, pool: Pool, spawn: Spawn, is_first: bool) -> None:
+        """List all shards of a pool, unless the engine leaves it meanwhile."""
+        while self._hints.counts().dead:  # of the round before
+            self._hints.scrub(SCRUB_LINES)
+            await asyncio.sleep(0)
+        self._hints.begin_round(STORE)
+        self._found, shards = 0, deque(range(SHARDS))
+        if is_first:
+            self._left = SIDE_BY_SIDE
+            for _ in range(SIDE_BY_SIDE):
+                spawn("remote listing", self._side_by_side(pool, shards))
+            while self._left:
+                await self._ended.wait()
+        else:
+            await self._shards(pool, shards, 1 / self._per_s)
+        # If the engine has left the pool, its hints were cleared: none is from before the round.
+        self._hints.end_round(STORE)
+        if pool is not self._pool.current:
+            return
+        self.rounds, self.spans = self.rounds + 1, self._found
+        if is_first:
+            log.info("remote_pool_listed", store=self._requests.store.where, spans=self._found)
+
+    async def _side_by_side(self, pool: Pool, shards: deque[int]) -> None:
+        try:
+            await self._shards(pool, shards, 0.0)
+        finally:
+            self._left -= 1
+            self._ended.ring()
+
+    async def _shards(self, pool: Pool, shards: deque[int], pause_s: float) -> None:
+        """List shards until none is left, or the engine leaves the pool."""
+        while shards and pool is self._pool.current:
+            shard = shards.popleft()
+            try:
+                await self._shard(pool, shard, pause_s)
+            except RemoteError as error:
+                shards.append(shard)
+                log.warning("remote_pool_not_listed", error=str(error))
+                await asyncio.sleep(RETRY_S)
+
+    async def _shard(self, pool: Pool, shard: int, pause_s: float) -> None:
+        async for page in self._requests.pages(pool.shard(shard), PAGE_S):
+            keys = [key for each in page if (key := pool.span_key(each.name)) is not None]
+            if pool is not self._pool.current:
+                return
+            self._hints.note(STORE, b"".join(keys))
+            self._found += len(keys)
+            await asyncio.sleep(pause_s)

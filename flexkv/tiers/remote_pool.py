@@ -1,0 +1,180 @@
+"""The pool of a store that an engine shares with others, and its generations.
+
+    opened ──▶ which generation is the latest? ──▶ join its pool ──▶ reads and writes
+                         (asked again until the store answers)
+    clear  ──▶ nothing is read or written ──▶ begin a later generation ──▶ join its pool
+
+A clear makes an engine leave its pool for a new one, since others may go on storing what the clear
+is about. Engines that start later join the latest generation. What older ones hold is garbage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+
+from flexkv.actors.flight import wake
+from flexkv.actors.supervisor import Bell
+from flexkv.common.errors import ClosedError, ConfigError, RemoteError
+from flexkv.common.terms import BlockIds
+from flexkv.index.residency import Residency
+from flexkv.io.remote.names import Pool, PoolDescription
+from flexkv.io.remote.open import join_pool
+from flexkv.io.remote.store import Store
+from flexkv.observe.logs import get_logger
+
+log = get_logger(__name__)
+
+RETRY_S, RETRY_MAX_S = 0.5, 30.0
+"""The first and the longest pause before a store that did not answer is asked again."""
+ANSWER_S = 10.0
+"""How long the store may take to answer all requests of one attempt."""
+WRITTEN_S = 10.0
+"""How long `written` waits for a new generation."""
+
+
+class SharedPool:
+    """The current pool, and what makes a clear of it last. It is the tier's `Persistence`.
+
+    Attributes:
+        span_blocks: how many blocks a span has.
+        current: the pool in use; None while it is not known: nothing is read or written then.
+        clears: how often it was left for one of a new generation.
+        lose: takes the tier down for good, for a reason.
+    """
+
+    def __init__(self, store: Store, description: PoolDescription) -> None:
+        """Take the store, and what the blocks are; nothing is sent."""
+        self.span_blocks = description.span_blocks
+        self.current: Pool | None = None
+        self.clears = 0
+        self.lose: Callable[[str], None] = _not_open
+        self._store, self._base = store, Pool(description)
+        self._is_new_wanted = False
+        self._bell = Bell()
+        self._waiters: list[asyncio.Future[None]] = []
+        self._failed: RemoteError | None = None
+
+    # -- the task -------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Join a pool, and another one after each clear, until cancelled."""
+        while True:
+            await self._join()
+            await self._bell.wait()
+
+    async def _join(self) -> None:
+        """Join a pool, however often the store has to be asked."""
+        pause_s = RETRY_S
+        while self.current is None:
+            try:
+                async with asyncio.timeout(ANSWER_S):
+                    await self._try_to_join()
+            except (RemoteError, TimeoutError) as error:
+                self._failed = error if isinstance(error, RemoteError) else self._silent()
+                log.warning("remote_pool_not_joined", store=self._store.where, error=str(error))
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, RETRY_MAX_S)
+            except ConfigError as error:
+                self.lose(str(error))
+                return
+
+    async def _try_to_join(self) -> None:
+        """Raises RemoteError, or ConfigError if something else is in the pool's place."""
+        is_new = self._is_new_wanted
+        generation = await self._latest()
+        while is_new and not await self._begin(generation := generation + 1):
+            pass  # another engine has begun it meanwhile
+        pool = Pool(msgspec.structs.replace(self._base.description, generation=generation))
+        await join_pool(self._store, pool)
+        if is_new != self._is_new_wanted:
+            return  # a clear came meanwhile: the caller tries again
+        self.current, self._is_new_wanted, self._failed = pool, False, None
+        log.info("remote_pool_joined", store=self._store.where, pool=pool.name)
+        wake(self._waiters)
+
+    async def _latest(self) -> int:
+        """Return the number of the latest generation."""
+        prefix = self._base.generations
+        latest = 0
+        async for page in self._store.pages(prefix):
+            numbers = [each.name.removeprefix(prefix) for each in page]
+            latest = max([latest, *(int(number) for number in numbers if number.isdecimal())])
+        return latest
+
+    async def _begin(self, generation: int) -> bool:
+        return await self._store.put(f"{self._base.generations}{generation}", [b"\n"])
+
+    def _silent(self) -> RemoteError:
+        return RemoteError(self._store.where, "join", f"no answer within {ANSWER_S:g} s")
+
+    async def joined(self) -> Pool:
+        """Return the pool in use, once there is one."""
+        while self.current is None:
+            await self._change()
+        return self.current
+
+    async def left(self, pool: Pool) -> None:
+        """Return once a pool is not in use any more."""
+        while self.current is pool:
+            await self._change()
+
+    async def _change(self, timeout_s: float | None = None) -> None:
+        """Return once a pool was joined or left, or after `timeout_s`."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await asyncio.wait([waiter], timeout=timeout_s)
+
+    # -- persistence ----------------------------------------------------------------------------
+
+    def restore(self, residency: Residency) -> int:
+        """Restore nothing: the table does not have what is far."""
+        return 0
+
+    def stored(self, block_ids: BlockIds) -> None:
+        """Do nothing: the port notes spans that were written."""
+
+    def erased(self, block_ids: BlockIds) -> None:
+        """Do nothing: far blocks have no places."""
+
+    def clear(self, root: bytes | None) -> None:
+        """Leave the pool for one of a new generation, also for the clear of one namespace."""
+        self.current, self._is_new_wanted = None, True
+        self.clears += 1
+        wake(self._waiters)
+        self._bell.ring()
+
+    async def written(self) -> None:
+        """Return once the pool of a new generation is joined, if there was a clear.
+
+        Raises:
+            RemoteError: the store does not answer. A later run may read what was cleared.
+        """
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + WRITTEN_S
+        while self._is_new_wanted:
+            if loop.time() >= until_s:
+                raise self._failed or self._silent()
+            await self._change(until_s - loop.time())
+
+    async def flush(self) -> None:
+        """Return once a clear lasts."""
+        await self.written()
+
+    def begin_sync(self) -> BlockIds:
+        """Return no blocks: what a store has taken is on stable storage."""
+        return np.zeros(0, np.int64)
+
+    def sync_failed(self, unsynced: BlockIds) -> BlockIds:
+        """Return no blocks."""
+        return unsynced
+
+    async def finish(self) -> None:
+        """Do nothing."""
+
+
+def _not_open(why: str) -> None:
+    raise ClosedError(f"the remote tier is not open: {why}")
