@@ -138,6 +138,7 @@ def nonsense(number: int) -> dict[str, Any]:
         "a second welcome": Welcome(PROTOCOL_VERSION, 1),
         "more blocks than asked for": Matched(number, 4, {"host": 4}),
         "more blocks in a tier than asked for": Matched(number, 1, {"host": 1 << 40}),
+        "more far blocks than asked for": Matched(number, 1, {}, far={"remote": 3}),
         "more moved than asked for": Done(number, "success", 4),
         "an end that there is not": Done(number, "excellent", 0),
         "changes that nobody watches": Changed(()),

@@ -36,11 +36,11 @@ PROOFS = ("engine", "scheduler", "tensors")
 """What runs in the test of a served row; the first is the best."""
 SCHEDULER = {"test_upstream"}
 TENSORS = {
-    "test_arrivals", "test_backlog", "test_drafts", "test_extra_config", "test_far_fetches",
-    "test_group_identity", "test_groups", "test_identity", "test_kernel_blocks", "test_kv_events",
-    "test_layer_loads", "test_pools", "test_prompts", "test_refusals", "test_request_state",
-    "test_scheduler_faults", "test_scheduler_side", "test_smaller_blocks", "test_versions",
-    "test_worker_hooks",
+    "test_arrivals", "test_backlog", "test_deadlines", "test_drafts", "test_extra_config",
+    "test_far_fetches", "test_group_identity", "test_groups", "test_identity", "test_kernel_blocks",
+    "test_kv_events", "test_layer_loads", "test_pools", "test_prompts", "test_refusals",
+    "test_request_state", "test_scheduler_faults", "test_scheduler_side", "test_smaller_blocks",
+    "test_versions", "test_worker_hooks",
 }  # fmt: skip
 """The test files of `tests/vllm` that start no engine."""
 
