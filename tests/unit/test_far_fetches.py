@@ -153,7 +153,7 @@ def test_a_prompt_waits_for_its_fetch_and_is_offered_what_arrived(rig: Rig) -> N
     assert rig.costs.asked == [({"remote": 8}, 0, 8 * PER_BLOCK)]
     assert rig.costs.learnt == [({"remote": 8}, 0, 0.2)]
     told = {"fetches": 1, "fetch_waits": 1, "fetch_wait_ms": 250, "fetched_blocks": 8}
-    assert +rig.counts == told
+    assert rig.counts == told
     assert not rig.begin(request, Matched(2, HERE + 8, {}, far={"remote": 5}))
     rig.fetches.finish(request)
     assert (rig.client.cancelled, rig.fetches.blocks_under_way) == ([], 0)

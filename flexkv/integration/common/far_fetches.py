@@ -115,9 +115,8 @@ class FarFetches:
     ) -> bool:  # fmt: skip
         """Begin to fetch what lies far behind a match, if that pays; return whether it began.
 
-        A request that is tried waits for the fetch then.
-
-        The hold of the match ends once the fetch is planned, or has failed.
+        A request that is tried waits for the fetch then. The hold of the match ends once the fetch
+        is planned, or has failed.
 
         Args:
             request: has `local_blocks`; 0 as long as these are not known.
@@ -126,7 +125,8 @@ class FarFetches:
             is_tried: whether the engine would run the request now.
             part_of: returns a part of its prompt: this many of the first blocks.
         """
-        if not (far := sum(found.far.values())) or not request.may_fetch:
+        far, may_fetch = sum(found.far.values()), request.may_fetch
+        if not far or not may_fetch or request.load_deadline_s == 0:
             return False
         groups, ahead = self._groups, self.blocks_under_way
         room = self._client.welcome.num_host_blocks // HOST_SHARE - ahead
@@ -136,11 +136,8 @@ class FarFetches:
             return False
         end = groups.aligned(found.blocks + min(far, room))
         gain = end - max(groups.aligned(found.blocks), request.local_blocks)
-        may_wait = request.load_deadline_s != 0 and not (
-            is_tried and self._limit_s(request, gain) <= 0  # it would compute them itself
-        )
-        if gain <= 0 or not may_wait:
-            return False
+        if gain <= 0 or (is_tried and self._limit_s(request, gain) <= 0):
+            return False  # in the latter case it runs now, and computes them
         request.may_fetch = False
         last = min(blocks, end + groups.drop)
         by_tier, others = share_of(found.far, last - found.blocks, far), ahead - found.coming
@@ -201,7 +198,7 @@ class FarFetches:
         if fetch.done is not None:
             arrived = fetch.done.moved
         fetch.in_time = max(0, arrived)
-        self._count("fetched_blocks", fetch.in_time)
+        self._add("fetched_blocks", fetch.in_time)
         if fetch.done is not None:
             self._settle(fetch, fetch.done)
 
@@ -221,9 +218,9 @@ class FarFetches:
     def _settle(self, fetch: _Fetch, done: Done) -> None:
         """Count what a fetch has brought, once it is over and its prompt waits no more."""
         assert fetch.in_time is not None
-        self._count("late_fetched_blocks", max(0, done.moved - fetch.in_time))
+        self._add("late_fetched_blocks", max(0, done.moved - fetch.in_time))
         if not fetch.is_dropped:
-            self._count("missing_far_blocks", fetch.block_count - done.moved)
+            self._add("missing_far_blocks", fetch.block_count - done.moved)
 
     def finish(self, request: RequestTransfers) -> None:
         """Give up the fetch of a request that is over, if it is under way."""
@@ -245,4 +242,8 @@ class FarFetches:
         """Count how long a prompt has waited, if it has waited until now."""
         if fetch.in_time is None and fetch.since_s is not None and fetch.until_s > fetch.since_s:
             waited_s = min(time.monotonic(), fetch.until_s) - fetch.since_s
-            self._count("fetch_wait_ms", round(waited_s * 1e3))
+            self._add("fetch_wait_ms", round(waited_s * 1e3))
+
+    def _add(self, name: str, by: int) -> None:
+        if by:
+            self._count(name, by)
