@@ -33,7 +33,9 @@ def measure(options: Options) -> Figures:
     prompts = _Prompts(pairs)
     before = _resident_bytes()
     hints = Hints(pairs, SPAN)
-    noted_s = sum(seconds_of(lambda: hints.note(STORE, keys)) for keys in prompts.batches())  # noqa: B023
+    noted_s = sum(
+        seconds_of(lambda keys=keys: hints.note(STORE, keys)) for keys in prompts.batches()
+    )
     counts = hints.counts()
     figures: Figures = {
         f"bytes a pair, {pairs} pairs (at most 12)": (_resident_bytes() - before) / len(hints),

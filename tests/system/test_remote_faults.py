@@ -68,7 +68,8 @@ def check(rig: PortRig, first: int, last: int, filled: int, error: Exception | N
     """Check that what a get says it has filled is right, byte for byte, with right sums."""
     assert all(rig.right(first, first + (filled if error else last - first)))
     assert error is None or isinstance(error, CorruptBlockError | MissingBlockError | RemoteError)
-    assert error is None or error.blames_tier == isinstance(error, RemoteError)  # type: ignore[attr-defined]
+    blames = isinstance(error, RemoteError)
+    assert error is None or error.blames_tier == blames  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
