@@ -68,6 +68,9 @@ class Durability:
     ) -> None:
         self._scheduler, self._supervisor = scheduler, supervisor
         self._behind, self._unavailable = behind, unavailable
+        self._synced_tiers = {  # a store reports a write once it is safe
+            parts.tier for parts in tiers if parts.capacity_blocks is not None
+        }
         self._syncs = [TierSync(parts, scheduler, behind, supervisor) for parts in tiers]
         self._sync_timeout_s = max(SYNC_TIMEOUT_S, deadline_s)
 
@@ -145,7 +148,7 @@ class Durability:
                 write = flight.plan.transfer(op)
                 left[write.route.target.label] += write.block_count
         for tier, blocks in (self._scheduler.moved - moved).items():
-            if tier > Tier.HOST:
+            if tier in self._synced_tiers:
                 left[tier.label] += blocks
         return dict(left)
 

@@ -15,6 +15,7 @@ import numpy as np
 from msgspec import structs
 from numpy.typing import NDArray
 
+from flexkv.actors.write_behind import ShipLimits
 from flexkv.common.errors import CorruptBlockError, MissingBlockError, TransferError
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey, Tier, Transfer
 from flexkv.index.catalogue import FarRun
@@ -146,6 +147,16 @@ class FakeFar:
         self.held.clear()
         self.hinted.clear()
         self._ever_held.clear()
+
+
+def random_far(random: Random) -> tuple[FakeFar | None, ShipLimits | None]:
+    """Return a far tier, or none, and how it is written to, if it is."""
+    span_blocks = random.choice([1, 2, 4])
+    far = random.choice([None, FakeFar(span_blocks=span_blocks)])
+    if far is None or random.random() < 0.3:
+        return far, None
+    in_flight_blocks = span_blocks * random.choice([1, 3])
+    return far, ShipLimits(span_blocks, in_flight_blocks, random.random() < 0.3)
 
 
 def _check_absent(residency: Residency, keys: bytes, at: int, avoid: Set[Tier]) -> None:

@@ -28,7 +28,6 @@ import numpy as np
 from msgspec import structs
 from numpy.typing import NDArray
 
-from flexkv.actors.write_behind import ShipLimits
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ClearedError, DeadlineError, TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
@@ -37,7 +36,7 @@ from flexkv.engine.engine import Engine
 from flexkv.index.eviction import POLICIES
 from flexkv.index.keys import block_keys
 from flexkv.testing.fake_backend import CrashState, FakeBackend, empty
-from flexkv.testing.fake_far import FakeFar
+from flexkv.testing.fake_far import random_far
 from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.simulated_groups import (
@@ -105,13 +104,9 @@ class Simulation:
             shutdown_flush_s=random.choice([0.0, 0.01, 1.0]),
         )
         self.capacity = {Tier.HOST: host_blocks, Tier.DISK: disk_blocks}
-        span_blocks = random.choice([1, 2, 4])
-        self.far = random.choice([None, FakeFar(span_blocks=span_blocks)])
+        self.far, ship = random_far(random)
         self.backend = FakeBackend(host_blocks, faults, remains, far=self.far)
-        if self.far is not None and random.random() < 0.7:
-            self.backend.ship = ShipLimits(
-                span_blocks, span_blocks * random.choice([1, 3]), random.random() < 0.3
-            )
+        self.backend.ship = ship
         piece_bytes = random.choice([1, 2, 100]) * BLOCK_KEY_BYTES
         inbound, outbound = [
             window._replace(piece_bytes_max=piece_bytes) for window in disk_windows(cache)
