@@ -178,14 +178,22 @@ class PortRig:
             for number, position in enumerate(range(first, last))
         ]
 
+    def sums_are_right(self, blocks: int, at: int = 0) -> bool:
+        """Return whether the sums of consecutive blocks of the chain are those of their bytes."""
+        summer = PoolChecksummer(self.arena, block_bytes=BLOCK_BYTES)
+        summer.submit(0, np.arange(at, at + blocks), True)
+        summer.close()
+        return np.array_equal(summer.sums[at : at + blocks], self.sums[at : at + blocks])
+
     async def close(self) -> None:
         """Close the port, and check that its tasks are over."""
         if self.tasks:
             await asyncio.wait(self.tasks)
         for task in self.tasks:
             assert task.cancelled() or task.exception() is None, task.exception()
+        self.tasks.clear()
         self.port.close()
-        self.arena.close()
+        assert self.arena.close(), "something still holds on to host memory"
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -331,4 +332,6 @@ async def test_nothing_writes_to_the_arena_after_close(
     await asyncio.wait(rig.tasks)
     assert all(task.cancelled() for task in rig.tasks[-3:])
     assert (rig.arena.array == 0xEE).all()
+    rig.tasks.clear()
+    gc.collect()  # the tasks were cancelled, and their tracebacks hold on to the arena
     await rig.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import subprocess
@@ -12,8 +13,13 @@ import pytest
 
 from flexkv.common.errors import RemoteError
 from flexkv.io.remote.directory import DirectoryStore
-from tests.remote_rigs import POOL
+from flexkv.io.remote.open import join_pool, open_store
+from flexkv.io.remote.options import RemoteOptions
+from tests.remote_rigs import POOL, SPAN_BLOCKS, rig_over
 
+from .mounted import mounted_disk
+
+ONCE = RemoteOptions(deadline_s=60.0, retries=0)
 ROOT = Path(__file__).parents[2]
 NAME = POOL.object_name(b"\x07" * 16)
 PARTS = [b"a" * 300_000, b"b" * 64, b"c" * 300_000, b"d" * 64]
@@ -142,3 +148,42 @@ async def test_files_are_private(tmp_path: Path) -> None:
     modes = {path.stat().st_mode & 0o077 for path in (tmp_path / "kv").rglob("*")}
     assert modes == {0}
     store.close()
+
+
+async def settle() -> None:
+    """Let every task that can go on do so."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_a_mounted_directory_that_fails_and_hangs(tmp_path: Path) -> None:
+    """On a FUSE mount spans come and go; failures blame the tier; a hang ends late, never early.
+
+    The kernel does not say when it is done with memory that it reads to, so the port waits for it,
+    beyond its deadline, and nothing arrives after the end of a transfer.
+    """
+    with mounted_disk(tmp_path) as disk:
+        store = open_store(f"file://{disk.mounted}/kv", {}, ONCE)
+        await join_pool(store, POOL)
+        async with rig_over(store, ONCE) as rig:
+            await rig.store_spans(0, 1)
+            (end,) = await rig.run(rig.get(1, 2 * SPAN_BLOCKS))
+            assert end.error is None
+            assert all(rig.right(1, 2 * SPAN_BLOCKS))
+            disk.suffers_from("read")
+            (end,) = await rig.run(rig.get(0, SPAN_BLOCKS))
+            assert isinstance(end.error, RemoteError)
+            disk.suffers_from("hang")
+            hung = asyncio.ensure_future(rig.run(rig.get(0, SPAN_BLOCKS, at=10)))
+            await settle()
+            for until in next(iter(rig.port._jobs.values())).running.values():
+                until.stop()  # as at its deadline
+            await settle()
+            assert not hung.done()
+            disk.suffers_from("")
+            (end,) = await hung
+            assert isinstance(end.error, RemoteError)
+            rig.arena.array[:] = 0
+            (end,) = await rig.run(rig.get(0, SPAN_BLOCKS, at=20))
+            assert end.error is None
+            assert not rig.arena.array[:20].any()

@@ -66,7 +66,9 @@ async def two_ways(moto: Moto, seed: int, *faults: str) -> AsyncIterator[Ways]:
 
 def check(rig: PortRig, first: int, last: int, filled: int, error: Exception | None) -> None:
     """Check that what a get says it has filled is right, byte for byte, with right sums."""
-    assert all(rig.right(first, first + (filled if error else last - first)))
+    arrived = filled if error else last - first
+    assert all(rig.right(first, first + arrived))
+    assert rig.sums_are_right(arrived)
     assert error is None or isinstance(error, CorruptBlockError | MissingBlockError | RemoteError)
     blames = isinstance(error, RemoteError)
     assert error is None or error.blames_tier == blames  # type: ignore[attr-defined]

@@ -37,7 +37,7 @@ _BUFFERS_MAX = 512
 """Buffers of one system call; the kernel's limit (IOV_MAX) is 1024."""
 _PIECE_BYTES = 8 << 20
 """Bytes of one system call, after which a reader looks whether it is to stop."""
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
+_NO_LINKS = {errno.EPERM, errno.EROFS, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 _LASTING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 _PAGE = 1000
 
@@ -208,9 +208,10 @@ class DirectoryStore:
                 return await running
             await _ended(running, stop)
             return running.result()
-        except FileNotFoundError:
-            raise
         except OSError as error:
+            error.__traceback__ = None  # its frames hold on to the caller's memory
+            if isinstance(error, FileNotFoundError):
+                raise
             is_lasting = error.errno in _LASTING
             why = error.strerror or type(error).__name__
             raise RemoteError(self.where, what, why, is_lasting=is_lasting) from error

@@ -81,6 +81,10 @@ class Landing(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Release the arena; nothing may be on its way."""
+        ...
+
 
 class OpenStore(Store, Protocol):
     """A store that knows how its bytes get into the arena."""
@@ -185,6 +189,9 @@ class BodyLanding:
 
         return Arrival(found.size, shaped[:, block_bytes:], land)
 
+    def close(self) -> None:
+        """Do nothing: the arena is held during copies only."""
+
 
 class FileLanding:
     """Brings spans from a store that reads into the arena."""
@@ -222,6 +229,10 @@ class FileLanding:
             await self._copier.checksum(self._pages[part.group], part.host_ids[:blocks])
 
         return Arrival(nbytes, seals[: nbytes // record_bytes], land)
+
+    def close(self) -> None:
+        """Release the arena."""
+        self._pages = []
 
 
 def buffers_of(part: SpanPart, host: HostBlocks, seals: list[bytes]) -> list[Buffer]:

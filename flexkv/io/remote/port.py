@@ -33,7 +33,7 @@ from flexkv.io.ports import Completion
 from flexkv.io.remote.landing import Copier, HostBlocks, buffers_of
 from flexkv.io.remote.names import Pool
 from flexkv.io.remote.options import RemoteOptions
-from flexkv.io.remote.reader import Brought, SpanReader
+from flexkv.io.remote.reader import Brought, SpanReader, failed
 from flexkv.io.remote.requests import Requests, Until
 from flexkv.io.remote.seal import seal
 from flexkv.io.remote.spans import SpanPart, parts_of
@@ -126,8 +126,8 @@ class RemotePort:
         self.adapter, self.block_bytes = requests.store.kind, host.arena.block_stride_bytes
         self._pool, self._host, self._options, self._news = pool, host, options, news
         self._copier = Copier(options.copy_threads)
-        landing = requests.store.landing(requests, host, self._copier)
-        self._reader = SpanReader(pool.span_blocks, landing, host, requests)
+        self._landing = requests.store.landing(requests, host, self._copier)
+        self._reader = SpanReader(pool.span_blocks, self._landing, host, requests)
         self._gets: deque[tuple[_Job, int]] = deque()
         self._puts: deque[tuple[_Job, int]] = deque()
         self._jobs: dict[int, _Job] = {}
@@ -231,7 +231,7 @@ class RemotePort:
         try:
             await self.requests.put(pool.object_name(part.span_key), buffers, until)
         except RemoteError as error:
-            return Brought(0, error)
+            return failed(error)
         return Brought(part.blocks)
 
     def _tell(self, span_key: BlockKey, end: Brought) -> None:
@@ -284,7 +284,7 @@ class RemotePort:
             task.cancel()
         self.requests.store.close()
         self._copier.close()
-        del self._reader  # its page maps view the arena
+        self._landing.close()
         if unreaped := len(self._jobs) + len(self._ended):
             raise InvariantError(f"remote port closed with {unreaped} transfers unreaped")
 

@@ -35,6 +35,18 @@ class Brought(NamedTuple):
     is_deleted: bool = False
 
 
+def failed(error: RemoteError | FileNotFoundError) -> Brought:
+    """Return the end of a read or write that brought nothing.
+
+    The error outlives it, and the frames of its traceback would hold on to host memory.
+    """
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
+    return Brought(0, error)
+
+
 class _Evidence(NamedTuple):
     """What an answer was like: two equal ones of two requests show what the object is like."""
 
@@ -62,7 +74,7 @@ class SpanReader:
                 return Brought(part.blocks)
             second = await self._answer(part, name, until)
         except (RemoteError, FileNotFoundError) as error:
-            return Brought(0, error)  # what the first answer brought may be overwritten
+            return failed(error)  # what the first answer brought may be overwritten
         if second.filled == part.blocks:
             return Brought(part.blocks)
         proved = first == second and await self._is_stored(part, second, name, until)
