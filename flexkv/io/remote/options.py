@@ -11,7 +11,8 @@ class RemoteOptions:
 
     Attributes:
         deadline_s: a transfer has ended this long after it was submitted.
-        gets_max: most spans being read at once; each takes its size of private memory meanwhile.
+        gets_max: most spans being read at once. They take their size of private memory meanwhile,
+            and so do as many that are being copied from there.
         puts_max: most spans being written at once.
         retries: how often a request that failed is repeated.
         hedged_share: the most gets that may be asked for twice because the first is slow.

@@ -133,7 +133,9 @@ class RemotePort:
         self._jobs: dict[int, _Job] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._running = {True: 0, False: 0}
-        """Parts under way that come in, and that go out."""
+        """Parts that the store is asked for, and parts that go there."""
+        self._landing_parts = 0
+        """Parts that have arrived, and are copied or summed."""
         self._ended: list[Completion] = []
         self._wake: Callable[[], None] | None = None
         self._closed = False
@@ -177,7 +179,8 @@ class RemotePort:
 
     def _pump(self) -> None:
         """Start parts while there is room: gets first, and one put at a time while gets wait."""
-        while self._gets and self._running[True] < self.requests.gets.now:
+        gets_max = self.requests.gets.now
+        while self._gets and self._running[True] < gets_max and self._landing_parts < gets_max:
             self._start(*self._gets.popleft())
         puts_max = 1 if self._gets else self.requests.puts.now
         while self._puts and self._running[False] < puts_max:
@@ -201,21 +204,32 @@ class RemotePort:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        part, pool = job.parts[number], None
+        part, pool, has_arrived = job.parts[number], None, False
+
+        def arrived() -> None:
+            nonlocal has_arrived
+            has_arrived = True
+            self._running[True] -= 1
+            self._landing_parts += 1
+            self._pump()  # the next part is asked for while this one is copied
+
         try:
             pool = await until.wait(self._pool.joined())
             if self._pool.clears != job.clears:
-                end = Brought(0, _recalled(job.transfer))
+                end = failed(_recalled(job.transfer))
             elif is_inbound:
-                end = await self._reader.read(pool, part, until)
+                end = await self._reader.read(pool, part, until, arrived)
             else:
                 end = await self._write(pool, part, until)
         except TimeoutError:
             why = "its pool could not be joined in time"
-            end = Brought(0, RemoteError(self.requests.store.where, "transfer", why))
+            end = failed(RemoteError(self.requests.store.where, "transfer", why))
         finally:
             self._tasks.discard(task)
-            self._running[is_inbound] -= 1
+            if has_arrived:
+                self._landing_parts -= 1
+            else:
+                self._running[is_inbound] -= 1
             del job.running[number]
         if pool is self._pool.current:  # otherwise its objects are not in use any more
             self._tell(part.span_key, end)

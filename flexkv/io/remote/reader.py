@@ -9,6 +9,7 @@ Deleting a right object would do no harm: somebody who still has the span stores
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,10 @@ def failed(error: RemoteError | FileNotFoundError) -> Brought:
     return Brought(0, error)
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 class _Evidence(NamedTuple):
     """What an answer was like: two equal ones of two requests show what the object is like."""
 
@@ -65,11 +70,16 @@ class SpanReader:
         self._span_blocks, self._landing = span_blocks, landing
         self._host, self._requests = host, requests
 
-    async def read(self, pool: Pool, part: SpanPart, until: Until) -> Brought:
-        """Read a part of a span, and return how that ended: by `until`, or soon after."""
+    async def read(
+        self, pool: Pool, part: SpanPart, until: Until, arrived: Callable[[], None]
+    ) -> Brought:
+        """Read a part of a span, and return how that ended: by `until`, or soon after.
+
+        `arrived` is called once the store has answered, before the blocks are copied or summed.
+        """
         name = pool.object_name(part.span_key)
         try:
-            first = await self._answer(part, name, until)
+            first = await self._answer(part, name, until, arrived)
             if first.filled == part.blocks:
                 return Brought(part.blocks)
             second = await self._answer(part, name, until)
@@ -81,10 +91,13 @@ class SpanReader:
         is_deleted = proved and await self._delete(name, until)
         return Brought(second.filled, self._corrupt(part, name, second.filled), is_deleted)
 
-    async def _answer(self, part: SpanPart, name: str, until: Until) -> _Evidence:
+    async def _answer(
+        self, part: SpanPart, name: str, until: Until, arrived: Callable[[], None] = _nothing
+    ) -> _Evidence:
         """Ask for a part, land what proves itself, and return what the answer was like."""
         block_bytes = self._host.block_bytes[part.group]
         nbytes, seals, land = await self._landing.fetch(part, name, until)
+        arrived()
         sealed = sealed_blocks(seals, part.names, block_bytes)
         found = np.zeros(0, np.uint64)
         filled = 0
