@@ -184,6 +184,15 @@ def test_how_long_a_prompt_waits(
     assert rig.client.cancelled == [], "it goes on, for later prompts"
 
 
+@pytest.mark.parametrize("is_tried", [False, True])
+def test_what_the_device_has_is_not_worth_waiting_for(rig: Rig, is_tried: bool) -> None:
+    """A prompt waits no longer than computing takes what neither the device nor a tier here has."""
+    rig.costs.token_s, request = 0.05, asked(local=HERE + 4 if is_tried else 0)
+    assert rig.begin(request, is_tried=is_tried)
+    request.local_blocks = HERE + 4
+    assert rig.waited_s(request) == pytest.approx(4 * PER_BLOCK * 0.05, abs=0.11)
+
+
 @pytest.mark.parametrize("rig", [{"stop": "best_effort"}], indirect=True)
 def test_with_best_effort_a_prompt_waits_only_while_the_engine_cannot_run_it(rig: Rig) -> None:
     """A fetch begins on arrival only, and the prompt runs with what has arrived by its turn."""
