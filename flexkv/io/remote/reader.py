@@ -36,7 +36,7 @@ class Brought(NamedTuple):
     is_deleted: bool = False
 
 
-def failed(error: RemoteError | FileNotFoundError) -> Brought:
+def failed(error: TransferError | FileNotFoundError) -> Brought:
     """Return the end of a read or write that brought nothing.
 
     The error outlives it, and the frames of its traceback would hold on to host memory.
