@@ -185,7 +185,8 @@ class LocalBackend:
                 parts = open_tier(self._arena, sums, undo)
                 self._tiers += [] if parts is None else [parts]
         self._sums = sums if self._tiers else None
-        self.catalogue = self.remote.catalogue
+        if self.remote.catalogue is not NOTHING_IS_FAR:
+            self.catalogue = self.remote.catalogue
         outlives = any(parts.persistence is not None for parts in self._tiers)
         if not self.space.facts["model_id"] and (self.shared or outlives):
             log.warning(
