@@ -33,9 +33,11 @@ def measure(options: Options) -> Figures:
     prompts = _Prompts(pairs)
     before = _resident_bytes()
     hints = Hints(pairs, SPAN)
-    noted_s = sum(
-        seconds_of(lambda keys=keys: hints.note(STORE, keys)) for keys in prompts.batches()
-    )
+    noted_s = 0.0
+    for keys in prompts.batches():
+        begin_s = time.perf_counter()
+        hints.note(STORE, keys)
+        noted_s += time.perf_counter() - begin_s
     counts = hints.counts()
     figures: Figures = {
         f"bytes a pair, {pairs} pairs (at most 12)": (_resident_bytes() - before) / len(hints),
@@ -80,35 +82,37 @@ def _resident_bytes() -> int:
 
 
 def _matches(hints: Hints, prompts: _Prompts, options: Options) -> Figures:
-    """Time matches in the index, each with the look-up of what is far behind it.
+    """Time matches in the index, each with the look-up of what is far behind it, in turns.
 
-    Of half of the prompts nothing is far, and the first half of the blocks is in the index, as of
-    a conversation that goes on. All of the others is far, and nothing is in the index.
+    Of some prompts all blocks are in the index; of some the first half is and nothing is far, as of
+    a conversation that goes on; of some nothing is in the index and all is far.
     """
     index = Residency({Tier.HOST: 1 << (15 if options.quick else 20)})
     catalogue = HintedCatalogue(hints)
-    here = [prompts.unknown() for _ in prompts.far]
-    for keys in here[: index.counts(Tier.HOST).capacity // BLOCKS]:
-        half = Positions(0, BLOCKS // 2)
-        index.commit(Tier.HOST, index.reserve(Tier.HOST, keys, half))
-    figures: Figures = {}
-    for name, some in (
-        ("nothing is far (at most 1)", here),
-        ("all is far (at most 25)", prompts.far),
-    ):
-        matched, added = [], []
-        for number in range(60 * options.repeats):
-            keys = some[number % len(some)]
+    count = min(len(prompts.far), index.counts(Tier.HOST).capacity // BLOCKS // 2)
+    here = [prompts.unknown() for _ in range(2 * count)]
+    for number, keys in enumerate(here):
+        stored = Positions(0, BLOCKS if number < count else BLOCKS // 2)
+        index.commit(Tier.HOST, index.reserve(Tier.HOST, keys, stored))
+    kinds = {"here": here[:count], "half": here[count:], "far": prompts.far[:count]}
+    matched: dict[str, list[float]] = {name: [] for name in kinds}
+    added: dict[str, list[float]] = {name: [] for name in kinds}
+    for number in range(60 * options.repeats):
+        for name, some in kinds.items():
+            keys = some[number % count]
             begin = time.perf_counter_ns()
             found = index.find(keys)
             matched_at = time.perf_counter_ns()
-            if not catalogue.is_empty:
+            if found.last < BLOCKS and not catalogue.is_empty:
                 catalogue.far(keys, found.last, BLOCKS, NOBODY)
-            added.append((time.perf_counter_ns() - matched_at) / 1e3)
-            matched.append((matched_at - begin) / 1e3)
-        figures[f"match of 32k, added if {name}, us"] = statistics.median(added)
-        figures[f"match of 32k, added if {name} / match"] = median_ratio(added, matched)
-    return figures
+            added[name].append((time.perf_counter_ns() - matched_at) / 1e3)
+            matched[name].append((matched_at - begin) / 1e3)
+    return {
+        "match of 32k, all is here, every time another, us": statistics.median(matched["here"]),
+        "added to a match if nothing is far (at most 1), us": statistics.median(added["half"]),
+        "added to a match if all is far (at most 25), us": statistics.median(added["far"]),
+        "added if all is far / match, all is here": median_ratio(added["far"], matched["here"]),
+    }
 
 
 def _deaths(hints: Hints, prompts: _Prompts) -> Figures:
