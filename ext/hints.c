@@ -6,7 +6,7 @@
 
 #include "memory.h"
 
-#define AHEAD 12 /* keys whose lines are on their way from memory */
+#define AHEAD 32 /* keys whose lines are loaded at once */
 
 #define PAGE_LINES 64
 
@@ -62,20 +62,26 @@ static uint64_t word_at(struct keys keys, size_t number)
     return word;
 }
 
-static inline void home_expect(const struct hints *hints, struct keys keys, size_t number)
+/* Bring the lines of the next keys near, all at once. They are loaded, not prefetched: processors
+ * may drop a prefetch whose page is not translated yet, and then each key waits for memory. */
+static void homes_load(const struct hints *hints, struct keys keys, size_t first)
 {
-    if (number < keys.count) {
-        struct home home = home_of(hints, word_at(keys, number));
+    size_t last = keys.count - first > AHEAD ? first + AHEAD : keys.count;
+    pair any = 0;
 
-        __builtin_prefetch(home.lines[0], 1);
-        __builtin_prefetch(home.lines[1], 1);
+    for (size_t i = first; i < last; i++) {
+        struct home home = home_of(hints, word_at(keys, i));
+
+        any |= home.lines[0]->pairs[0] | home.lines[1]->pairs[0];
     }
+    __asm__ volatile("" : : "r"(any)); /* else the compiler would leave the loads out */
 }
 
-/* Return the home of a key, while those of the keys behind it are on their way. */
+/* Return the home of a key; keys are asked for in order. */
 static struct home home_at(const struct hints *hints, struct keys keys, size_t number)
 {
-    home_expect(hints, keys, number + AHEAD);
+    if (number % AHEAD == 0)
+        homes_load(hints, keys, number);
     return home_of(hints, word_at(keys, number));
 }
 
@@ -292,7 +298,7 @@ void hints_know(struct hints *hints, struct keys keys, unsigned holder, uint8_t 
 /* The spans of a prompt that a run may have. */
 struct spans {
     struct keys keys; /* the keys of the spans are a span's blocks apart */
-    size_t expected;  /* the lines of spans before this one were prefetched */
+    size_t loaded;    /* the lines of spans before this one were loaded */
 };
 
 /* Return what may be used of a span: the pair of holder `wanted` if there is one, else any. */
@@ -316,16 +322,18 @@ static pair span_pair(struct hints *hints, struct home home, enum use use, int64
 }
 
 /* Fill `found` from span `at` on, while the store, or some node, has the spans; return where that
- * ends. The lines of spans behind a hit are prefetched: most prompts have none. */
+ * ends. More lines are loaded behind a hit only: of most prompts nothing is far. */
 static size_t run_extend(struct hints *hints, struct spans *spans, enum use use, size_t at,
                          pair *found)
 {
     for (; at < spans->keys.count; at++) {
+        if (at && at >= spans->loaded) {
+            homes_load(hints, spans->keys, at);
+            spans->loaded = at + AHEAD;
+        }
         found[at] = span_pair(hints, home_of(hints, word_at(spans->keys, at)), use, -1);
         if (!found[at])
             break;
-        for (; spans->expected <= at + AHEAD; spans->expected++)
-            home_expect(hints, spans->keys, spans->expected);
     }
     return at;
 }
@@ -348,7 +356,7 @@ size_t hints_run(struct hints *hints, struct keys prompt, size_t first, size_t l
                  pair *found)
 {
     size_t step = hints->span_blocks, begin = first / step, end = (last + step - 1) / step;
-    struct spans spans = {{prompt.bytes, 0, step * prompt.size}, 1};
+    struct spans spans = {{prompt.bytes, 0, step * prompt.size}, 0};
     size_t nodes = 0, all;
 
     /* A span has the key of its last block. If the prompt ends before that, the span is unknown. */
@@ -358,7 +366,6 @@ size_t hints_run(struct hints *hints, struct keys prompt, size_t first, size_t l
         return 0;
     spans.keys.bytes += (begin + 1) * step * prompt.size; /* the root precedes all blocks */
     spans.keys.count = end - begin;
-    home_expect(hints, spans.keys, 0);
     if (use & USE_NODES)
         nodes = run_extend(hints, &spans, USE_NODES, 0, found);
     all = use & USE_STORE ? run_extend(hints, &spans, USE_STORE, nodes, found) : nodes;
