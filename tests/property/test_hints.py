@@ -65,6 +65,12 @@ class HintsMachine(RuleBasedStateMachine):
         """Return the pairs of the model that are not dead."""
         return {pair for pair in self.pairs if not self.is_dead(*pair)}
 
+    def forget_dead(self, holder: int) -> None:
+        """Remove the dead pairs of a holder, which are all scrubbed."""
+        live = self.live()
+        for pair in [pair for pair in self.pairs if pair[1] == holder and pair not in live]:
+            del self.pairs[pair]
+
     def usable(self, name: tuple[str, int], store: bool) -> dict[int, int]:
         """Return the holders of a span that a run may name, and their tiers."""
         return {
@@ -153,6 +159,7 @@ class HintsMachine(RuleBasedStateMachine):
                 self.hints.revive(holder)
             return
         self.hints.revive(holder)
+        self.forget_dead(holder)
         self.retired.discard(holder)
         self.down.discard(holder)
         self.in_round.discard(holder)
@@ -166,6 +173,7 @@ class HintsMachine(RuleBasedStateMachine):
                 self.hints.begin_round(holder)
             return
         self.hints.begin_round(holder)
+        self.forget_dead(holder)
         self.in_round.add(holder)
         self.round[holder] += 1
 
