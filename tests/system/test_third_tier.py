@@ -350,15 +350,15 @@ def test_a_sync_that_hangs_keeps_no_other_tier_from_its_own() -> None:
     on_bench(work)
 
 
-def test_each_tier_is_opened_with_the_sums_of_the_nearer_ones(tmp_path: Path) -> None:
-    """The SSD tier makes the sums of host memory; only a tier behind it is opened with them."""
+def test_all_tiers_are_opened_with_the_same_sums(tmp_path: Path) -> None:
+    """Every tier is opened with the one array of sums of host memory, which devices fill too."""
     cache = CacheConfig(
         tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=HOST, num_ssd_blocks=DISK,
         ssd_cache_dir=str(tmp_path),
     )  # fmt: skip
-    backend, given = LocalBackend(cache, cache.sized(MODEL)), list[Sums | None]()
+    backend, given = LocalBackend(cache, cache.sized(MODEL)), list[Sums]()
 
-    def no_tier(arena: Arena, sums: Sums | None, undo: ExitStack) -> None:
+    def no_tier(arena: Arena, sums: Sums, undo: ExitStack) -> None:
         given.append(sums)
 
     backend._openers = [no_tier, *backend._openers, no_tier]  # type: ignore[list-item]
@@ -366,8 +366,9 @@ def test_each_tier_is_opened_with_the_sums_of_the_nearer_ones(tmp_path: Path) ->
         backend.open(undo, None)
         (parts,) = backend.tiers()
         assert parts.checks is not None
-        assert given[0] is None
-        assert given[1] is parts.checks.checksummer.sums
+        assert given[0] is given[1]
+        assert given[0] is parts.checks.checksummer.sums
+        assert backend.sums is given[0]
 
 
 def test_tiers_with_sums_of_their_own_are_our_mistake() -> None:
