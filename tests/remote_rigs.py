@@ -110,7 +110,7 @@ class PortRig:
         self._numbers = itertools.count()
         self.port.connect(self.woken.set)
 
-    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> object:
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work, name=name)
         self.tasks.append(task)
         return task

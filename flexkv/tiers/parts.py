@@ -5,6 +5,7 @@ To add a tier: write a module that opens it and returns its parts, and list it i
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -89,7 +90,7 @@ class TierHooks(NamedTuple):
     """Forgets blocks whose bytes have changed."""
     lose: Callable[[str], None]
     """Takes the tier down for good, for a reason."""
-    spawn: Callable[[str, Coroutine[Any, Any, None]], object]
+    spawn: Callable[[str, Coroutine[Any, Any, None]], asyncio.Task[None]]
     """Starts a task, which has a name, for a client that is asynchronous; it must end by itself,
     and an exception from it ends the engine."""
 

@@ -49,8 +49,7 @@ class Listing:
         self.rounds = self.spans = 0
         self._requests, self._pool, self._hints = requests, pool, hints
         self._per_s = requests_per_s
-        self._found = self._left = 0
-        self._ended = Bell()
+        self._found = 0
 
     async def clock(self) -> None:
         """Tell the hints the time, and remove in steps what they do not promise any more."""
@@ -81,11 +80,7 @@ class Listing:
         self._hints.begin_round(STORE)
         self._found, shards = 0, deque(range(SHARDS))
         if is_first:
-            self._left = SIDE_BY_SIDE
-            for _ in range(SIDE_BY_SIDE):
-                spawn("remote listing", self._side_by_side(pool, shards))
-            while self._left:
-                await self._ended.wait()
+            await self._list_side_by_side(pool, shards, spawn)
         else:
             await self._shards(pool, shards, 1 / self._per_s)
         # If the engine has left the pool, its hints were cleared: none is from before the round.
@@ -96,12 +91,23 @@ class Listing:
         if is_first:
             log.info("remote_pool_listed", store=self._requests.store.where, spans=self._found)
 
-    async def _side_by_side(self, pool: Pool, shards: deque[int]) -> None:
+    async def _list_side_by_side(self, pool: Pool, shards: deque[int], spawn: Spawn) -> None:
+        ended = Bell()
+
+        async def list_some() -> None:
+            try:
+                await self._shards(pool, shards, 0.0)
+            finally:
+                ended.ring()
+
+        tasks = [spawn("remote listing", list_some()) for _ in range(SIDE_BY_SIDE)]
         try:
-            await self._shards(pool, shards, 0.0)
-        finally:
-            self._left -= 1
-            self._ended.ring()
+            while not all(task.done() for task in tasks):
+                await ended.wait()
+                await asyncio.sleep(0)  # the task that rang is about to be done
+        finally:  # an engine that is being closed does not wait for the store
+            for task in tasks:
+                task.cancel()
 
     async def _shards(self, pool: Pool, shards: deque[int], pause_s: float) -> None:
         """List shards until none is left, or the engine leaves the pool."""

@@ -190,7 +190,7 @@ async def test_a_store_that_is_away_costs_nothing_but_its_hits(tmp_path: Path) -
             "endpoint": "http://127.0.0.1:9", "region": "r", "access_key_id": "k",
             "secret_access_key": "s",
         },
-        "shutdown_flush_s": 0.1,
+        "shutdown_flush_s": 0.1, "io_deadline_s": 1.0,
     }  # fmt: skip
     async with Node(remote) as node:
         with pytest.raises(TransferError, match="s3"):

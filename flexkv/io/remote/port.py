@@ -38,7 +38,7 @@ from flexkv.io.remote.requests import Requests, Until
 from flexkv.io.remote.seal import seal
 from flexkv.io.remote.spans import SpanPart, parts_of
 
-Spawn = Callable[[str, Coroutine[Any, Any, None]], object]
+Spawn = Callable[[str, Coroutine[Any, Any, None]], asyncio.Task[None]]
 """Starts a task, which has a name: see `TierHooks.spawn`."""
 
 _OUTER_BLOCKS = 1 << 62
