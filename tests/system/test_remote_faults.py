@@ -60,7 +60,7 @@ async def two_ways(moto: Moto, seed: int, *faults: str) -> AsyncIterator[Ways]:
         try:
             yield clean, spoiled, proxy
         finally:
-            await spoiled.close()
+            await spoiled.close(puts_failed=True)
             await clean.close()
 
 

@@ -75,10 +75,8 @@ class ObjectStore:
         except (AlreadyExistsError, PreconditionError):
             return False
         except (BaseError, OSError) as error:
-            failed = self.error_of(error, "put")
-            if not isinstance(failed, RemoteError):
-                failed = RemoteError(self.where, "put", "there is nowhere to put it")
-            raise failed from None  # see above: its text may contain credentials
+            # No variable names the error: its traceback would hold on to the buffers in a cycle.
+            raise self._error_of_put(error) from None  # its text may contain credentials
         return True
 
     def _put(self, name: str, buffers: Sequence[Buffer], mode: _Mode) -> Awaitable[object]:
@@ -168,6 +166,12 @@ class ObjectStore:
             return await work
         except (BaseError, OSError) as error:
             raise self.error_of(error, what) from None  # its text may contain credentials
+
+    def _error_of_put(self, raised: BaseException) -> RemoteError:
+        error = self.error_of(raised, "put")
+        if isinstance(error, RemoteError):
+            return error
+        return RemoteError(self.where, "put", "there is nowhere to put it")
 
     def error_of(
         self, raised: BaseException, what: str
