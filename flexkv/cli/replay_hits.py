@@ -14,10 +14,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from flexkv.cli.options import finite
+from flexkv.cli.replay_engines import LIST_PER_S, fleet_of, print_rates, rates_of
 from flexkv.common.config_keys import BLOCKS_MAX
 from flexkv.common.errors import BackendUnavailableError, ConfigError
 from flexkv.common.space import GroupRule
 from flexkv.index.eviction import POLICIES, Eviction
+from flexkv.trace.engine_hits import Sharing
 from flexkv.trace.group_hits import STORE_RULES, GroupHits, groups_of, replay_groups
 from flexkv.trace.hits import Hits, Prompt, belady, infinite, prompts_of, replay
 from flexkv.trace.mooncake import read_trace
@@ -43,6 +46,23 @@ def replay_hits(
             metavar="KIND[:TOKENS][*COUNT],…",
         ),
     ] = "",
+    engines: Annotated[
+        int, typer.Option(min=1, max=1024, help="Engines with a cache each, that share the trace.")
+    ] = 1,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Give the engines one store without a limit.")
+    ] = False,
+    span_blocks: Annotated[
+        int, typer.Option(min=1, max=65536, help="With --remote: blocks of a span in the store.")
+    ] = 1,
+    list_per_s: Annotated[
+        float,
+        typer.Option(min=0.0, callback=finite, help="With --remote: as remote_list_per_s."),
+    ] = LIST_PER_S,
+    routing: Annotated[
+        str, typer.Option(help="Which engine gets a request: random, or round-robin.")
+    ] = "random",
+    seed: Annotated[int, typer.Option(help="Of random routing.")] = 0,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Read at most this many requests.")
     ] = None,
@@ -56,13 +76,23 @@ def replay_hits(
     """Show the hit rate of each eviction policy on a request trace, by cache size.
 
     Two bounds are shown beside them: Belady's policy, which knows the future, and a cache without
-    limit. A hit is a block of the prompt's longest stored prefix.
+    limit. A hit is a block of the prompt's longest stored prefix. With --engines or --remote, one
+    policy is shown: what the engines hit alone and with a store, and the bound of an endless cache.
     """
     capacities, policies = _capacities(blocks), _policies(policy)
+    eviction = Eviction("lru" if policy == "all" else policies[-1])
+    if engines > 1 or remote:
+        if groups:
+            raise ConfigError("groups", groups, "cannot be combined with --engines and --remote")
+        fleet = fleet_of(engines, routing, seed)
+        sharing = Sharing(span_blocks, list_per_s) if remote else None
+        prompts = prompts_of(read_trace(trace, limit))
+        told = rates_of(prompts, capacities, eviction, fleet, sharing)
+        print_rates(told, capacities, engines, as_json)
+        return
     if groups:
         rules, prompts = groups_of(groups), prompts_of(read_trace(trace, limit))
-        name = "lru" if policy == "all" else policies[-1]
-        _print_groups(_by_rule(prompts, capacities, rules, Eviction(name)), capacities, as_json)
+        _print_groups(_by_rule(prompts, capacities, rules, eviction), capacities, as_json)
         return
     if not no_plot and plot is not None and not plot.name:
         raise ConfigError("plot", str(plot), "must be the name of a file, without its suffix")
@@ -71,8 +101,8 @@ def replay_hits(
     rates = _rates(prompts, capacities, policies, quiet=as_json)
     if as_json:
         asked = sum(len(prompt.ids) for prompt in prompts)
-        told = {"trace": str(trace), "requests": len(prompts), "blocks": asked}
-        typer.echo(json.dumps({**told, "capacities": capacities, "hit_rate": rates}, indent=2))
+        facts = {"trace": str(trace), "requests": len(prompts), "blocks": asked}
+        typer.echo(json.dumps({**facts, "capacities": capacities, "hit_rate": rates}, indent=2))
     else:
         _print(capacities, rates)
     if draw is not None and plot is not None:

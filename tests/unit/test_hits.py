@@ -6,10 +6,10 @@ import json
 import sys
 from collections import OrderedDict
 from pathlib import Path
-from random import Random
 
 import pytest
 from typer.testing import CliRunner
+from walks import lines, write_trace
 
 from flexkv.cli.main import commands
 from flexkv.common.errors import ConfigError, FlexKVError
@@ -18,20 +18,6 @@ from flexkv.trace.hits import Prompt, belady, infinite, prompts_of, replay
 from flexkv.trace.mooncake import TraceLine
 
 RUNNER = CliRunner()
-
-
-def lines(seed: int, requests: int = 120) -> list[TraceLine]:
-    """Return requests that share prefixes: random walks down a tree, some of them continued."""
-    random = Random(seed)
-    walks: list[list[int]] = []
-    for _ in range(requests):
-        if walks and random.random() < 0.5:
-            walk = random.choice(walks[-20:])[: random.randint(1, 6)]
-        else:
-            walk = [random.randint(0, 3)]
-        walk = walk + [random.randint(0, 5) for _ in range(random.randint(0, 4))]
-        walks.append(walk)
-    return [TraceLine(1000.0 * n, 512 * len(w), 1, w) for n, w in enumerate(walks)]
 
 
 def lru(prompts: list[Prompt], capacity: int) -> int:
@@ -88,11 +74,7 @@ def test_equal_ids_behind_other_prefixes_are_other_blocks() -> None:
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
     """Return the path of a small trace file."""
-    file = tmp_path / "trace.jsonl"
-    fields = ("timestamp", "input_length", "output_length", "hash_ids")
-    rows = [{name: getattr(line, name) for name in fields} for line in lines(1)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+    return write_trace(tmp_path / "trace.jsonl")
 
 
 def test_the_command_prints_and_draws(trace: Path, tmp_path: Path) -> None:
