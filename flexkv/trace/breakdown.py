@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
+from flexkv.common.terms import Tier
 from flexkv.observe.records import OpRecord, PlanRecord, RequestRecord
 from flexkv.trace.load import Trace
 
@@ -14,6 +15,9 @@ ADMISSION, PLANNING, JOINED, BETWEEN = (
     "waiting for another request",
     "between steps",
 )
+
+FAR = frozenset({Tier.REMOTE.label, Tier.PEER.label})
+"""The tiers whose blocks are a store's or other engines'."""
 
 
 class Step(NamedTuple):
@@ -61,6 +65,12 @@ class Breakdown(NamedTuple):
         return f"{whole / 1e6:.2f} ms: " + (", ".join(parts) or "nothing to wait for")
 
 
+def step_name(op: OpRecord) -> str:
+    """Return the name of the step in which an op was with its device, tier or store."""
+    source, _, _ = op.route.partition("→")
+    return f"waiting for {source}" if source in FAR else op.route
+
+
 def queue_name(op: OpRecord) -> str:
     """Return the name of the step in which an op waited for its turn."""
     return f"queued for {op.route}"
@@ -91,7 +101,7 @@ class Breakdowns:
             if until > ended:
                 steps.append(Step(BETWEEN, ended, until))
             begun = min(max(op.begun_ns, op.issued_ns), ended)
-            steps.append(Step(op.route, begun, ended, op_id))
+            steps.append(Step(step_name(op), begun, ended, op_id))
             if begun > op.issued_ns:
                 steps.append(Step(queue_name(op), op.issued_ns, begun, op_id))
             until = min(op.issued_ns, ended)

@@ -10,13 +10,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexkv.trace.breakdown import ADMISSION
+from flexkv.observe.records import OpRecord
+from flexkv.trace.breakdown import ADMISSION, FAR, step_name
 from flexkv.trace.summary import RouteSummary, Summary
 
 SLOW_DISK_RATE = 200e6
 """Bytes per second while busy, below which a disk may be slow: a tenth of a cheap NVMe drive."""
 SLOW_DISK_MS = 10.0
 """The median op of a slow disk takes longer than this; small ops alone make a low rate."""
+SLOW_STORE_MS = 1000.0
+"""The median get from a slow store takes longer than this."""
+SLOW_STORE_SHARE = 0.5
+"""A slow store takes this share of the time of gets or prefetches."""
+WRONG_HINTS_SHARE = 0.05
+"""Hints are wrong too often if this share of the fetches finds a span missing."""
+WRONG_HINTS = 3
+"""Fewer wrong hints are no finding."""
 STARVED_SHARE = 0.5
 """A queue starves requests if they spend this share of their time waiting for a turn."""
 STARVED_MS = 10.0
@@ -26,8 +35,8 @@ class Finding(NamedTuple):
     """Something that made the engine slower or less useful than it could have been."""
 
     kind: str
-    """`slow_disk`, `starved_queue`, `cancelled`, `corrupt`, `full_tier`, `tier_down`, `failed`,
-    `given_up`, `lost_records`, `rotated_away`."""
+    """`slow_disk`, `slow_store`, `wrong_hints`, `starved_queue`, `cancelled`, `corrupt`,
+    `full_tier`, `tier_down`, `failed`, `given_up`, `lost_records`, `rotated_away`."""
     text: str
     at_ns: int
     """When it first occurred."""
@@ -42,6 +51,8 @@ def findings(summary: Summary) -> list[Finding]:
         *_failed(summary),
         *_given_up(summary),
         *_slow_disk(summary),
+        *_slow_store(summary),
+        *_wrong_hints(summary),
         *_starved(summary),
         *_full(summary),
         *_cancelled(summary),
@@ -51,13 +62,19 @@ def findings(summary: Summary) -> list[Finding]:
 
 def _corrupt(summary: Summary) -> list[Finding]:
     events = [event for event in summary.trace.events if event.kind == "corrupt_block"]
-    if not events:
-        return []
-    text = (
-        f"{len(events)} reads from SSD returned other bytes than were written: the blocks were "
-        f"dropped and counted as misses. The first: {events[0].detail}. Check the drive."
-    )
-    return [Finding("corrupt", text, events[0].at_ns, len(events))]
+    found = []
+    for tier in sorted({event.tier for event in events}):
+        of_tier = [event for event in events if event.tier == tier]
+        text = (
+            f"{len(of_tier)} reads from {_SOURCES.get(tier, tier)} returned other bytes than were "
+            f"written: the blocks were dropped and counted as misses. The first: "
+            f"{of_tier[0].detail}. Check the {'store' if tier in FAR else 'drive'}."
+        )
+        found.append(Finding("corrupt", text, of_tier[0].at_ns, len(of_tier)))
+    return found
+
+
+_SOURCES = {"disk": "SSD", "remote": "the remote store"}
 
 
 def _tiers(summary: Summary) -> list[Finding]:
@@ -89,9 +106,10 @@ def _given_up(summary: Summary) -> list[Finding]:
     found = []
     for tier in sorted({event.tier for event in events}):
         of_tier = [event for event in events if event.tier == tier]
+        key = "remote_write_window_mb" if tier in FAR else "write_behind_wait_s"
         text = (
             f"blocks were put and never written to the {tier} tier ({of_tier[-1].detail}). If they "
-            "were evicted first, puts come faster than the tier writes: see `write_behind_wait_s`."
+            f"were evicted first, puts come faster than the tier writes: see `{key}`."
         )
         found.append(Finding("given_up", text, of_tier[0].at_ns, len(of_tier)))
     return found
@@ -122,6 +140,53 @@ def _blame(summary: Summary, route: str) -> str:
     whole = sum(steps.values())
     share = steps.get(route, 0) / whole if whole else 0.0
     return f"; gets spend {100 * share:.0f} % of their time there" if share >= 0.1 else ""
+
+
+def _slow_store(summary: Summary) -> list[Finding]:
+    found = []
+    for route, ops in _fetches(summary).items():
+        facts = summary.routes[route]
+        if facts.service_ms[0] < SLOW_STORE_MS:
+            continue
+        waits = [_share(summary, kind, step_name(ops[0])) for kind in ("get", "prefetch")]
+        if max(waits) < SLOW_STORE_SHARE:
+            continue
+        text = (
+            f"{route} is slow: a fetch takes {facts.service_ms[0] / 1e3:.1f} s (p50) and "
+            f"{facts.service_ms[1] / 1e3:.1f} s (p99), {facts.rate / 1e6:.0f} MB/s while busy; "
+            f"gets spend {100 * waits[0]:.0f} % of their time {step_name(ops[0])}, prefetches "
+            f"{100 * waits[1]:.0f} %. Check the way to the store: `flexkv doctor` measures it."
+        )
+        found.append(Finding("slow_store", text, min(op.begun_ns for op in ops), len(ops)))
+    return found
+
+
+def _share(summary: Summary, kind: str, step: str) -> float:
+    """Return the share of the time of a kind of request that a step took."""
+    steps = summary.time_by_step.get(kind, {})
+    return steps.get(step, 0) / max(1, sum(steps.values()))
+
+
+def _wrong_hints(summary: Summary) -> list[Finding]:
+    found = []
+    for route, ops in _fetches(summary).items():
+        missing = [op for op in ops if op.outcome == "MissingBlockError"]
+        if len(missing) < max(WRONG_HINTS, WRONG_HINTS_SHARE * len(ops)):
+            continue
+        text = (
+            f"{len(missing)} of {len(ops)} fetches {route} found a span missing that hints had "
+            "promised: it was deleted since the last listing. Requests computed the blocks. See "
+            f"`remote_list_per_s`, and what deletes objects there. The first: {missing[0].detail}"
+        )
+        found.append(Finding("wrong_hints", text, missing[0].ended_ns, len(missing)))
+    return found
+
+
+def _fetches(summary: Summary) -> dict[str, list[OpRecord]]:
+    """Return the ops of each route from a far tier, without recalled ones."""
+    ops = [op for op in summary.trace.ops if op.outcome != "recalled"]
+    routes = [route for route in summary.routes if route.partition("→")[0] in FAR]
+    return {route: [op for op in ops if op.route == route] for route in routes}
 
 
 def _starved(summary: Summary) -> list[Finding]:

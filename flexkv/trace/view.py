@@ -89,9 +89,11 @@ def data(summary: Summary) -> dict[str, Any]:
 
 def _facts(summary: Summary) -> str:
     trace = summary.trace
-    tiers = ", ".join(
-        f"{tier} {blocks} blocks ({trace.header.backing.get(tier, '?')})"
-        for tier, blocks in trace.header.capacity_blocks.items()
+    capacities = trace.header.capacity_blocks
+    backing = {**dict.fromkeys(capacities, "?"), **trace.header.backing}
+    tiers = ", ".join(  # a far tier has no blocks of this engine
+        f"{tier} {capacities[tier]} blocks ({name})" if tier in capacities else f"{tier} ({name})"
+        for tier, name in backing.items()
     )
     size = f"blocks of {trace.header.block_bytes / 1024:.0f} KiB"
     whole = f"{len(trace.requests)} requests, {len(trace.ops)} transfers in {trace.seconds:.2f} s"
