@@ -186,7 +186,7 @@ class Metrics(Collector):
         for kind, name, told, labels, values in FIGURES:
             yield _family(kind, name, told, labels, values(statistics))
         block_bytes = self._manager.engine.sizes.block_stride_bytes
-        sizes = [((n,), t.capacity_blocks * block_bytes) for n, t in statistics.tiers.items()]
+        sizes = [((n,), t.capacity_blocks * block_bytes) for n, t in statistics.own_tiers.items()]
         told = "Bytes that a tier has room for."
         yield _family(GAUGE, "flexkv_tier_capacity_bytes", told, ("tier",), sizes)
         with self._lock:
@@ -256,7 +256,7 @@ def _hits(now: Statistics) -> Values:
 def _groups(now: Statistics) -> Values:
     return [
         ((tier, str(group)), blocks)
-        for tier, of in now.tiers.items()
+        for tier, of in now.own_tiers.items()
         for group, blocks in enumerate(of.group_blocks)
     ]
 
@@ -274,6 +274,32 @@ def _given_up(now: Statistics) -> Values:
     ]
 
 
+def _counts(field: str) -> Reader:
+    """Return a reader of one number of what was asked of each store."""
+    return lambda now: [
+        ((tier,), getattr(store.requests, field)) for tier, store in now.stores.items()
+    ]
+
+
+def _kinds(field: str) -> Reader:
+    """Return a reader of a number of requests to each store by kind, 0 included."""
+    return lambda now: [
+        ((tier, kind), count)
+        for tier, store in now.stores.items()
+        for kind, count in {**dict.fromkeys(_KINDS, 0), **getattr(store.requests, field)}.items()
+    ]
+
+
+def _ways(inbound: str, outbound: str) -> Reader:
+    """Return a reader of one number of each store and direction."""
+    return lambda now: [
+        ((tier, direction), getattr(store.requests, field))
+        for tier, store in now.stores.items()
+        for direction, field in zip(_DIRECTIONS, (inbound, outbound), strict=True)
+    ]
+
+
+_KINDS = ("get", "put", "head", "list", "delete", "touch")
 _BLOCK_STATES = ("free", "reserved", "ready", "draining", "pinned")
 _DIRECTIONS = ("inbound", "outbound")
 
@@ -287,24 +313,24 @@ FIGURES: tuple[tuple[Kind, str, str, Labels, Reader], ...] = (
     (COUNTER, "flexkv_hit_blocks", "Requested blocks that gets found, by tier.", ("tier",), _hits),
     (GAUGE, "flexkv_claims", "Open claims on blocks, which keep them from being evicted or reused.",
      (), _one("claims")),
-    (COUNTER, "flexkv_corrupt_blocks", "Blocks read from SSD with wrong bytes; none was used.",
+    (COUNTER, "flexkv_corrupt_blocks", "Blocks read with wrong bytes; none was used.",
      (), _one("corrupt_blocks")),
     (GAUGE, "flexkv_restored_blocks", "Blocks of earlier runs that the SSD tier had at the start.",
      (), _one("restored_blocks")),
     (GAUGE, "flexkv_tier_blocks", "Blocks by state; a pinned block is ready or draining, too.",
-     ("tier", "state"), _states("tiers", _BLOCK_STATES, "{}_blocks")),
+     ("tier", "state"), _states("own_tiers", _BLOCK_STATES, "{}_blocks")),
     (GAUGE, "flexkv_tier_group_blocks", "Ready blocks by KV group; group 0 is the prefix chain.",
      ("tier", "group"), _groups),
     (GAUGE, "flexkv_tier_capacity_blocks", "Blocks that a tier has room for.",
-     ("tier",), _each("tiers", "capacity_blocks")),
+     ("tier",), _each("own_tiers", "capacity_blocks")),
     (COUNTER, "flexkv_evicted_blocks", "Blocks that were evicted.",
-     ("tier",), _each("tiers", "evicted_blocks")),
+     ("tier",), _each("own_tiers", "evicted_blocks")),
     (GAUGE, "flexkv_tier_up", "Whether a tier can be read or written; 0 after failures.",
      ("tier", "direction"), _up),
     (GAUGE, "flexkv_write_behind_blocks",
-     "Blocks in host memory that are not on SSD yet; kept ones are owed, and cannot be evicted.",
+     "Blocks that a lower tier still has to get; kept ones are owed, and cannot be evicted.",
      ("tier", "state"), _states("write_behind", ("owed", "kept", "writing"), "{}_blocks")),
-    (COUNTER, "flexkv_given_up_blocks", "Blocks that were never written to SSD, by reason.",
+    (COUNTER, "flexkv_given_up_blocks", "Blocks that were never written to a tier, by reason.",
      ("tier", "reason"), _given_up),
     (COUNTER, "flexkv_transfers", "Transfers that have ended, including failed ones.",
      ("route",), _each("routes", "ops")),
@@ -321,6 +347,40 @@ FIGURES: tuple[tuple[Kind, str, str, Labels, Reader], ...] = (
      ("actor", "direction"), _states("queues", _DIRECTIONS, "{}_bytes_in_flight")),
     (GAUGE, "flexkv_window_bytes", "Most bytes that may be in flight at once.",
      ("actor", "direction"), _states("queues", _DIRECTIONS, "{}_window_bytes")),
+    (COUNTER, "flexkv_store_requests", "Requests to the store, by kind; they may cost money.",
+     ("tier", "kind"), _kinds("requests")),
+    (COUNTER, "flexkv_store_failures", "Requests to the store that failed.",
+     ("tier", "kind"), _kinds("failures")),
+    (COUNTER, "flexkv_store_retries", "Requests to the store that repeat one that failed.",
+     ("tier", "kind"), _kinds("retries")),
+    (COUNTER, "flexkv_store_bytes", "Bytes that were read from the store, and written to it.",
+     ("tier", "direction"), _ways("read_bytes", "written_bytes")),
+    (COUNTER, "flexkv_store_hedges", "Gets that were sent again because the first was slow.",
+     ("tier",), _counts("hedges")),
+    (COUNTER, "flexkv_store_hedges_won", "Gets that were sent again, and answered first.",
+     ("tier",), _counts("hedges_won")),
+    (COUNTER, "flexkv_store_busy", "Answers by which the store asked for fewer requests.",
+     ("tier",), _counts("busy")),
+    (COUNTER, "flexkv_store_missing_spans", "Spans that hints promised and the store lacked.",
+     ("tier",), _counts("missing")),
+    (COUNTER, "flexkv_store_existing_spans", "Spans that were written, and were there already.",
+     ("tier",), _counts("existing")),
+    (COUNTER, "flexkv_store_wrong_answers", "Answers with wrong bytes, or too few; none was used.",
+     ("tier",), _counts("wrong")),
+    (COUNTER, "flexkv_store_deleted_spans", "Spans deleted because they were proved wrong.",
+     ("tier",), _counts("deleted")),
+    (GAUGE, "flexkv_store_limit_spans", "Spans that may be on their way at once now.",
+     ("tier", "direction"), _ways("gets_limit", "puts_limit")),
+    (GAUGE, "flexkv_store_joined", "Whether the store has answered, so that it is in use.",
+     ("tier",), _each("stores", "is_joined")),
+    (GAUGE, "flexkv_store_generation", "Generation of the pool in use; a clear begins the next.",
+     ("tier",), _each("stores", "generation")),
+    (GAUGE, "flexkv_store_known_spans", "Spans that the store is said to have.",
+     ("tier",), _each("stores", "known_spans")),
+    (COUNTER, "flexkv_store_lost_spans", "Spans forgotten because the table of hints is full.",
+     ("tier",), _each("stores", "lost_spans")),
+    (COUNTER, "flexkv_store_listed_rounds", "Listings of the whole pool that have ended.",
+     ("tier",), _each("stores", "listed_rounds")),
 )  # fmt: skip
 """The metrics that the statistics have: kind, name, description, labels, and what reads them."""
 

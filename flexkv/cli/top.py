@@ -107,7 +107,8 @@ def screen(now: Samples, before: Samples | None, seconds: float) -> Group:
     A table without rows is left out. The first one keeps its title, which says how busy the engine
     is.
     """
-    requests, *others = (make(now, before, seconds) for make in (_requests, _tiers, _routes))
+    makers = _requests, _tiers, _stores, _routes
+    requests, *others = (make(now, before, seconds) for make in makers)
     return Group(requests if requests.row_count else str(requests.title),
                  *(table for table in others if table.row_count))  # fmt: skip
 
@@ -165,6 +166,39 @@ def _tiers(now: Samples, before: Samples | None, seconds: float) -> Table:
             *("up" if up else "[bold red]down" for up in ups),
         )
     return table
+
+
+def _stores(now: Samples, before: Samples | None, seconds: float) -> Table:
+    table = Table(
+        "store", "state", "owed blocks", "MB in flight", "known spans", "gets", "puts", "lists",
+        "failed",
+    )  # fmt: skip
+    in_flight = now.get("flexkv_in_flight_bytes", {})
+    for (tier,), joined in sorted(now.get("flexkv_store_joined", {}).items()):
+        bytes_in_flight = (in_flight.get((tier, way), 0.0) for way in ("inbound", "outbound"))
+        failed = now.get("flexkv_store_failures_total", {}).items()
+        table.add_row(
+            tier,
+            _state(tier, bool(joined), now),
+            f"{now.get('flexkv_write_behind_blocks', {}).get(('owed', tier), 0.0):,.0f}",
+            " in, ".join(f"{size / 1e6:,.0f}" for size in bytes_in_flight) + " out",
+            f"{now.get('flexkv_store_known_spans', {}).get((tier,), 0.0):,.0f}",
+            *(
+                _per_s("flexkv_store_requests_total", (kind, tier), now, before, seconds)
+                for kind in ("get", "put", "list")
+            ),
+            f"{sum(count for (_, of), count in failed if of == tier):,.0f}",
+        )
+    return table
+
+
+def _state(tier: str, joined: bool, now: Samples) -> str:
+    """Return whether a store is in use, and which directions are not."""
+    if not joined:
+        return "[bold red]not joined"
+    ups = now.get("flexkv_tier_up", {})
+    down = [way for way in ("reads", "writes") if not ups.get((way, tier), 1.0)]
+    return f"[bold red]{', '.join(down)} down" if down else "joined"
 
 
 def _routes(now: Samples, before: Samples | None, seconds: float) -> Table:

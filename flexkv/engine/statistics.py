@@ -131,6 +131,11 @@ class Statistics(msgspec.Struct, frozen=True):
     """What each far tier knows of its store, and has asked of it."""
 
     @property
+    def own_tiers(self) -> dict[str, TierStatistics]:
+        """Return the tiers whose blocks are this engine's: all but the far ones."""
+        return {name: tier for name, tier in self.tiers.items() if name not in self.stores}
+
+    @property
     def hit_rate(self) -> float:
         """Return the share of the blocks asked for by gets that some tier had."""
         return sum(self.hit_blocks.values()) / self.asked_blocks if self.asked_blocks else 0.0
@@ -150,7 +155,11 @@ class Statistics(msgspec.Struct, frozen=True):
         tiers = [
             f"{name} {tier.used_blocks} of {tier.capacity_blocks} blocks"
             + ("" if tier.reads == tier.writes == "up" else " (down)")
-            for name, tier in self.tiers.items()
+            for name, tier in self.own_tiers.items()
+        ]
+        tiers += [
+            f"{name} {store.known_spans} spans known" + ("" if store.is_joined else " (not joined)")
+            for name, store in self.stores.items()
         ]
         ended = [f"{sum(n.values())} {kind}" for kind, n in self.requests.items() if n]
         hits = f"hit rate {100 * self.hit_rate:.0f} %"

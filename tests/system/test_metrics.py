@@ -154,11 +154,16 @@ async def test_an_engine_on_the_callers_loop_is_read_too(tmp_path: Path) -> None
     assert [family.name for family in metrics.collect()] == ["flexkv_up"]
 
 
-def test_the_dashboard_asks_for_what_there_is(manager: KVManager) -> None:
+def test_the_dashboard_asks_for_what_there_is(tmp_path: Path) -> None:
     """Every name and label that the dashboard uses is exposed, and no two panels overlap."""
+    remote = {"enable_remote": True, "remote_cache_path": f"file://{tmp_path}/shared"}
+    manager = KVManager(MODEL, cache_config(tmp_path / "disk", **remote))
+    manager.start()
+    manager.register_kv_caches(kv_caches())
     with MetricsServer(manager, 0, name="metrics", instance=3) as server:
         worked(manager)
         samples = scraped(server.url)
+    manager.shutdown()
     dashboard = json.loads((ROOT / "docs/grafana-dashboard.json").read_text())
     panels = dashboard["panels"]
     asked = set()
