@@ -166,6 +166,11 @@ class TransferActor:
                 self._recalled.append(cursor)
                 self._bell.ring()
 
+    def recall_queued(self) -> None:
+        """Recall every transfer, as far as it is not in flight yet."""
+        for op_id in self._mailbox.queued():
+            self.recall(op_id)
+
     def oldest_s(self) -> float:
         """Return for how many seconds the oldest piece has been in flight; 0 if there is none."""
         for piece in self._pieces.values():

@@ -213,6 +213,10 @@ class Mailbox:
         """Return the cursor of a transfer; None if it is over."""
         return self._cursors.get(op_id)
 
+    def queued(self) -> list[int]:
+        """Return the op ids of the transfers that are not wholly in flight yet."""
+        return [op_id for op_id, cursor in self._cursors.items() if cursor.queued]
+
     def forget(self, cursor: Cursor) -> None:
         """Drop a transfer that is over."""
         del self._cursors[cursor.transfer.op_id]

@@ -127,7 +127,13 @@ class Core:
                 supervisor.keep(name, work)
 
     def cleared(self, tier: Tier | None, root: bytes | None) -> None:
-        """Forget what is owed, and after a clear of more than one tier what is far, too."""
+        """Forget what is owed, and after a clear of more than one tier what is far, too.
+
+        Transfers that wait for a far tier would store what was cleared in its new generation, or
+        fetch what belongs to that.
+        """
         if tier is None:
             self.planner.catalogue.clear(root)
+            for far in self.actors.keys() - self.capacities.keys() - {Tier.DEVICE}:
+                self.actors[far].recall_queued()
         self.behind.cleared(tier)

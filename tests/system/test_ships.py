@@ -9,6 +9,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from flexkv.actors.actor import Window
 from flexkv.actors.write_behind import ShipLimits
 from flexkv.common.config import CacheConfig
 from flexkv.common.errors import TransferError
@@ -28,7 +29,9 @@ BLOCKS, SPAN = 11, 4
 class Bench:
     """An engine that writes spans of four blocks to a far tier; a block's content is its key."""
 
-    def __init__(self, far: FakeFar, failure: float, reused_only: bool, host: int) -> None:
+    def __init__(
+        self, far: FakeFar, failure: float, reused_only: bool, host: int, window_spans: int
+    ) -> None:
         cache = CacheConfig(
             tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=host, evict_ratio=0.0
         )
@@ -36,6 +39,8 @@ class Bench:
         faults, sound = FaultPlan(1, failure, 0.001, 0.01), FaultPlan(1, 0.0, 0.001, 0.01)
         self.backend = FakeBackend(host, faults, empty(0), sound, far=far)
         self.backend.ship = ShipLimits(SPAN, 2 * SPAN, reused_only)
+        window = Window(window_spans * SPAN * BLOCK_KEY_BYTES, SPAN * BLOCK_KEY_BYTES)
+        self.backend.windows = window, window
         self.engine = Engine(MODEL, cache, self.backend)
         self.device = np.zeros((BLOCKS, BLOCK_KEY_BYTES), np.uint8)
 
@@ -76,12 +81,13 @@ def on_bench(
     far: FakeFar,
     failure: float = 0.0,
     reused_only: bool = False,
-    host: int = 32,
+    host: int = 64,
+    window_spans: int = 2,
 ) -> None:
     """Run something on an open engine, and close it, which checks that nothing is left."""
 
     async def run() -> None:
-        bench = Bench(far, failure, reused_only, host)
+        bench = Bench(far, failure, reused_only, host, window_spans)
         await bench.engine.open()
         bench.engine.register_kv_caches([bench.device])
         await work(bench)
@@ -200,6 +206,31 @@ def test_nothing_from_before_a_clear_is_far_after_it() -> None:
         assert far.held == set(islice(bench.keys(), 2 * SPAN))
 
     on_bench(work, far)
+
+
+def test_what_waits_for_a_far_tier_at_a_clear_is_not_written_after_it() -> None:
+    """A span that was queued behind others when everything was cleared is never stored."""
+    far = new_far()
+
+    async def work(bench: Bench) -> None:
+        for number in range(3):
+            await bench.perform(Operation.PUT, number)
+        await asyncio.sleep(0.0005)  # virtual time: the actor has its turn
+        actor = bench.engine._actors[Tier.REMOTE]
+        assert actor.depth > len(bench.port.storing) > 0
+        under_way = {transfer.block_keys[-1] for transfer, _ in bench.port.storing.values()}
+        bench.engine.clear()
+        begun: list[BlockKey] = []
+        store = bench.port._begin_to_store
+        bench.port._begin_to_store = lambda transfer: (  # type: ignore[method-assign]
+            begun.append(transfer.block_keys[-1]), store(transfer)
+        )[1]  # fmt: skip
+        await bench.engine.flush()
+        assert not begun
+        assert under_way
+        assert far.is_empty
+
+    on_bench(work, far, window_spans=1)
 
 
 def test_clearing_one_tier_leaves_what_is_far() -> None:
