@@ -118,7 +118,7 @@ bench: $(VENV)/.setup-dev  ## Benchmarks, side by side with their limits; ARGS="
 	$(BIN)/python -m benchmarks $(ARGS)
 
 soak: $(VENV)/.setup-dev  ## Fresh simulations, long property tests, many crashes; about 30 minutes
-	SIMULATION_SEEDS=10000 SIMULATION_FIRST=$${SIMULATION_FIRST:-$$(date +%s)00} \
+	SIMULATION_SEEDS=10000 POOL_SPANS=100000 POOL_SEEDS=3 SIMULATION_FIRST=$${SIMULATION_FIRST:-$$(date +%s)00} \
 	INDEX_OPERATIONS=120000 KILLS=200 DAMAGES=10000 POWER_LOSSES=1000 HYPOTHESIS_PROFILE=soak FUZZ_FRAMES=100000 FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
 	$(BIN)/python -m pytest -q tests/simulation tests/property tests/system/test_warm.py \
 	tests/system/test_crash.py tests/system/test_power_loss.py tests/system/test_fuzz.py

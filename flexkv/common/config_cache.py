@@ -174,6 +174,20 @@ class CacheConfig(ConfigModel):
     remote_write_window_mb: float = key(
         64.0, "Most bytes being written to the remote tier at once.", unit="MB", gt=0
     )
+    remote_ttl_s: float | None = key(
+        None,
+        "How long a span stays in the remote tier after it was last read or written; unset = as "
+        "long as there is room. It should be longer than a few rounds of the listing.",
+        unit="s",
+        ge=1,
+    )
+    remote_delete_per_s: float = key(
+        200.0,
+        "Most spans that this engine deletes from the remote tier, when it is the one that does.",
+        unit="1/s",
+        gt=0,
+        le=10_000,
+    )
     remote_list_per_s: float = key(
         2.0,
         "Requests that list the remote tier, after the first listing; 0 = list only at the start.",

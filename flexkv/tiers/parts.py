@@ -20,6 +20,8 @@ from flexkv.common.terms import BlockIds, Tier
 from flexkv.index.residency import Residency
 from flexkv.io.ports import DurablePort
 from flexkv.io.remote.counts import RemoteCounts
+from flexkv.tiers.remote_gc.collector import CollectionCounts
+from flexkv.tiers.remote_gc.touches import TouchCounts
 
 
 class Persistence(Protocol):
@@ -106,6 +108,8 @@ class StoreStatistics(msgspec.Struct, frozen=True):
         lost_spans: how many promises were displaced by others since the start.
         listed_rounds: how often the whole pool was listed.
         requests: what was asked of the store since the start.
+        collection: what was deleted from the pool, and whether this engine does that.
+        touches: what was done for spans that were read and old.
     """
 
     where: str
@@ -115,6 +119,8 @@ class StoreStatistics(msgspec.Struct, frozen=True):
     lost_spans: int
     listed_rounds: int
     requests: RemoteCounts
+    collection: CollectionCounts
+    touches: TouchCounts
 
 
 Work = Mapping[str, Coroutine[Any, Any, None]]

@@ -28,6 +28,9 @@ from flexkv.io.remote.port import RemotePort, SpanNews
 from flexkv.io.remote.requests import Requests
 from flexkv.tiers.limits import WRITE_WINDOWS
 from flexkv.tiers.parts import StoreStatistics, TierHooks, TierParts, Work
+from flexkv.tiers.remote_gc.collector import Collector
+from flexkv.tiers.remote_gc.rules import Limits
+from flexkv.tiers.remote_gc.touches import Touches
 from flexkv.tiers.remote_listing import Listing
 from flexkv.tiers.remote_pool import SharedPool
 from flexkv.tiers.unavailable import Unavailable
@@ -92,10 +95,16 @@ class RemoteTier:
         pool = SharedPool(requests.store, description)
         self.catalogue = HintedCatalogue(hints)
         host = HostBlocks(arena, sums, tuple(sizes.block_bytes))
-        news = SpanNews(partial(_note, hints), partial(_drop, hints))
+        budget = cache.num_remote_blocks
+        limits = Limits(None if budget is None else max(1, budget // size), cache.remote_ttl_s)
+        forget = partial(_drop, hints)
+        deletes = cache.remote_delete_per_s if cache.remote_list_per_s else None
+        collector = Collector(requests, pool, limits, deletes, forget)
+        touches = Touches(requests, pool, collector)
+        news = SpanNews(partial(_note, hints, touches), forget)
         port = RemotePort(requests, pool, host, options, news)
         undo.callback(port.close)
-        listing = Listing(requests, pool, hints, cache.remote_list_per_s)
+        listing = Listing(requests, pool, hints, cache.remote_list_per_s, collector)
         return TierParts(
             Tier.REMOTE,
             None,
@@ -103,9 +112,9 @@ class RemoteTier:
             Window(read * span_bytes, read * span_bytes),
             Window(write * span_bytes, span_bytes),
             pool,
-            work=partial(_work, port, pool, listing),
+            work=partial(_work, port, pool, listing, touches, collector),
             ship=self._ship(size, write),
-            store=partial(_statistics, requests, pool, hints, listing),
+            store=partial(_statistics, pool, hints, listing, touches, collector),
         )
 
     def _ship(self, size: int, write: int) -> ShipLimits | None:
@@ -115,19 +124,29 @@ class RemoteTier:
         )  # fmt: skip
 
 
-def _work(port: RemotePort, pool: SharedPool, listing: Listing, hooks: TierHooks) -> Work:
+def _work(
+    port: RemotePort,
+    pool: SharedPool,
+    listing: Listing,
+    touches: Touches,
+    collector: Collector,
+    hooks: TierHooks,
+) -> Work:
     port.spawn = hooks.spawn
     pool.lose = hooks.lose
     return {
         "remote pool": pool.run(),
         "remote listing": listing.run(hooks.spawn),
         "remote hints": listing.clock(),
+        "remote touches": touches.run(hooks.spawn),
+        "remote collection": collector.run(hooks.spawn),
     }
 
 
 def _statistics(
-    requests: Requests, pool: SharedPool, hints: Hints, listing: Listing
+    pool: SharedPool, hints: Hints, listing: Listing, touches: Touches, collector: Collector
 ) -> StoreStatistics:
+    requests = touches.requests
     current = pool.current
     return StoreStatistics(
         where=requests.store.where,
@@ -137,6 +156,8 @@ def _statistics(
         lost_spans=hints.counts().lost,
         listed_rounds=listing.rounds,
         requests=requests.counts(),
+        collection=collector.counts(),
+        touches=touches.counts(),
     )
 
 
@@ -144,8 +165,9 @@ def _spans_max(blocks: int | None, size: int) -> int:
     return SPANS_MAX if blocks is None else blocks // size + SPARE_SPANS
 
 
-def _note(hints: Hints, key: BlockKey) -> None:
+def _note(hints: Hints, touches: Touches, key: BlockKey) -> None:
     hints.note(STORE, key)
+    touches.used(key)
 
 
 def _drop(hints: Hints, key: BlockKey) -> None:

@@ -18,6 +18,8 @@ from flexkv.io.remote.names import SHARDS, Pool
 from flexkv.io.remote.port import Spawn
 from flexkv.io.remote.requests import Requests
 from flexkv.observe.logs import get_logger
+from flexkv.tiers.remote_gc.collector import Collector
+from flexkv.tiers.remote_gc.rules import ShardListing
 from flexkv.tiers.remote_pool import SharedPool
 
 log = get_logger(__name__)
@@ -43,12 +45,19 @@ class Listing:
     """
 
     def __init__(
-        self, requests: Requests, pool: SharedPool, hints: Hints, requests_per_s: float
+        self,
+        requests: Requests,
+        pool: SharedPool,
+        hints: Hints,
+        requests_per_s: float,
+        collector: Collector,
     ) -> None:
-        """Take the store's requests, the pool, and the hints that are kept up to date."""
+        """Take the store's requests, the pool, the hints that are kept up to date, and who collects
+        what is old.
+        """
         self.rounds = self.spans = 0
         self._requests, self._pool, self._hints = requests, pool, hints
-        self._per_s = requests_per_s
+        self._per_s, self._collector = requests_per_s, collector
         self._found = 0
 
     async def clock(self) -> None:
@@ -121,10 +130,18 @@ class Listing:
                 await asyncio.sleep(RETRY_S)
 
     async def _shard(self, pool: Pool, shard: int, pause_s: float) -> None:
+        listing, pages = ShardListing(), 0
+        await asyncio.sleep(pause_s)  # also if there is nothing in the shard
         async for page in self._requests.pages(pool.shard(shard), PAGE_S):
-            keys = [key for each in page if (key := pool.span_key(each.name)) is not None]
+            if pages:
+                await asyncio.sleep(pause_s)
+            pages += 1
+            spans = [(each, key) for each in page if (key := pool.span_key(each.name)) is not None]
             if pool is not self._pool.current:
                 return
-            self._hints.note(STORE, b"".join(keys))
-            self._found += len(keys)
-            await asyncio.sleep(pause_s)
+            keys = b"".join(key for _, key in spans)
+            self._hints.note(STORE, keys)
+            listing.add(keys, [each.modified_s for each, _ in spans])
+            self._found += len(spans)
+        listing.end()
+        await self._collector.listed(pool, shard, listing, is_first=not pause_s)

@@ -1,0 +1,251 @@
+"""Keeps a pool within its budget and its TTL, and removes what nobody uses any more.
+
+    listing ── a shard ──▶ census, ages ──▶ this engine has the lease? ──▶ delete its victims
+    every few minutes      look at the lease, renew it; with it: remove older generations, leftovers
+
+Every engine counts, so that any of them can go on collecting. Nothing is listed for that: the pages
+by which hints are kept up to date have the times of the objects. What others delete, or a lifecycle
+rule of the bucket, is simply not there any more in the next listing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+import msgspec
+
+from flexkv.common.errors import RemoteError
+from flexkv.common.terms import BlockKey
+from flexkv.io.remote.names import SHARDS, Pool
+from flexkv.io.remote.port import Spawn
+from flexkv.io.remote.requests import Requests
+from flexkv.observe.logs import get_logger
+from flexkv.tiers.remote_gc.lease import RENEW_S, Lease, numbers_in, within
+from flexkv.tiers.remote_gc.removal import Removal, RemovalCounts
+from flexkv.tiers.remote_gc.rules import Ages, Census, Limits, ShardListing, victims
+
+log = get_logger(__name__)
+
+GARBAGE_S = 3600.0
+"""How old what belongs to an older generation is at least when it is removed. An engine that still
+uses one, because another engine was cleared, loses only far copies, but need not lose new ones."""
+TIDY_S = 600.0
+"""How often garbage is looked for."""
+SWEEP_S, LEFTOVER_S = 24 * 3600.0, 3600.0
+"""How often a shard is searched for leftovers of puts, and how old those are at least."""
+CLOCK_S = 3600.0
+"""How often the store's time is read."""
+REFUSED_S = 3600.0
+"""The pause after the store has refused the requests of collecting."""
+PAGE_S = 30.0
+
+
+def generation_of(pool: Pool, number: int) -> Pool:
+    """Return another generation of a pool; 0 is the one that names the others."""
+    return Pool(msgspec.structs.replace(pool.description, generation=number))
+
+
+class CurrentPool(Protocol):
+    """The pool that an engine uses: see `SharedPool`."""
+
+    current: Pool | None
+
+    async def joined(self) -> Pool:
+        """Return the pool in use, once there is one."""
+        ...
+
+
+class CollectionCounts(msgspec.Struct, frozen=True):
+    """The state of the collection.
+
+    Attributes:
+        is_collector: whether this engine collects now.
+        spans: how many spans the last listings have found, less those deleted.
+        horizon_s: the age of the oldest spans that the budget has room for; None while there is
+            room for more.
+        removed: what this engine has removed.
+    """
+
+    is_collector: bool
+    spans: int
+    horizon_s: float | None
+    removed: RemovalCounts
+
+
+class Collector:
+    """What an engine knows of the spans' ages, and does about old ones.
+
+    Attributes:
+        ages: for whoever reads spans.
+        touch_age_s: from which age on a read should touch a span.
+        lease: with the store's clock.
+        removal: deletes.
+    """
+
+    def __init__(
+        self,
+        requests: Requests,
+        pool: CurrentPool,
+        limits: Limits,
+        delete_per_s: float | None,
+        forget: Callable[[BlockKey], object],
+    ) -> None:
+        """Take what to collect; nothing is sent.
+
+        Args:
+            requests: the store's.
+            pool: the pool in use.
+            limits: what to keep it within.
+            delete_per_s: the most objects to delete in a second; None for an engine that never
+                collects, because it does not list the pool again and again.
+            forget: called with the key of each span that is found to be gone.
+        """
+        self.lease = Lease(requests)
+        self.removal = Removal(requests, delete_per_s or 1.0, forget)
+        self._may_collect = delete_per_s is not None
+        self._requests, self._pool, self._limits = requests, pool, limits
+        self._horizon_s = math.inf
+        self._tidied_s = self._clock_s = -math.inf
+        self._forget_pool(None)
+
+    def _forget_pool(self, pool: Pool | None) -> None:
+        self._of: Pool | None = pool
+        self.ages, self._census = Ages(), Census()
+        self.touch_age_s = self._limits.touch_age_s(math.inf)
+        self._horizon_s = math.inf
+        self._swept_s = [-math.inf] * SHARDS
+
+    def counts(self) -> CollectionCounts:
+        """Return the state of the collection."""
+        pool = self._pool.current
+        return CollectionCounts(
+            pool is not None and self.lease.is_held(pool),
+            self._census.spans,
+            self._horizon_s if math.isfinite(self._horizon_s) else None,
+            self.removal.counts(),
+        )
+
+    # -- with each shard that was listed ----------------------------------------------------------
+
+    async def listed(self, pool: Pool, shard: int, listing: ShardListing, is_first: bool) -> None:
+        """Take what is in a shard, and delete what is too old if it is this engine's turn.
+
+        Args:
+            pool: the pool.
+            shard: its number.
+            listing: what was found; it has ended.
+            is_first: whether the engine lists the pool for the first time: it only counts then.
+
+        Cancellation: deletions that were begun end at once.
+        """
+        if pool is not self._of:
+            self._forget_pool(pool)
+        now_s = asyncio.get_running_loop().time()
+        limits, census = self._limits, self._census
+        if limits.spans_max is not None:
+            census.listed(shard, listing.modified_s, now_s)
+        if limits != Limits():
+            self.ages.listed(shard, listing)
+        if not self.lease.clock.is_known:
+            return
+        early_s = self.lease.clock.early_s()
+        cut = None
+        if limits.spans_max is not None and census.is_whole:
+            self._horizon_s = census.horizon_s(limits.spans_max, now_s, early_s)
+            self.touch_age_s = limits.touch_age_s(self._horizon_s)
+            cut = census.cut(limits.spans_max, now_s)
+        if is_first or not self.lease.is_held(pool):
+            return
+        expired_before_s = limits.expired_before_s(early_s)
+        chosen = victims(listing, cut, expired_before_s)
+        if chosen.any():
+            left = await self.removal.spans(pool, listing, chosen, expired_before_s)
+            census.left(shard, listing.modified_s[left])
+        await self._sweep(pool, shard, now_s)
+
+    async def _sweep(self, pool: Pool, shard: int, now_s: float) -> None:
+        """Remove what killed puts have left in a shard, once a day."""
+        if now_s - self._swept_s[shard] < SWEEP_S:
+            return
+        self._swept_s[shard] = now_s
+        with suppress(RemoteError, TimeoutError):
+            sweep = self._requests.store.sweep(pool.shard(shard), LEFTOVER_S)
+            self.removal.counting["leftovers"] += await within(PAGE_S).wait(sweep)
+
+    # -- now and then -----------------------------------------------------------------------------
+
+    async def run(self, spawn: Spawn) -> None:
+        """Keep the lease if it can be had, and remove garbage, until cancelled.
+
+        Cancellation: the lease is released, for which the store has a second.
+        """
+        self.removal.spawn = spawn
+        try:
+            while True:
+                pool = await self._pool.joined()
+                await asyncio.sleep(await self._turn(pool))
+        finally:
+            with suppress(RemoteError):
+                await self.lease.release()
+
+    async def _turn(self, pool: Pool) -> float:
+        """Do what is due, and return the pause until the next turn."""
+        try:
+            was_held, now_s = self.lease.is_held(pool), asyncio.get_running_loop().time()
+            is_held = self._may_collect and await self.lease.hold(pool)
+            if is_held != was_held:
+                log.info("remote_collection", is_collector=is_held, pool=pool.name)
+            if is_held and now_s - self._tidied_s > TIDY_S:
+                self._tidied_s = now_s
+                await self.tidy(pool)
+            elif not is_held and now_s - self._clock_s > CLOCK_S:
+                await self.lease.read_clock(pool)
+                self._clock_s = now_s
+        except RemoteError as error:
+            log.warning("remote_collection_failed", error=str(error))
+            return REFUSED_S if error.is_lasting else RENEW_S
+        return RENEW_S
+
+    async def tidy(self, pool: Pool) -> None:
+        """Remove what is left of generations before the latest, and of leases.
+
+        Raises:
+            RemoteError: the store failed, or did not answer in time.
+        """
+        await self.lease.tidy()
+        numbers = await numbers_in(self._requests, generation_of(pool, 0).generations)
+        if pool.description.generation < max(numbers, default=0):
+            return  # that is for who uses the latest
+        for number in range(pool.description.generation):
+            await self.remove_generation(pool, generation_of(pool, number))
+
+    async def remove_generation(self, pool: Pool, older: Pool, age_s: float = GARBAGE_S) -> None:
+        """Remove the old objects of an older generation, and its description after the last.
+
+        Args:
+            pool: the pool in use, whose lease is kept meanwhile.
+            older: that of the older generation.
+            age_s: how old the objects are at least.
+
+        Raises:
+            RemoteError: the store failed, or did not answer in time.
+        """
+        before_s, left = self.lease.clock.early_s() - age_s, 0
+        async for page in self._requests.pages(f"{older.name}/", PAGE_S):
+            times = {
+                each.name: each.modified_s
+                for each in page
+                if not each.name.startswith((older.generations, older.description_name))
+            }
+            old = deque(name for name, modified_s in times.items() if modified_s < before_s)
+            left += len(times) - len(old)
+            await self.removal.garbage(old)
+            if not await self.lease.hold(pool):
+                return
+        if not left:
+            await self._requests.delete(older.description_name, within(PAGE_S))
