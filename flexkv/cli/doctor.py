@@ -20,7 +20,7 @@ from rich.table import Table
 
 from flexkv import _ext
 from flexkv.cli.doctor_model import kv_groups
-from flexkv.cli.doctor_tiers import Finding, host_tier, ssd_tier
+from flexkv.cli.doctor_tiers import Finding, host_tier, remote_tier, ssd_tier
 from flexkv.common.config import GB, CacheConfig, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.io.memory.host_memory import headroom
@@ -60,6 +60,8 @@ def doctor(
     findings += host_tier(cache)
     if cache.enable_ssd:
         findings += ssd_tier(cache)
+    if cache.enable_remote:
+        findings += remote_tier(cache)
     findings += of_model
     if as_json:
         typer.echo(json.dumps({f.name: f._asdict() for f in findings}, indent=2))

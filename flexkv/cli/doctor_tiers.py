@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,10 +11,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
+from flexkv.cli.remote_store import opened
 from flexkv.common.config import GB, CacheConfig
-from flexkv.common.errors import ConfigError
+from flexkv.common.errors import BackendUnavailableError, ConfigError, RemoteError
 from flexkv.io.memory.arena import check_memory
 from flexkv.io.private import Folder
+from flexkv.io.remote.requests import Requests
+from flexkv.io.remote.round_trip import RoundTrip, round_trip
 from flexkv.io.ssd.allocation import room
 from flexkv.io.ssd.files import FILE_PATTERN, StripedFiles
 from flexkv.io.ssd.folders import lock_folder, open_folder
@@ -22,6 +26,8 @@ from flexkv.io.ssd.open import distinct
 from flexkv.io.ssd.paths import shown
 
 PROBE_NAME = ".flexkv-doctor"
+ROUND_TRIP_S = 60.0
+"""How long the remote tier's store may take to take an object and return it."""
 
 
 class Finding(NamedTuple):
@@ -81,6 +87,35 @@ def ssd_tier(cache: CacheConfig) -> Iterator[Finding]:
         yield Finding("SSD tier", why, False, "set ssd_cache_gb lower", fatal=True)
         return
     yield Finding("SSD tier", found, not faults)
+
+
+def remote_tier(cache: CacheConfig) -> Iterator[Finding]:
+    """Yield whether the remote tier's store takes an object and returns it, and how fast."""
+    name = "remote tier"
+    try:
+        requests = opened(cache)
+    except (ConfigError, BackendUnavailableError) as error:
+        yield Finding(name, str(error), False, "see remote_cache_path in the configuration", True)
+        return
+    where = requests.store.where
+    try:
+        found = asyncio.run(_round_trip(requests))
+    except (RemoteError, TimeoutError) as error:
+        why = str(error) or f"{where}: no answer within {ROUND_TRIP_S:g} s"
+        yield Finding(name, why, False, "check its address, credentials and rights", fatal=True)
+    else:
+        text = (
+            f"{where}: put {found.put_mb_per_s:.0f} MB/s, get {found.get_mb_per_s:.0f} MB/s, "
+            f"{found.head_ms:.1f} ms a request"
+        )
+        yield Finding(name, text, True)
+    finally:
+        requests.store.close()
+
+
+async def _round_trip(requests: Requests) -> RoundTrip:
+    async with asyncio.timeout(ROUND_TRIP_S):
+        return await round_trip(requests.store)
 
 
 def _try(directory: Path) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from flexkv import __version__
 from flexkv.cli.demo import demo
 from flexkv.cli.doctor import doctor
 from flexkv.cli.explain import explain
+from flexkv.cli.remote import remote
 from flexkv.cli.replay_hits import replay_hits
 from flexkv.cli.serve import serve
 from flexkv.cli.server import server
@@ -36,6 +37,7 @@ commands.command()(serve)
 commands.command()(stats)
 commands.command()(top)
 commands.command()(vllm_demo)
+commands.add_typer(remote, name="remote")
 commands.add_typer(server, name="server")
 commands.add_typer(ssd, name="ssd")
 commands.add_typer(trace, name="trace")

@@ -39,6 +39,10 @@ BASES: dict[str, list[str]] = {
     "stats": ["--url", "http://127.0.0.1:1/metrics"],
     "top": ["--url", "http://127.0.0.1:1/metrics", "--count", "1"],
     "vllm-demo": [],
+    "remote ls": [],
+    "remote verify": [],
+    "remote gc": [],
+    "remote clear": ["--yes"],
     "server status": ["--server", "ipc:///nowhere/socket"],
     "server flush": ["--server", "ipc:///nowhere/socket"],
     "server clear": ["--server", "ipc:///nowhere/socket"],
@@ -57,6 +61,7 @@ BASES: dict[str, list[str]] = {
 SLOW = {("demo", "--requests"), ("demo", "--time-scale"), ("trace replay", "--time-scale"),
         ("top", "--count"), ("demo", "--metrics-port")}  # fmt: skip
 """Options of which only invalid values are tried, since valid ones could take very long."""
+STORE = {"FLEXKV_REMOTE_CACHE_PATH": "memory://"}
 SERVED = {"model": {"num_layers": 1, "num_kv_heads": 1, "head_size": 8, "dtype": "int8"},
           "settings": {"server_recv_port": "ipc:///nowhere/socket"}}  # fmt: skip
 
@@ -92,7 +97,8 @@ def lines() -> Iterator[dict[str, Any]]:
         base = [*words.split(), *BASES[words]]
         if words == "doctor":
             continue  # doctor measures for seconds
-        yield {"arguments": base, "right": True}
+        right = {"environment": STORE} if words.startswith("remote ") else {}
+        yield {"arguments": base, "right": True, **right}
         yield {"arguments": [*words.split(), "--help"], "right": True}
         yield from ({"arguments": [*base, odd]} for odd in ("--nothing", "x", "", "-", "--"))
         yield {"arguments": words.split()}

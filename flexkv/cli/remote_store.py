@@ -1,0 +1,112 @@
+"""What the commands of the remote tier share: the configured store, its pools, and a task group."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from flexkv.common.config import CacheConfig
+from flexkv.common.errors import HIDDEN, ConfigError
+from flexkv.io.remote.names import Pool
+from flexkv.io.remote.offline import FoundPool, FoundPools, pools_of
+from flexkv.io.remote.open import open_store
+from flexkv.io.remote.options import RemoteOptions
+from flexkv.io.remote.port import Spawn
+from flexkv.io.remote.requests import Requests
+
+T = TypeVar("T")
+
+
+class Session(NamedTuple):
+    """A store that a command uses."""
+
+    requests: Requests
+    spawn: Spawn
+    progress: Progress
+
+
+def run(
+    cache: CacheConfig, work: Callable[[Session], Coroutine[Any, Any, T]], quiet: bool = False
+) -> T:
+    """Do some work with the configured store, and return its result.
+
+    Args:
+        cache: names the store.
+        work: is given the open store.
+        quiet: whether to show no progress.
+
+    Raises:
+        ConfigError: no store is configured, or the configuration is wrong.
+        BackendUnavailableError: what the store needs is not installed.
+        RemoteError: the store failed, or did not answer in time.
+    """
+
+    async def main() -> T:
+        async with _session(cache, quiet) as session:
+            return await work(session)
+
+    return asyncio.run(main())
+
+
+@asynccontextmanager
+async def _session(cache: CacheConfig, quiet: bool) -> AsyncIterator[Session]:
+    requests = opened(cache)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    console = Console(stderr=True)
+    try:
+        with Progress(*columns, TimeElapsedColumn(), console=console, disable=quiet) as progress:
+            async with asyncio.TaskGroup() as group:
+                yield Session(requests, lambda _, work: group.create_task(work), progress)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    finally:
+        requests.store.close()
+
+
+def opened(cache: CacheConfig) -> Requests:
+    """Return requests to the configured store.
+
+    Raises:
+        ConfigError: none is configured, or the configuration is wrong.
+        BackendUnavailableError: what the store needs is not installed.
+    """
+    if len(cache.remote_cache_path) != 1:
+        why = "set it to the address of the remote tier, as for the engine"
+        raise ConfigError("remote_cache_path", HIDDEN, why)
+    options = RemoteOptions(deadline_s=cache.io_deadline_s)
+    (address,) = cache.remote_cache_path
+    custom = cache.remote_config_custom.get_secret_value()
+    return Requests(open_store(address, custom, options), options)
+
+
+async def found_pools(session: Session) -> FoundPools:
+    """Return all pools of the store.
+
+    Raises:
+        RemoteError: the store failed, or did not answer in time.
+    """
+    bar = session.progress.add_task("objects listed", total=None)
+    found = await pools_of(session.requests, lambda count: session.progress.advance(bar, count))
+    session.progress.update(bar, total=session.progress.tasks[bar].completed)
+    return found
+
+
+def chosen_pools(found: FoundPools, wanted: str) -> list[tuple[FoundPool, Pool]]:
+    """Return the pools whose names begin with `wanted`, and that are described.
+
+    Raises:
+        ConfigError: there is none, though some are wanted by name.
+    """
+    chosen = [
+        (each, each.pool)
+        for name, each in sorted(found.pools.items())
+        if name.startswith(wanted) and each.pool is not None
+    ]
+    if wanted and not chosen:
+        raise ConfigError("--pool", wanted, "no pool of the store has a name that begins so")
+    return chosen
