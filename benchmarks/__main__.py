@@ -28,6 +28,7 @@ CASES = (
     "starved",
     "fuzz",
     "write_behind",
+    "remote_gc",
     "cuda",
     "cuda_get",
     "ttft",
