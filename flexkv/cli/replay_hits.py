@@ -25,6 +25,11 @@ from flexkv.trace.group_hits import STORE_RULES, GroupHits, groups_of, replay_gr
 from flexkv.trace.hits import Hits, Prompt, belady, infinite, prompts_of, replay
 from flexkv.trace.mooncake import read_trace
 
+_GROUPS_HELP = (
+    "KV groups beside the prefix chain, such as window:1024*5,state: compare the hit rates and the "
+    "bytes written of several rules for what to store."
+)
+
 Rates = dict[str, list[float]]
 """Policy or bound -> hit rate at each capacity."""
 
@@ -32,43 +37,27 @@ Rates = dict[str, list[float]]
 def replay_hits(
     trace: Annotated[Path, typer.Argument(help="Requests in the Mooncake format, as JSON lines.")],
     blocks: Annotated[
-        str,
-        typer.Option(help="Cache sizes in blocks of 512 tokens, separated by commas."),
+        str, typer.Option(help="Cache sizes in blocks of 512 tokens, separated by commas.")
     ] = "1000,5000,10000,30000",
     policy: Annotated[
         str, typer.Option(help=f"all, or some of {', '.join(POLICIES)}, separated by commas.")
     ] = "all",
-    groups: Annotated[
-        str,
-        typer.Option(
-            help="KV groups beside the prefix chain, such as window:1024*5,state: compare the hit "
-            "rates and the bytes written of several rules for what to store.",
-            metavar="KIND[:TOKENS][*COUNT],…",
-        ),
-    ] = "",
-    engines: Annotated[
-        int, typer.Option(min=1, max=1024, help="Engines with a cache each, that share the trace.")
-    ] = 1,
-    remote: Annotated[
-        bool, typer.Option("--remote", help="Give the engines one store without a limit.")
-    ] = False,
+    groups: Annotated[str, typer.Option(help=_GROUPS_HELP, metavar="KIND[:TOKENS][*COUNT],…")] = "",
+    engines: Annotated[int, typer.Option(min=1, max=1024, help="Engines with a cache each.")] = 1,
+    remote: Annotated[bool, typer.Option("--remote", help="Give them one endless store.")] = False,
     span_blocks: Annotated[
-        int, typer.Option(min=1, max=65536, help="With --remote: blocks of a span in the store.")
+        int, typer.Option(min=1, max=65536, help="With --remote: blocks of a span.")
     ] = 1,
     list_per_s: Annotated[
-        float,
-        typer.Option(min=0.0, callback=finite, help="With --remote: as remote_list_per_s."),
+        float, typer.Option(min=0.0, callback=finite, help="With --remote: as remote_list_per_s.")
     ] = LIST_PER_S,
     routing: Annotated[
         str, typer.Option(help="Which engine gets a request: random, or round-robin.")
     ] = "random",
     seed: Annotated[int, typer.Option(help="Of random routing.")] = 0,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Read at most this many requests.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read so many requests at most.")] = None,
     plot: Annotated[
-        Path | None,
-        typer.Option(help="Write STEM.png and STEM.html.", metavar="STEM"),
+        Path | None, typer.Option(help="Write STEM.png and STEM.html.", metavar="STEM")
     ] = Path("replay-hits"),
     no_plot: Annotated[bool, typer.Option("--no-plot", help="Do not write pictures.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
@@ -81,22 +70,22 @@ def replay_hits(
     """
     capacities, policies = _capacities(blocks), _policies(policy)
     eviction = Eviction("lru" if policy == "all" else policies[-1])
+    if (engines > 1 or remote) and groups:
+        raise ConfigError("groups", groups, "cannot be combined with --engines and --remote")
     if engines > 1 or remote:
-        if groups:
-            raise ConfigError("groups", groups, "cannot be combined with --engines and --remote")
         fleet = fleet_of(engines, routing, seed)
         sharing = Sharing(span_blocks, list_per_s) if remote else None
-        prompts = prompts_of(read_trace(trace, limit))
-        told = rates_of(prompts, capacities, eviction, fleet, sharing)
+        told = rates_of(prompts_of(read_trace(trace, limit)), capacities, eviction, fleet, sharing)
         print_rates(told, capacities, engines, as_json)
         return
     if groups:
         rules, prompts = groups_of(groups), prompts_of(read_trace(trace, limit))
         _print_groups(_by_rule(prompts, capacities, rules, eviction), capacities, as_json)
         return
-    if not no_plot and plot is not None and not plot.name:
-        raise ConfigError("plot", str(plot), "must be the name of a file, without its suffix")
-    draw = None if no_plot or plot is None else _drawing()
+    stem = None if no_plot else plot
+    if stem is not None and not stem.name:
+        raise ConfigError("plot", str(stem), "must be the name of a file, without its suffix")
+    draw = None if stem is None else _drawing()
     prompts = prompts_of(read_trace(trace, limit))
     rates = _rates(prompts, capacities, policies, quiet=as_json)
     if as_json:
@@ -105,12 +94,21 @@ def replay_hits(
         typer.echo(json.dumps({**facts, "capacities": capacities, "hit_rate": rates}, indent=2))
     else:
         _print(capacities, rates)
-    if draw is not None and plot is not None:
+    if draw is not None and stem is not None:
         title = f"{trace.name}: {len(prompts)} requests"
-        svg = draw(capacities, rates, title, plot.with_suffix(".png"))
-        plot.with_suffix(".html").write_text(_page(capacities, rates, title, svg), encoding="utf-8")
+        wrote = _write_pictures(draw, stem, title, rates, capacities)
         if not as_json:
-            typer.echo(f"wrote {plot.with_suffix('.png')} and {plot.with_suffix('.html')}")
+            typer.echo(wrote)
+
+
+def _write_pictures(
+    draw: Callable[..., str], stem: Path, title: str, rates: Rates, capacities: list[int]
+) -> str:
+    """Write both pictures, and return a text that names them."""
+    picture, page = stem.with_suffix(".png"), stem.with_suffix(".html")
+    svg = draw(capacities, rates, title, picture)
+    page.write_text(_page(capacities, rates, title, svg), encoding="utf-8")
+    return f"wrote {picture} and {page}"
 
 
 def _capacities(text: str) -> list[int]:
