@@ -402,12 +402,15 @@ class WriteBehind:
     async def left_blocks(self) -> dict[str, int]:
         """Return, by tier name, how many blocks of host memory a tier lacks.
 
-        Those that it is owed count, too: another flush may have found a place for them since.
+        Those that it is owed count, too: another flush may have found a place for them since. A far
+        tier is to have whole spans only, and no others than those that it is owed if it is to have
+        only what was used again.
         """
         left = {}
         for tier, queue in self._queues.items():
-            blocks = 0
-            for first in range(0, self._host_places, SCAN_BLOCKS):
+            blocks, ship = 0, self._limits.far.get(tier)
+            places = 0 if ship is not None and ship.reused_only else self._host_places
+            for first in range(0, places, SCAN_BLOCKS):
                 blocks += len(queue.lacking(first, first + SCAN_BLOCKS))
                 await asyncio.sleep(0)
             if blocks := blocks + queue.epochs.left_of(queue.epochs.epoch):

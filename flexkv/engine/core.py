@@ -137,3 +137,8 @@ class Core:
             for far in self.actors.keys() - self.capacities.keys() - {Tier.DEVICE}:
                 self.actors[far].recall_queued()
         self.behind.cleared(tier)
+
+    def stop_transfers(self) -> None:
+        """End the transfers of tiers that can end them at once: the engine is being closed."""
+        for parts in self._tiers:
+            parts.stop()

@@ -212,6 +212,7 @@ class Engine:
         self._behind.close()
         self._scheduler.cancel_all()
         if self._failure is None:
+            self._core.stop_transfers()
             await self._drain()
         self._scheduler.watch.close()
         self._durability.close()

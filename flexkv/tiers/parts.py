@@ -149,6 +149,8 @@ class TierParts:
         checks: what sums its blocks and compares them; None if they are not checked. The
             checksummers of all tiers share one array of sums, which are those of host memory.
         ship: how a far tier is written to; None for other tiers, or if it is only read.
+        stop: ends all transfers soon, because the engine is being closed; does nothing where
+            hardware may go on with them.
         store: returns what a far tier knows of its store; None for other tiers.
     """
 
@@ -163,3 +165,4 @@ class TierParts:
     checks: BlockChecks | None = None
     ship: ShipLimits | None = None
     store: Callable[[], StoreStatistics] | None = None
+    stop: Callable[[], None] = lambda: None

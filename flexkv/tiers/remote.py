@@ -49,12 +49,14 @@ class RemoteTier:
     Attributes:
         catalogue: what the store is said to have.
         requests: the requests to the store; None until it is open.
+        pool: the pool there; None until then.
     """
 
     def __init__(self, cache: CacheConfig, sizes: CacheSizes, unavailable: Unavailable) -> None:
         """Take the configuration, and where to note what cannot be used."""
         self.catalogue: Catalogue = NOTHING_IS_FAR
         self.requests: Requests | None = None
+        self.pool: SharedPool | None = None
         self._cache, self._sizes, self._unavailable = cache, sizes, unavailable
 
     def open(self, arena: Arena, sums: Sums, undo: ExitStack) -> TierParts | None:
@@ -92,7 +94,7 @@ class RemoteTier:
         custom = cache.remote_config_custom.get_secret_value()
         requests = self.requests = Requests(open_store(address, custom, options), options)
         hints = Hints(_spans_max(cache.num_remote_blocks, size), size)
-        pool = SharedPool(requests.store, description)
+        pool = self.pool = SharedPool(requests.store, description)
         self.catalogue = HintedCatalogue(hints)
         host = HostBlocks(arena, sums, tuple(sizes.block_bytes))
         budget = cache.num_remote_blocks
@@ -115,6 +117,7 @@ class RemoteTier:
             work=partial(_work, port, pool, listing, touches, collector),
             ship=self._ship(size, write),
             store=partial(_statistics, pool, hints, listing, touches, collector),
+            stop=port.stop,
         )
 
     def _ship(self, size: int, write: int) -> ShipLimits | None:

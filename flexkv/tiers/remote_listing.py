@@ -4,6 +4,7 @@
     the first round is made at once, by some tasks side by side; later ones at a bounded rate
 
 A shard that cannot be listed is tried again later in its round, which does not end without it.
+Where that cannot help, as with a name that no client accepts, the shard's spans are forgotten.
 """
 
 from __future__ import annotations
@@ -125,8 +126,9 @@ class Listing:
             try:
                 await self._shard(pool, shard, pause_s)
             except RemoteError as error:
-                shards.append(shard)
-                log.warning("remote_pool_not_listed", error=str(error))
+                log.warning("remote_pool_not_listed", shard=f"{shard:02x}", error=str(error))
+                if not error.is_lasting:
+                    shards.append(shard)
                 await asyncio.sleep(RETRY_S)
 
     async def _shard(self, pool: Pool, shard: int, pause_s: float) -> None:

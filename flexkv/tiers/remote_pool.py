@@ -126,7 +126,11 @@ class SharedPool:
         """Return once a pool was joined or left, or after `timeout_s`."""
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
-        await asyncio.wait([waiter], timeout=timeout_s)
+        try:
+            await asyncio.wait([waiter], timeout=timeout_s)
+        finally:
+            if not waiter.done():
+                self._waiters.remove(waiter)
 
     # -- persistence ----------------------------------------------------------------------------
 

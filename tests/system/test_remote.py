@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from flexkv.common.errors import ConfigError, TransferError
 from flexkv.common.request import KVResponseStatus
 from flexkv.common.terms import Tier
 from flexkv.kvmanager import KVManager
+from flexkv.tiers.backend import LocalBackend
 from flexkv.tiers.parts import StoreStatistics
 
 TOKENS, BLOCKS = 16, 40
@@ -197,6 +199,43 @@ async def test_a_store_that_is_away_costs_nothing_but_its_hits(tmp_path: Path) -
             await node.put(1)
         assert await node.get(1) == BLOCKS
         assert not node.store.is_joined
+
+
+async def test_an_engine_closes_while_its_store_is_silent() -> None:
+    """A store that takes requests and never answers does not hold up the end of an engine."""
+    silent = socket.create_server(("127.0.0.1", 0))  # accepts nothing, but the kernel does
+    port = silent.getsockname()[1]
+    remote = {
+        "remote_cache_path": "s3://bucket/kv/",
+        "remote_config_custom": {
+            "endpoint": f"http://127.0.0.1:{port}", "region": "r", "access_key_id": "k",
+            "secret_access_key": "s",
+        },
+        "shutdown_flush_s": 0.1, "io_deadline_s": 600.0,
+    }  # fmt: skip
+    async with asyncio.timeout(30), Node(remote) as node:
+        tokens = prompt(1, BLOCKS)
+        await node.manager.put(tokens, np.arange(len(tokens)))
+    silent.close()
+
+
+async def test_a_shard_with_a_hostile_name_costs_only_its_own_spans(moto: Any) -> None:
+    """A name that the client refuses keeps no round from ending, and no engine from closing."""
+    bucket = moto.new_bucket()
+    remote = {
+        "remote_cache_path": f"s3://{bucket}/kv/", "remote_config_custom": moto.custom,
+        "remote_list_per_s": 1000.0,
+    }  # fmt: skip
+    async with Node(remote) as first:
+        await first.put(1)
+        backend = first.manager.engine._backend
+        assert isinstance(backend, LocalBackend)
+        assert backend.remote.pool is not None
+        pool = (await backend.remote.pool.joined()).name
+    moto.request("PUT", f"{bucket}/kv/{pool}/07//x")
+    async with Node(remote) as second:
+        await second.until(listed)
+        assert await second.get(1) == WHOLE
 
 
 def test_a_wrong_address_is_refused_by_its_key() -> None:

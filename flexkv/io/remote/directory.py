@@ -69,6 +69,21 @@ class DirectoryStore:
             for name, count in (("read", readers), ("write", writers), ("name", 2))
         }
 
+    def doubts(self) -> str:
+        """Return why others may change what is in the directory; "" if only we and root may.
+
+        Checksums find damage, but whoever may write here can forge blocks that have right ones.
+        """
+        try:
+            found = self._root.stat()
+        except OSError:
+            return ""  # it is not there yet: it will be ours
+        if found.st_uid not in (0, os.geteuid()):
+            return f"it belongs to user {found.st_uid}"
+        if found.st_mode & 0o022:
+            return f"others may write to it: mode {found.st_mode & 0o7777:o}"
+        return ""
+
     # -- bytes ----------------------------------------------------------------------------------
 
     async def read_into(self, name: str, first: int, buffers: Sequence[memoryview]) -> int:

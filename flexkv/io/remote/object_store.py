@@ -15,6 +15,7 @@ import obstore
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
+    InvalidPathError,
     PermissionDeniedError,
     PreconditionError,
     UnauthenticatedError,
@@ -118,8 +119,14 @@ class ObjectStore:
                 ]
             )
 
-        while page := await self._done(following(), "list"):
+        while page := await self._listed(following()):
             yield page
+
+    async def _listed(self, page: Awaitable[list[Listed] | None]) -> list[Listed] | None:
+        try:
+            return await self._done(page, "list")
+        except FileNotFoundError:
+            raise RemoteError(self.where, "list", "there is nothing to list") from None
 
     async def delete(self, name: str) -> None:
         """Delete an object; one that is not there is no error."""
@@ -164,8 +171,11 @@ class ObjectStore:
     async def _done(self, work: Awaitable[T], what: str) -> T:
         try:
             return await work
-        except (BaseError, OSError) as error:
-            raise self.error_of(error, what) from None  # its text may contain credentials
+        except (BaseError, OSError) as raised:
+            error = self.error_of(raised, what)
+            if isinstance(error, EOFError):  # only a range can begin beyond the end
+                error = RemoteError(self.where, what, "an answer to another request")
+            raise error from None  # its text may contain credentials
 
     def _error_of_put(self, raised: BaseException) -> RemoteError:
         error = self.error_of(raised, "put")
@@ -187,7 +197,7 @@ class ObjectStore:
         if status == "416" or _BEYOND in text:
             return EOFError(f"{self.where}: the object is too short")
         is_lasting = status in _LASTING or isinstance(
-            raised, PermissionDeniedError | UnauthenticatedError
+            raised, PermissionDeniedError | UnauthenticatedError | InvalidPathError
         )
         return RemoteError(
             self.where, what, _reason(raised, text, status), status in _BUSY, is_lasting

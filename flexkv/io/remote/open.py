@@ -13,6 +13,9 @@ from flexkv.io.remote.landing import OpenStore
 from flexkv.io.remote.names import Pool
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.store import Store
+from flexkv.observe.logs import get_logger
+
+log = get_logger(__name__)
 
 
 def open_store(url: str, custom: Mapping[str, Any], options: RemoteOptions) -> OpenStore:
@@ -27,7 +30,10 @@ def open_store(url: str, custom: Mapping[str, Any], options: RemoteOptions) -> O
     """
     address = parse_address(url, custom)
     if address.kind == "directory":
-        return DirectoryStore(Path(address.url), options.gets_max, options.puts_max)
+        directory = DirectoryStore(Path(address.url), options.gets_max, options.puts_max)
+        if doubts := directory.doubts():
+            log.warning("remote_directory_is_open", directory=address.url, reason=doubts)
+        return directory
     return _object_store(address, options)
 
 

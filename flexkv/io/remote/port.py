@@ -273,6 +273,14 @@ class RemotePort:
         assert self._wake is not None
         self._wake()
 
+    def stop(self) -> None:
+        """End all transfers soon, as if their deadline had come: nobody waits for them any more."""
+        now_s = asyncio.get_running_loop().time()
+        for job in self._jobs.values():
+            job.deadline_s = min(job.deadline_s, now_s)
+            for until in job.running.values():
+                until.stop()
+
     async def sync(self) -> None:
         """Return at once: a store reports a put when the object is on stable storage.
 
