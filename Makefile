@@ -94,7 +94,7 @@ $(VLLM_VENV)/.setup: pyproject.toml scripts/vllm-venv scripts/vllm-tests \
 	scripts/vllm-tests $(VLLM_VENV)/upstream $(VLLM_VENV)
 	touch $@
 
-test-vllm: $(VLLM_VENV)/.setup  ## Real vLLM engines on the CPU, with and without FlexKV (0.7 GB to install)
+test-vllm: $(VLLM_VENV)/.setup $(MOTO_VENV)/.setup  ## Real vLLM engines on the CPU, with and without FlexKV (0.7 GB to install)
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm tests/unit/test_backing.py tests/test_locks.py $(ARGS)
 
 test-vllm-code: $(VLLM_VENV)/.setup  ## The same on the code of a newer vLLM; ENGINES=1 for those with engines, too
