@@ -32,6 +32,9 @@ def run(command: list[str | Path], folder: Path) -> subprocess.CompletedProcess[
         ("two_engines", ["first engine, put: success, 32 blocks",
                          "second engine, match: {'host': 32}",
                          "second engine, get: success, 32 blocks", "every byte is there"]),
+        ("shared_store", ["first engine, put: KVResponse(success, 512 of 512 tokens)",
+                          "second engine, get: KVResponse(success, 512 of 512 tokens)",
+                          "fetched: 32 blocks", "every byte is there"]),
     ],
 )  # fmt: skip
 def test_an_example_runs_as_it_says(tmp_path: Path, name: str, lines: list[str]) -> None:
