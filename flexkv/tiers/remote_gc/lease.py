@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
+import time
+from collections.abc import Callable
 
 from flexkv.io.remote.names import Pool
 from flexkv.io.remote.requests import Requests, Until
@@ -95,12 +97,14 @@ class Lease:
         """Of the lease that this engine has; 0 if it has none."""
         self._begin_s = -math.inf
         """When it was created, or before."""
+        self._now_s: Callable[[], float] = time.monotonic
+        """The time of the loop on which it was created."""
 
     def is_held(self, pool: Pool) -> bool:
-        """Return whether this engine may collect a pool now."""
+        """Return whether this engine may collect a pool now. Any thread may call this."""
         if not self._number or self._folder != folder_of(pool):
             return False
-        return asyncio.get_running_loop().time() < self._begin_s + LEASE_S
+        return self._now_s() < self._begin_s + LEASE_S
 
     async def hold(self, pool: Pool) -> bool:
         """Take the lease of a pool, or renew it if that is due; return whether it is held.
@@ -168,7 +172,8 @@ class Lease:
 
     async def _create(self, number: int) -> bool:
         """Create a lease; return False if another engine was first."""
-        name, begin_s = f"{self._folder}{number}", asyncio.get_running_loop().time()
+        self._now_s = asyncio.get_running_loop().time
+        name, begin_s = f"{self._folder}{number}", self._now_s()
         is_new = await self._requests.put(name, [self._me.encode()], within(REQUEST_S))
         # It may be this engine's own all the same: a put is repeated if its answer is lost.
         if not is_new and not await self._is_mine(name):
