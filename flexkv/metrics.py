@@ -19,6 +19,8 @@ from contextlib import suppress
 from operator import attrgetter
 from typing import Any, Self, TypeAlias
 
+from msgspec import Struct
+from msgspec.structs import asdict
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -34,6 +36,7 @@ from flexkv.kvmanager import KVManager
 from flexkv.observe.records import OpRecord, Record, RequestRecord
 from flexkv.process import forks
 from flexkv.process.forks import HomeProcess
+from flexkv.tiers.parts import StoreStatistics
 
 BOUNDS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10,
@@ -299,6 +302,20 @@ def _ways(inbound: str, outbound: str) -> Reader:
     ]
 
 
+def _outcomes(of: Callable[[StoreStatistics], Struct]) -> Reader:
+    """Return a reader of all counts of a struct of each store, by their names."""
+    return lambda now: [
+        ((tier, name), count)
+        for tier, store in now.stores.items()
+        for name, count in asdict(of(store)).items()
+    ]
+
+
+def _horizon(now: Statistics) -> Values:
+    ages = [((tier,), store.collection.horizon_s) for tier, store in now.stores.items()]
+    return [(labels, age_s) for labels, age_s in ages if age_s is not None]
+
+
 _KINDS = ("get", "put", "head", "list", "delete", "touch")
 _BLOCK_STATES = ("free", "reserved", "ready", "draining", "pinned")
 _DIRECTIONS = ("inbound", "outbound")
@@ -379,6 +396,12 @@ FIGURES: tuple[tuple[Kind, str, str, Labels, Reader], ...] = (
      ("tier",), _each("stores", "known_spans")),
     (COUNTER, "flexkv_store_lost_spans", "Spans forgotten because the table of hints is full.",
      ("tier",), _each("stores", "lost_spans")),
+    (COUNTER, "flexkv_store_collected_spans", "Old spans that this engine was to delete.",
+     ("tier", "outcome"), _outcomes(lambda store: store.collection.removed)),
+    (COUNTER, "flexkv_store_touched_spans", "Spans that were read and old, so as to stay.",
+     ("tier", "outcome"), _outcomes(lambda store: store.touches)),
+    (GAUGE, "flexkv_store_horizon_seconds", "Age of the oldest spans that the budget has room for.",
+     ("tier",), _horizon),
     (COUNTER, "flexkv_store_listed_rounds", "Listings of the whole pool that have ended.",
      ("tier",), _each("stores", "listed_rounds")),
 )  # fmt: skip

@@ -18,6 +18,9 @@ from flexkv.io.remote.counts import RemoteCounts
 from flexkv.kvmanager import KVManager
 from flexkv.metrics import MetricsServer
 from flexkv.tiers.parts import StoreStatistics
+from flexkv.tiers.remote_gc.collector import CollectionCounts
+from flexkv.tiers.remote_gc.removal import RemovalCounts
+from flexkv.tiers.remote_gc.touches import TouchCounts
 
 from .caches import MODEL, cache_config, kv_caches
 
@@ -33,6 +36,8 @@ STORE = StoreStatistics(
         read_bytes=6, written_bytes=7, hedges=8, hedges_won=9, busy=10, missing=11, existing=12,
         wrong=13, deleted=14, gets_limit=15, puts_limit=16,
     ),
+    collection=CollectionCounts(True, 31, 32.5, RemovalCounts(33, 34, 35, 36, 37, 38, 39)),
+    touches=TouchCounts(40, 41, 42, 43),
 )  # fmt: skip
 """A store in which no two numbers are equal."""
 
@@ -80,7 +85,7 @@ def test_every_number_of_a_store_is_a_metric(served: Any) -> None:
         "hedges_total": 8, "hedges_won_total": 9, "busy_total": 10, "missing_spans_total": 11,
         "existing_spans_total": 12, "wrong_answers_total": 13, "deleted_spans_total": 14,
         "joined": 1, "generation": 21, "known_spans": 22, "lost_spans_total": 23,
-        "listed_rounds_total": 24,
+        "listed_rounds_total": 24, "horizon_seconds": 32.5,
     }  # fmt: skip
     for name, wanted in (
         ("requests", {"get": 1, "put": 2, "list": 3}),
@@ -90,6 +95,12 @@ def test_every_number_of_a_store_is_a_metric(served: Any) -> None:
         counts = of_store[f"{name}_total"]
         kinds = {"get", "put", "head", "list", "delete", "touch"}
         assert counts == {(kind, "remote"): wanted.get(kind, 0) for kind in kinds}
+    outcomes = "expired", "evicted", "garbage", "leftovers", "spared", "gone", "failed"
+    collected = {(name, "remote"): 33 + number for number, name in enumerate(outcomes)}
+    assert of_store["collected_spans_total"] == collected
+    looked_at = "touched", "young", "skipped", "failed"
+    touched = {(name, "remote"): 40 + number for number, name in enumerate(looked_at)}
+    assert of_store["touched_spans_total"] == touched
     both = ("inbound", "remote"), ("outbound", "remote")
     assert of_store["bytes_total"] == dict(zip(both, (6, 7), strict=True))
     assert of_store["limit_spans"] == dict(zip(both, (15, 16), strict=True))
