@@ -42,14 +42,16 @@ class Rig:
         sent: the messages of the scheduler's side that are about prompts.
     """
 
-    def __init__(self, folder: Path, has_far: bool = True, **cache: Any) -> None:
+    def __init__(
+        self, folder: Path, has_far: bool = True, tells_events: bool = False, **cache: Any
+    ) -> None:
         chunk_mb = MODEL.spaces(PER_BLOCK)[0].stride_bytes / 2**20  # see `SINGLE_HOP_CHUNKS`
         settings = settings_in(
             folder, **{"num_ssd_blocks": 0, "num_cpu_blocks": 64, "chunk_mb": chunk_mb, **cache}
         )
         settings = settings.model_copy(update={"match_wait_ms": 10_000, "server_answer_ms": 60_000})
         self.served = FarServer(MODEL, settings, has_far)
-        self.side = SchedulerSide(Setup(MODEL, settings, 0, launches=False))
+        self.side = SchedulerSide(Setup(MODEL, settings, 0, False, tells_events=tells_events))
         self.agent = Peer(settings, "agent")
         eventually(self.side._ready)
         self.now_s, self.sent = 1000.0, list[Message]()
