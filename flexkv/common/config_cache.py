@@ -189,7 +189,7 @@ class CacheConfig(ConfigModel):
         le=10_000,
     )
     remote_list_per_s: float = key(
-        2.0,
+        4.0,
         "Requests that list the remote tier, after the first listing; 0 = list only at the start.",
         unit="1/s",
         ge=0,
