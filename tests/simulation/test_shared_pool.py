@@ -23,9 +23,9 @@ def simulated(limits: Limits, seed: int, filled: float = 0.96) -> Outcome:
     scene = Scene(
         limits,
         writes_per_s=SPANS / TURNOVER_S,
-        seconds=0.8 * TURNOVER_S,
+        seconds=0.6 * TURNOVER_S,
         list_per_s=max(0.5, SPANS / 1e6),
-        kill_every_s=TURNOVER_S / 4,
+        kill_every_s=TURNOVER_S / 5,
         read_within_s=0.95 * ttl_s / 2,
         pace=1 + (seed % 3 - 1) / 2000,
         delete_per_s=5 * SPANS / TURNOVER_S + 10,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from random import Random
 
 import pytest
@@ -10,11 +11,12 @@ import pytest
 from flexkv.actors.supervisor import Supervisor
 from flexkv.common.errors import RemoteError
 from flexkv.io.remote.names import SHARDS
+from flexkv.io.remote.store import Listed
 from flexkv.testing.timed_store import TimedStore
 from flexkv.testing.virtual_time import run_virtual
 from flexkv.tiers.remote_gc.collector import GARBAGE_S, REFUSED_S, Collector, generation_of
 from flexkv.tiers.remote_gc.lease import LEASE_S, RENEW_S, Lease
-from flexkv.tiers.remote_gc.once import SinglePool
+from flexkv.tiers.remote_gc.once import SinglePool, shards_of
 from flexkv.tiers.remote_gc.rules import Limits
 from tests.remote_engines import POOL, Rig, World, failed, with_rig
 
@@ -121,15 +123,17 @@ def test_deletions_are_paced() -> None:
 def test_an_engine_that_is_closed_releases_the_lease() -> None:
     """After an orderly end nothing is left of the lease, so that another engine need not wait."""
 
-    async def main() -> None:
+    async def main() -> Collector:
         world = World()
         rig = Rig(Limits(), world=world)
         await rig.start()
         assert len(world.leases()) == 1
+        assert rig.collector.counts().is_collector
         await rig.tasks.stop()
         assert world.leases() == []
+        return rig.collector
 
-    run_virtual(main())
+    assert not run_virtual(main()).counts().is_collector  # without a loop, too
 
 
 def test_garbage_of_older_generations_is_removed() -> None:
@@ -332,3 +336,32 @@ def test_a_budget_alone_touches_once_the_pool_is_nearly_full() -> None:
     with_rig(Limits(1100), work)
     with pytest.raises(AssertionError):
         with_rig(Limits(2000), work)
+
+
+def test_a_command_lists_a_shard_again_if_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listing that fails once is repeated, and has each span once; a refusal ends the command."""
+    failing = {"left": 1, "lasting": False}
+
+    async def pages(self: TimedStore, prefix: str) -> AsyncIterator[list[Listed]]:
+        async for page in real(self, prefix):
+            yield page
+        if failing["left"]:
+            failing["left"] -= 1
+            raise RemoteError("store", "list", "status 500", is_lasting=failing["lasting"])
+
+    async def work(rig: Rig) -> None:
+        keys = rig.create(3, [1.0, 2.0])
+        monkeypatch.setattr(TimedStore, "pages", pages)
+        spawn = rig.tasks.spawn
+        listings = await shards_of(rig.requests, POOL, spawn, lambda _: None, [3])
+        assert [key.tobytes() for key in listings[3].keys] == keys
+        failing.update(left=1, lasting=True)
+        with pytest.raises(RemoteError):
+            await shards_of(rig.requests, POOL, spawn, lambda _: None, [3])
+        failing.update(left=99, lasting=False)
+        with pytest.raises(RemoteError):
+            await shards_of(rig.requests, POOL, spawn, lambda _: None, [3])
+        failing["left"] = 0
+
+    real = TimedStore.pages
+    with_rig(Limits(), work)

@@ -122,13 +122,25 @@ def test_shards_grow_between_their_listings() -> None:
 def test_a_growing_pool_is_cut_deeper() -> None:
     """If shards grow by much from listing to listing, they are left with less, for the mean."""
     census, _ = census_of(100, now_s=0.0)
+    times = -np.linspace(0, 1, 150)
     for shard in range(SHARDS):
-        census.listed(shard, -np.arange(150.0), 100.0)
+        census.listed(shard, times, 100.0)
     budget = 150 * SHARDS
     cut = census.cut(budget, 100.0)
     assert cut is not None
-    left = int((-np.arange(150.0) >= cut.before_s).sum())
-    assert left == pytest.approx(150 * 0.975 - 50 / 2, abs=3)
+    left = int((times >= cut.before_s).sum())
+    assert left == pytest.approx(150 * 0.975 - 50 / 2, abs=1.5)
+
+
+def test_samples_of_shards_that_are_all_alike_still_find_the_oldest() -> None:
+    """With the same times in every shard, a cut is as exact as with other times in each."""
+    census, times = Census(), -np.linspace(0, 1, 4000)
+    for shard in range(SHARDS):
+        census.listed(shard, times, 0.0)
+    for budget in (3990, 3900, 3000, 1000):
+        cut = census.cut(budget * SHARDS, 0.0)
+        assert cut is not None
+        assert int((times >= cut.before_s).sum()) == pytest.approx(0.95 * budget, abs=20)
 
 
 def test_deleted_spans_do_not_count_any_more() -> None:

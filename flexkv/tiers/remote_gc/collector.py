@@ -111,6 +111,8 @@ class Collector:
         self._requests, self._pool, self._limits = requests, pool, limits
         self._horizon_s = math.inf
         self._tidied_s = self._clock_s = -math.inf
+        self._is_collector = False
+        """As of the last look at the lease."""
         self._forget_pool(None)
 
     def _forget_pool(self, pool: Pool | None) -> None:
@@ -122,9 +124,8 @@ class Collector:
 
     def counts(self) -> CollectionCounts:
         """Return the state of the collection."""
-        pool = self._pool.current
         return CollectionCounts(
-            pool is not None and self.lease.is_held(pool),
+            self._is_collector,
             self._census.spans,
             self._horizon_s if math.isfinite(self._horizon_s) else None,
             self.removal.counts(),
@@ -190,16 +191,18 @@ class Collector:
                 pool = await self._pool.joined()
                 await asyncio.sleep(await self._turn(pool))
         finally:
+            self._is_collector = False
             with suppress(RemoteError):
                 await self.lease.release()
 
     async def _turn(self, pool: Pool) -> float:
         """Do what is due, and return the pause until the next turn."""
         try:
-            was_held, now_s = self.lease.is_held(pool), asyncio.get_running_loop().time()
+            now_s = asyncio.get_running_loop().time()
             is_held = self._may_collect and await self.lease.hold(pool)
-            if is_held != was_held:
+            if is_held != self._is_collector:
                 log.info("remote_collection", is_collector=is_held, pool=pool.name)
+            self._is_collector = is_held
             if is_held and now_s - self._tidied_s > TIDY_S:
                 self._tidied_s = now_s
                 await self.tidy(pool)

@@ -21,6 +21,8 @@ from flexkv.tiers.remote_gc.rules import Census, Limits, ShardListing, victims
 from flexkv.tiers.remote_gc.turns import Pacer, side_by_side
 
 PAGE_S = 60.0
+TRIES = 3
+"""How often a shard is listed until a command gives up."""
 SIDE_BY_SIDE, SHARDS_PER_S = 8, 1000.0
 
 
@@ -74,17 +76,23 @@ async def shards_of(
         RemoteError: the store failed, or did not answer in time.
     """
     listings = [ShardListing() for _ in range(SHARDS)]
-    failures: list[Exception] = []
+    failures: list[RemoteError] = []
 
     async def list_one(shard: int, _: Until) -> None:
-        try:
-            async for page in requests.pages(pool.shard(shard), PAGE_S):
-                spans = [(each, key) for each in page if (key := pool.span_key(each.name))]
-                keys = b"".join(key for _, key in spans)
-                listings[shard].add(keys, [each.modified_s for each, _ in spans])
-                seen(len(spans))
-        except RemoteError as error:
-            failures.append(error)
+        for number in range(TRIES):
+            listings[shard] = ShardListing()
+            try:
+                async for page in requests.pages(pool.shard(shard), PAGE_S):
+                    spans = [(each, key) for each in page if (key := pool.span_key(each.name))]
+                    keys = b"".join(key for _, key in spans)
+                    listings[shard].add(keys, [each.modified_s for each, _ in spans])
+                    seen(len(spans))
+            except RemoteError as error:
+                if error.is_lasting or number == TRIES - 1:
+                    failures.append(error)
+                    return
+            else:
+                return
 
     await side_by_side(spawn, SIDE_BY_SIDE, deque(wanted), Pacer(SHARDS_PER_S), list_one)
     for listing in listings:

@@ -35,6 +35,7 @@ SLACK_S, SLACK_SHARE = 60.0, 0.1
 SAMPLES = 16
 """How many ages are remembered of a shard: 4096 of a pool, which take a quarter of a millisecond to
 sort."""
+_GOLDEN = (math.sqrt(5) - 1) / 2
 EDGE = 0.05
 """The oldest part of a pool, which does not count for the horizon: some ages may be odd."""
 
@@ -156,7 +157,8 @@ class Census:
         kept = min(count, SAMPLES)
         self._left[shard], self._weights[shard] = count, 0
         if kept:
-            rows = ((np.arange(kept) + 0.5) * count / kept).astype(np.int64)
+            phase = shard * _GOLDEN % 1  # so that the shards' samples differ in what they miss
+            rows = ((np.arange(kept) + phase) * count / kept).astype(np.int64)
             self._times[shard, :kept] = np.sort(modified_s)[rows]
             self._weights[shard, :kept] = count / kept
 
