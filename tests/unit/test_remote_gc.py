@@ -230,6 +230,21 @@ def test_a_span_that_is_not_listed_yet_ages_from_its_first_use() -> None:
     with_rig(Limits(ttl_s=TTL_S), work)
 
 
+def test_an_old_span_is_touched_before_its_shard_is_listed() -> None:
+    """An engine that has just started looks at what it reads, once, since it knows no ages yet."""
+
+    async def work(rig: Rig) -> None:
+        old, young = rig.create(3, [0.6 * TTL_S, 0.1 * TTL_S])
+        for _ in range(3):
+            rig.touches.used(old)
+            rig.touches.used(young)
+            await asyncio.sleep(10)
+        counts = rig.touches.counts()
+        assert (counts.touched, counts.young) == (1, 1)
+
+    with_rig(Limits(ttl_s=TTL_S), work)
+
+
 def test_a_listing_knows_better_than_the_first_use() -> None:
     """A span that another engine stored long before it was first used here has its real age."""
 

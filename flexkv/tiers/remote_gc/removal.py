@@ -27,8 +27,8 @@ from flexkv.tiers.remote_gc.turns import Pacer, side_by_side
 
 log = get_logger(__name__)
 
-AT_ONCE = 8
-"""How many spans are looked at and deleted side by side."""
+AT_ONCE = 32
+"""How many spans are looked at and deleted side by side: each takes two requests."""
 
 
 class RemovalCounts(msgspec.Struct, frozen=True):

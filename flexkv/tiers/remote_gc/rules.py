@@ -227,13 +227,18 @@ class Ages:
         nothing = np.zeros(0, np.uint32)
         self._shards = [(nothing, nothing)] * SHARDS
         """Of each shard the sorted tags of its spans, and their times."""
+        self._listed = bytearray(SHARDS)
+
+    def is_listed(self, key: BlockKey) -> bool:
+        """Return whether the shard of a span was ever listed."""
+        return bool(self._listed[key[0]])
 
     def listed(self, shard: int, listing: ShardListing) -> None:
         """Take the times of a shard that was listed."""
         tags = listing.keys[:, _TAG].copy().view("<u4")[:, 0]
         times = np.maximum(listing.modified_s, 0).astype(np.uint32)
         order = np.lexsort((times, tags))
-        self._shards[shard] = tags[order], times[order]
+        self._shards[shard], self._listed[shard] = (tags[order], times[order]), True
 
     def modified_s(self, key: BlockKey) -> float | None:
         """Return when a span was last modified, or up to a second earlier; None if not known."""

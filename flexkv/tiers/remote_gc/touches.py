@@ -80,10 +80,13 @@ class Touches:
     def used(self, key: BlockKey) -> None:
         """Record that a span was read, or would have been stored; touch it later if it is old."""
         collector, clock = self._collector, self._collector.lease.clock
-        if math.isinf(collector.touch_age_s) or not clock.is_known or key in self._queued:
+        if math.isinf(collector.touch_age_s) or key in self._queued:
             return
-        late_s = clock.late_s()
-        if late_s - self._modified_s(key, late_s) < collector.touch_age_s:
+        if clock.is_known and collector.ages.is_listed(key):
+            late_s = clock.late_s()
+            if late_s - self._modified_s(key, late_s) < collector.touch_age_s:
+                return
+        elif key in self._looked_at:
             return
         is_refused = asyncio.get_running_loop().time() < self._refused_s + REFUSED_S
         if is_refused or len(self._waiting) >= WAITING_MAX:
@@ -131,7 +134,9 @@ class Touches:
             FileNotFoundError: it is gone.
             RemoteError: the store failed, or did not answer in time.
         """
-        clock = self._collector.lease.clock
+        clock, pool = self._collector.lease.clock, self._pool.current
+        if not clock.is_known and pool is not None:
+            await self._collector.lease.read_clock(pool)
         modified_s = (await self.requests.head(name, until)).modified_s
         if clock.late_s() - modified_s < self._collector.touch_age_s:
             self._young += 1
