@@ -38,6 +38,7 @@ CASES = (
     "vllm_steps",
     "vllm_layers",
     "vllm_overhead",
+    "vllm_remote",
 )
 
 

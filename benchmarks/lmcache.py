@@ -1,6 +1,6 @@
 """LMCache's server as a peer of the `vllm` case, where its packages are installed.
 
-    pip install --no-deps lmcache==0.5.6 sortedcontainers \\
+    pip install --no-deps lmcache==0.5.6 sortedcontainers aiofiles \\
         'opentelemetry-exporter-prometheus<=0.61b0'
 
 in an environment with vLLM, which has everything else that the server and the connector import.
@@ -13,6 +13,7 @@ were transfers by pickle and by shared memory of its own, and chunks of 32 and 2
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import urllib.request
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, Self
 from flexkv.testing.vllm_serve import Program, free_port
 
 NEEDED = {
+    "aiofiles": "aiofiles",
     "lmcache": "lmcache",
     "opentelemetry.exporter.prometheus": "opentelemetry-exporter-prometheus",
     "sortedcontainers": "sortedcontainers",
@@ -43,10 +45,19 @@ def _is_there(module: str) -> bool:
 class LMCacheServer(Program):
     """An `lmcache server` on this machine."""
 
-    def __init__(self, folder: Path, chunk_tokens: int, host_gb: float) -> None:
-        """Take the folder of its log, and its sizes. A full server drops new blocks."""
+    def __init__(
+        self, folder: Path, chunk_tokens: int, host_gb: float, store: Path | None = None
+    ) -> None:
+        """Take the folder of its log, and its sizes. A full server drops new blocks.
+
+        Args:
+            folder: exists.
+            chunk_tokens: tokens of a chunk.
+            host_gb: size of its host memory.
+            store: a directory that it shares with other servers; None: it has host memory only.
+        """
         super().__init__(folder / "lmcache.log")
-        self._chunk_tokens, self._host_gb = chunk_tokens, host_gb
+        self._chunk_tokens, self._host_gb, self._store = chunk_tokens, host_gb, store
         self._port, self._health_port = free_port(), free_port()
 
     def __enter__(self) -> Self:
@@ -58,7 +69,11 @@ class LMCacheServer(Program):
             "--chunk-size", str(self._chunk_tokens), "--shm-name", f"flexkv-peer-{os.getpid()}",
             "--supported-transfer-mode", "engine_driven",
         ]  # fmt: skip
-        self._start(command_line, {"LMCACHE_TRACK_USAGE": "false"})
+        if self._store is not None:
+            adapter = {"type": "fs", "base_path": str(self._store)}
+            command_line += ["--l2-adapter", json.dumps(adapter)]
+        # Other servers find a chunk by the same hash.
+        self._start(command_line, {"LMCACHE_TRACK_USAGE": "false", "PYTHONHASHSEED": "0"})
         healthy = f"http://127.0.0.1:{self._health_port}/healthcheck"
         self.wait_healthy(lambda: urllib.request.urlopen(healthy, timeout=5).close())
         return self

@@ -50,6 +50,10 @@ def test_a_peer_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
         return object() if name in there else None
 
     monkeypatch.setattr("importlib.util.find_spec", find)
-    assert lmcache.missing() == ["opentelemetry-exporter-prometheus", "sortedcontainers"]
+    assert lmcache.missing() == [
+        "aiofiles",
+        "opentelemetry-exporter-prometheus",
+        "sortedcontainers",
+    ]
     there |= set(lmcache.NEEDED)
     assert lmcache.missing() == []
