@@ -25,11 +25,12 @@ class Moto:
 
     Attributes:
         port: where it listens on loopback.
+        pid: its process.
         custom: `remote_config_custom` for a bucket of it.
     """
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, port: int, pid: int) -> None:
+        self.port, self.pid = port, pid
         self._numbers = itertools.count()
 
     @property
@@ -75,7 +76,7 @@ def running() -> Iterator[Moto]:
                 assert serving.poll() is None, "moto has ended"
                 assert time.monotonic() < until_s, "moto does not answer"
                 time.sleep(0.05)
-            yield Moto(port)
+            yield Moto(port, serving.pid)
         finally:
             serving.kill()
 

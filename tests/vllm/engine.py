@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,10 @@ class Plan(Sizes):
     """Whether to wait before each turn until everything is on SSD."""
     forgets: bool = False
     """Whether the device cache is emptied before each turn."""
+    lists: bool = False
+    """Whether to wait at first until the store of the remote tier was listed."""
+    kills: dict[int, int] = field(default_factory=dict)
+    """Processes that are killed before a turn, by turn."""
     naps: bool = False
     """Whether the engine's memory is taken back, overwritten and lent anew between turns."""
     events: str = ""
@@ -222,14 +227,13 @@ def run(plan: Plan) -> dict[str, Any]:
     llm = started(plan)
     scheduler, asking = scheduler_of(llm), Asking(plan, llm)
     flips, flipped = random.Random(plan.seed + 2), 0
+    if plan.lists:
+        wait_listed(plan)
     begin = time.monotonic()
     for number in range(plan.turns):
-        if plan.flush:
-            flush(plan)
+        prepare(plan, number)
         if plan.forgets:
             assert scheduler.reset_prefix_cache()
-        if plan.disk:
-            Disk(Path(), Path(plan.disk)).suffers_from("read" if number % 2 else "")
         asking.turn()
         if plan.naps:
             nap(llm)
@@ -260,6 +264,16 @@ def run(plan: Plan) -> dict[str, Any]:
     return told
 
 
+def prepare(plan: Plan, turn: int) -> None:
+    """Do what the plan says about the surroundings of the engine, before a turn."""
+    if turn in plan.kills:
+        os.kill(plan.kills[turn], signal.SIGKILL)
+    if plan.flush:
+        flush(plan)
+    if plan.disk:
+        Disk(Path(), Path(plan.disk)).suffers_from("read" if turn % 2 else "")
+
+
 def settled(plan: Plan) -> Any:
     """Return the status of FlexKV's server once it has no claims and no runs."""
 
@@ -269,6 +283,16 @@ def settled(plan: Plan) -> Any:
         return not (statistics["claims"] or statistics["runs_in_flight"]) and status
 
     return eventually(idle, DONE_S)
+
+
+def wait_listed(plan: Plan) -> None:
+    """Wait until FlexKV's server knows what the store of the remote tier has."""
+
+    def is_listed() -> bool:
+        statistics = command(plan.settings["server_recv_port"], "status")["statistics"]
+        return bool(statistics["stores"]["remote"]["listed_rounds"])
+
+    eventually(is_listed, DONE_S)
 
 
 def nap(llm: Any) -> None:
