@@ -148,13 +148,13 @@ class WriteBehind:
             self._add(tier, host_ids, 0, None)
 
     def arrived(self, host_ids: BlockIds) -> None:
-        """Owe far tiers the spans that blocks which have just become READY complete."""
+        """Owe far tiers the spans that are whole now that these blocks have become READY."""
         for tier, ship in self._limits.far.items():
             if not ship.reused_only:
                 self.owe(tier, host_ids)
 
     def reused(self, host_ids: BlockIds) -> None:
-        """Owe blocks of host memory that a load has found to far tiers that keep only such."""
+        """Owe blocks that a load has found in host memory to far tiers that take only those."""
         for tier, ship in self._limits.far.items():
             if ship.reused_only:
                 self.owe(tier, host_ids)
@@ -402,9 +402,9 @@ class WriteBehind:
     async def left_blocks(self) -> dict[str, int]:
         """Return, by tier name, how many blocks of host memory a tier lacks.
 
-        Those that it is owed count, too: another flush may have found a place for them since. A far
-        tier is to have whole spans only, and no others than those that it is owed if it is to have
-        only what was used again.
+        Those that it is owed count, too: another flush may have found a place for them since. Of a
+        far tier only whole spans count, and only those that it is owed if it takes reused blocks
+        only.
         """
         left = {}
         for tier, queue in self._queues.items():

@@ -42,7 +42,7 @@ DAY_S = 24 * 3600.0
 
 @remote.command("ls")
 def list_pools(as_json: AsJson = False) -> None:
-    """List the pools of the store: of which model, how large and how old."""
+    """List the pools of the store: their model, size and age."""
     cache = load_settings().cache_config
 
     async def work(session: Session) -> list[dict[str, Any]]:
@@ -206,7 +206,7 @@ def gc(
 ) -> None:
     """Collect once: delete what is over num_remote_blocks or older than remote_ttl_s.
 
-    Running engines do that by themselves. The exit status is 1 if one of them is at it.
+    Running engines do that by themselves. The exit status is 1 if one of them is collecting.
     """
     cache = load_settings().cache_config
 

@@ -7,14 +7,14 @@ fetch that is not tried. (ADR 6)
     own writes, listings, announcements ──▶ note, drop ──▶ HintedCatalogue.far ──▶ a fetch
                                               doubt, drop ◀───────────────────── what failed
 
-A listing does not name what is gone. So it is a *round* of its holder, at whose end the pairs are
-dropped that were not noted since it began, by a page of the listing or after a write of our own:
+A listing does not name what is gone. So it is a *round* of its holder. At its end, those pairs are
+dropped that were noted neither by one of its pages nor after a write of our own since it began:
 
     begin_round ──▶ note the keys of every page ──▶ end_round ──▶ scrub, until nothing is left ─┐
          ▲                                                                                      │
          └──────────────────────────────────────────────────────────────────────────────────────┘
 
-If pages cannot be listed, the round goes on until they could: ending it would drop their keys.
+If pages cannot be listed, the round goes on until they can: ending it would drop their keys.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Hints:
     def note(
         self, holder: int, keys: bytes, on_disk: bool = False, size: int = BLOCK_KEY_BYTES
     ) -> int:
-        """Remember that a holder has spans, in no doubt any more; return how many are news.
+        """Remember that a holder has spans, and end doubts of them; return how many are new.
 
         Of a span that many nodes have, only a few are remembered: the latest. What a retired holder
         has is not noted.
@@ -115,7 +115,7 @@ class Hints:
         return self._table.drop(holder, keys, size)
 
     def doubt(self, holder: int, keys: bytes, ticks: int) -> int:
-        """Name spans of a holder in no run for some ticks; return how many it is said to have."""
+        """Leave a holder's spans out of runs for some ticks; return how many it is said to have."""
         return self._table.doubt(holder, keys, ticks)
 
     def known(self, holder: int, keys: bytes) -> NDArray[np.bool_]:
@@ -127,7 +127,7 @@ class Hints:
         self._table.tick(now)
 
     def avoid(self, holder: int, is_down: bool) -> None:
-        """Name a holder in no run while it is down; what it has is noted and dropped as before."""
+        """Leave a holder out of runs while it is down; spans are noted and dropped as before."""
         self._table.avoid(holder, is_down)
 
     def retire(self, holder: int) -> None:

@@ -20,7 +20,7 @@ from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 SPAN_BYTES = 16 << 20
 """About how large a span should be, so that a request to an object store is worth its price."""
 SPAN_TOKENS_MAX = 256
-"""A span is no longer, unless a block is: others hold no blocks behind the last whole span."""
+"""A span has no more, unless it is one block: nobody else holds what is behind the last span."""
 
 
 def span_blocks(stride_bytes: int, tokens_per_block: int) -> int:
@@ -32,8 +32,8 @@ def span_blocks(stride_bytes: int, tokens_per_block: int) -> int:
 def spans_ending(first: int, last: int, blocks: int) -> range:
     """Return the spans, of `blocks` blocks each, that end with a block from `first` up to `last`.
 
-    All of a prompt up to `last` is there if the blocks before `first` are, so that these are the
-    spans which become whole when the blocks from `first` up to `last` arrive.
+    If the blocks before `first` are there, these are the spans that become whole when the blocks
+    from `first` up to `last` arrive.
     """
     return range(first // blocks, last // blocks)
 
@@ -53,7 +53,7 @@ def span_keys(keys: bytes, first: int, last: int, blocks: int) -> bytes:
 
 
 def span_rows(positions: BlockIds, blocks: int) -> BlockIds:
-    """Return which rows of a prompt's keys, the root included, are those of positions' spans."""
+    """Return the row of each position's span key among a prompt's keys, the root included."""
     return (positions // blocks + 1) * blocks
 
 

@@ -104,8 +104,8 @@ class StoreStatistics(msgspec.Struct, frozen=True):
         where: names the store, without credentials.
         is_joined: whether the store has answered, so that the tier is in use.
         generation: of the pool in use; 0 until a clear.
-        known_spans: how many spans the hints promise.
-        lost_spans: how many promises were displaced by others since the start.
+        known_spans: how many spans the store is said to have.
+        lost_spans: how many hints were displaced by others since the start.
         listed_rounds: how often the whole pool was listed.
         requests: what was asked of the store since the start.
         collection: what was deleted from the pool, and whether this engine does that.

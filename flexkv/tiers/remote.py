@@ -2,7 +2,7 @@
 
     written behind, by whole spans ──▶ store ◀── listed, round after round ──▶ hints ──▶ catalogue
 
-The store is not asked where a block is: hints say it, and cost nothing when they are wrong.
+The store is not asked whether it has a block: hints say so, and a wrong one costs a fetch.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from flexkv.tiers.unavailable import Unavailable
 SPANS_MAX = 1 << 21
 """How many spans are remembered if the tier has no size: 20 MB."""
 SPARE_SPANS = 1024
-"""How many more spans are remembered than the tier may hold: it shrinks only once it is full."""
+"""How many more spans are remembered than the tier may hold: a pool can exceed its budget."""
 DEADLINE_SHARE = 0.8
-"""The part of `io_deadline_s` after which a transfer has ended, so that it never counts as hung."""
+"""The share of `io_deadline_s` after which a transfer has ended, so that none counts as hung."""
 
 
 class RemoteTier:

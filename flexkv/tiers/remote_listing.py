@@ -4,7 +4,7 @@
     the first round is made at once, by some tasks side by side; later ones at a bounded rate
 
 A shard that cannot be listed is tried again later in its round, which does not end without it.
-Where that cannot help, as with a name that no client accepts, the shard's spans are forgotten.
+If trying again cannot help, as with a name that no client accepts, its spans are forgotten.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ PAGE_S = 30.0
 RETRY_S = 2.0
 """The pause after a page that could not be listed."""
 TICK_S = 1.0
-"""How often time is told to the hints, whose doubts end with it."""
+"""How often the hints' time is set, by which doubts end."""
 SCRUB_LINES = 1 << 14
-"""How many lines of hints one step searches for those of earlier rounds: about a millisecond."""
+"""How many lines of hints one step searches for dead pairs: about a millisecond."""
 
 
 class Listing:
@@ -53,16 +53,14 @@ class Listing:
         requests_per_s: float,
         collector: Collector,
     ) -> None:
-        """Take the store's requests, the pool, the hints that are kept up to date, and who collects
-        what is old.
-        """
+        """Take the store's requests, the pool, its hints, and what deletes its old spans."""
         self.rounds = self.spans = 0
         self._requests, self._pool, self._hints = requests, pool, hints
         self._per_s, self._collector = requests_per_s, collector
         self._found = 0
 
     async def clock(self) -> None:
-        """Tell the hints the time, and remove in steps what they do not promise any more."""
+        """Set the hints' time, and remove dead pairs in steps, until cancelled."""
         loop, begin_s = asyncio.get_running_loop(), asyncio.get_running_loop().time()
         while True:
             self._hints.tick(int((loop.time() - begin_s) / TICK_S))

@@ -4,8 +4,9 @@
                          (asked again until the store answers)
     clear  ──▶ nothing is read or written ──▶ begin a later generation ──▶ join its pool
 
-A clear makes an engine leave its pool for a new one, since others may go on storing what the clear
-is about. Engines that start later join the latest generation. What older ones hold is garbage.
+A clear makes an engine leave its pool for a new one, since others may go on storing what it has
+cleared. Engines that start later join the latest generation; running ones do not follow. What older
+generations hold is garbage.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ WRITTEN_S = 10.0
 
 
 class SharedPool:
-    """The current pool, and what makes a clear of it last. It is the tier's `Persistence`.
+    """The pool in use, and what makes a clear of it last. It is the tier's `Persistence`.
 
     Attributes:
         span_blocks: how many blocks a span has.
@@ -83,7 +84,12 @@ class SharedPool:
                 return
 
     async def _try_to_join(self) -> None:
-        """Raises RemoteError, or ConfigError if something else is in the pool's place."""
+        """Join the pool, of a new generation after a clear; return without one if another came.
+
+        Raises:
+            RemoteError: the store failed.
+            ConfigError: something else is in the pool's place.
+        """
         is_new = self._is_new_wanted
         generation = await self._latest()
         while is_new and not await self._begin(generation := generation + 1):
@@ -165,7 +171,7 @@ class SharedPool:
             await self._change(until_s - loop.time())
 
     async def flush(self) -> None:
-        """Return once a clear lasts."""
+        """Return once the store has recorded a clear."""
         await self.written()
 
     def begin_sync(self) -> BlockIds:

@@ -1,4 +1,4 @@
-"""Blocks that lie far are fetched into host memory while their prompt waits, and offered then.
+"""Fetches far blocks into host memory while their prompt waits; they are offered after that.
 
 An engine is never offered a block that could still fail to arrive. A match says how many blocks
 behind those that are here are said to be far. If fetching them is expected to be faster than
@@ -11,8 +11,8 @@ computing them, a prefetch begins, and the prompt is matched anew once it need n
 When a prompt stops waiting is a rule of the configuration. It begins to wait when the engine would
 run it, so a fetch that began on arrival may be over by then. A prompt fetches once in its life:
 what did not arrive the first time is computed. A fetch whose prompt runs already goes on, for later
-prompts, until its own request is over. It holds nothing here, and at the server the places in host
-memory that it is filling.
+prompts, until its own request is over. It keeps nothing occupied here, and at the server only the
+places in host memory that it fills.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class FarFetches:
         return fetch.done is None and now_s < fetch.until_s
 
     def _limit_s(self, request: RequestTransfers, gain: int) -> float:
-        """Return how long a request may wait for `gain` blocks that it would compute else."""
+        """Return how long a request may wait for `gain` blocks that it would otherwise compute."""
         rules, limit_s = self._rules, WAIT_S_MAX
         if rules.stop == "best_effort":
             limit_s = 0.0
@@ -231,7 +231,7 @@ class FarFetches:
             self._client.cancel([fetch.number])
 
     def give_up_all(self) -> None:
-        """Give up every fetch: its blocks are of an earlier generation. No prompt waits on."""
+        """Give up every fetch, since its blocks are of an earlier generation; end all waits."""
         self._client.cancel(list(self._under_way))
         for fetch in self._of_request.values():
             self._end_wait(fetch)

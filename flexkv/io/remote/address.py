@@ -119,7 +119,7 @@ def _check_endpoint(endpoint: str) -> bool:
     """Return whether what is sent to an endpoint is encrypted; warn if others could read it.
 
     Raises:
-        ConfigError: it is no URL of a host.
+        ConfigError: it is not the URL of a host.
     """
     parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
     if parts.username or parts.password or parts.query:

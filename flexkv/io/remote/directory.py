@@ -1,9 +1,9 @@
 """A directory that several machines share (NFS, Lustre, a FUSE mount) as a store.
 
 An object is a file. A put writes a temporary file, syncs it and gives it its name by a hard link,
-which fails if the name exists: so an object appears whole, once. Where there are no hard links, a
-rename does; it may replace a file, but by one with the same bytes. A process that is killed leaves
-at most a temporary file, which no listing shows and a sweep removes.
+which fails if the name exists: so an object appears whole, once. Where there are no hard links, the
+file is renamed, which may replace another one, but by one with the same bytes. A process that is
+killed leaves at most a temporary file, which no listing shows and a sweep removes.
 
 Calls on files block, some of them for long, so each runs in a thread: reads, writes and all other
 calls in threads of their own, so that one kind does not wait for another that hangs. Reads go
@@ -301,7 +301,7 @@ def _make_private(folder: Path) -> None:
 
 
 def _named(temporary: Path, path: Path) -> bool:
-    """Give a finished file its name; return False if another file has it."""
+    """Name a finished file; return False if another file has the name."""
     try:
         os.link(temporary, path)
     except FileExistsError:

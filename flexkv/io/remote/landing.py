@@ -3,9 +3,9 @@
     a body      store ──▶ memory of its own ──copy threads: copy and sum──▶ arena
     a file      file ──▶ arena, seals aside ──copy threads: sum──▶
 
-A body is a device block to the copy threads, with gaps where the seals are. Nothing is written to
-the arena but by a thread of ours, which `close` waits for, so no request that was given up, no
-connection and no library can write there later.
+The copy threads treat a body as device blocks, with gaps where the seals are. Only our own threads
+write to the arena, and `close` waits for them. So neither a request that was given up nor a library
+can write there later.
 """
 
 from __future__ import annotations

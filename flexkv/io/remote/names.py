@@ -2,10 +2,12 @@
 
     <prefix>/<pool>/pool.json            what the blocks of the pool are, in clear
     <prefix>/<pool>/<aa>/<span key>      one span; <aa> is the first byte of the key
+    <prefix>/<pool>/generations/<n>      a later generation, below the pool of generation 0
+    <prefix>/<pool>/gc/…                 the lease of the engine that collects the pool
 
-Everything in hexadecimal. A pool is named by a digest of its description, so engines with other
-models, secrets, block sizes or span lengths use other pools of the same store. The 256 shards can
-be listed side by side, and spread the requests over the store.
+Pools, shards and keys are in hexadecimal. A pool is named by a digest of its description, so
+engines with other models, secrets, block sizes or span lengths use other pools of the same store.
+The 256 shards can be listed side by side, and spread the requests over the store.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class PoolDescription(msgspec.Struct, frozen=True):
     span_blocks: _Count
     """Blocks of the chain in one object; a leaf has an object of its own."""
     generation: int = 0
-    """Another one for each clear of the whole pool."""
+    """Each clear begins another one."""
     version: int = FORMAT_VERSION
 
 
@@ -85,12 +87,12 @@ class Pool:
 
     @cached_property
     def generations(self) -> str:
-        """Return what the names of the objects begin with that number the generations."""
+        """Return the prefix of the objects whose names are the numbers of generations."""
         return f"{self.name}/generations/"
 
     @cached_property
     def encoded(self) -> bytes:
-        """Return the content of that object."""
+        """Return the content of the object that describes the pool."""
         return msgspec.json.format(msgspec.json.encode(self.description))
 
     def object_name(self, span_key: BlockKey) -> str:

@@ -1,7 +1,7 @@
 """An object store (S3 and what speaks its protocol, Google, Azure, memory) through obstore.
 
-obstore does the requests in threads of its own. Its texts of errors quote requests and answers,
-which may contain credentials, so nothing of them is passed on but what is known to be harmless.
+obstore does the requests in threads of its own. The texts of its errors quote requests and answers,
+which may contain credentials. So only what is known to be harmless is passed on.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ class ObjectStore:
     async def touch(self, name: str) -> None:
         """Make an object as new as if it were written now.
 
-        It is copied onto itself. S3 refuses that unless the copy changes something, for which an
-        encryption among the store's options will do; without one the object is written again.
+        It is copied onto itself. S3 refuses that unless the copy changes something, such as the
+        encryption that the store's options name. If it is refused, the object is written again.
         """
         if self._copies:
             try:

@@ -36,10 +36,10 @@ class FoundPool:
 
     Attributes:
         name: what its objects' names begin with.
-        pool: with its description; None if it has none that can be read.
+        pool: its names and description; None if it has no description that can be read.
         spans, nbytes: how many, and their bytes.
         oldest_s, newest_s: when spans were last modified.
-        latest: the number of the latest generation that this pool tells of.
+        latest: the latest generation that objects below this pool's name number.
     """
 
     name: str
@@ -141,7 +141,7 @@ class SpanProver:
         self._checksummer = PoolChecksummer(self._arena, block_bytes=self._block_bytes)
 
     def fault(self, key: BlockKey, content: bytes) -> str:
-        """Return what is wrong with the object of a span; nothing if it is right."""
+        """Return what is wrong with the object of a span, or an empty text if it is right."""
         group = self._group_of(len(content))
         if group is None:
             return f"it has {len(content)} bytes, which no span of this pool has"
@@ -185,7 +185,7 @@ class SpanProver:
 
 
 def _chain_fault(names: list[BlockName], key: BlockKey, group: int) -> str:
-    """Return why blocks are not those of a span; nothing if they are."""
+    """Return why blocks are not those of a span, or an empty text if they are."""
     if names[-1].key != key:
         return "it is another span's"
     if group:
@@ -203,8 +203,8 @@ async def fault_of(
     """Read an object, a second time if it is wrong: the first answer may be at fault.
 
     Returns:
-        Its bytes, what is wrong with it (nothing if it is right), and whether both answers were
-        the same, which proves that the object is wrong.
+        Its size in bytes, what is wrong with it (an empty text if it is right), and whether both
+        answers were the same, which proves that the object is wrong.
 
     Raises:
         FileNotFoundError: it is not there.

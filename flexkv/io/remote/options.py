@@ -1,4 +1,4 @@
-"""How the remote tier's I/O goes about its requests."""
+"""Limits of the remote tier's requests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class RemoteOptions:
 
     Attributes:
         deadline_s: a transfer has ended this long after it was submitted.
-        gets_max: most spans being read at once. They take their size of private memory meanwhile,
-            and so do as many that are being copied from there.
+        gets_max: most spans being read at once. Each takes its size of private memory until it is
+            copied from there, and as many more may be waiting for that.
         puts_max: most spans being written at once.
         retries: how often a request that failed is repeated.
         hedged_share: the most gets that may be asked for twice because the first is slow.

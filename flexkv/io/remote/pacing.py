@@ -17,7 +17,7 @@ import math
 from collections import deque
 
 HALVING_S = 0.5
-"""Requests in flight when the store said that it is busy all say so; they count once."""
+"""A store that is busy says so to all requests in flight; within this time that counts once."""
 SAMPLES, SAMPLES_MIN = 100, 20
 _PERCENT = 95
 

@@ -3,9 +3,9 @@
     transfer ─▶ parts, one for each span ─▶ gets │ puts ─▶ tasks, a bounded number ─▶ completion
                                             (order of arrival; a put waits while a get does)
 
-A transfer has ended at its deadline, however the store behaves, so the port never keeps places of
-host memory for somebody who does not answer. Only a directory whose file system hangs can be late:
-its threads write to the arena, and the kernel does not say when it is done with a read.
+A transfer has ended at its deadline, however the store behaves, so the port keeps no places of host
+memory for a store that does not answer. Only a directory whose file system hangs can be late: until
+the kernel ends a read, that may write to the arena.
 
 A get fills the blocks before the first one that did not arrive. What has not been asked for behind
 such a gap is not asked for any more.
@@ -60,7 +60,7 @@ class CurrentPool(Protocol):
 
     @property
     def clears(self) -> int:
-        """Return how often the pool was left for another: what began before must not be written."""
+        """Return how often the pool was left for another; earlier transfers must not go on then."""
         ...
 
     async def joined(self) -> Pool:
@@ -133,7 +133,7 @@ class RemotePort:
         self._jobs: dict[int, _Job] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._running = {True: 0, False: 0}
-        """Parts that the store is asked for, and parts that go there."""
+        """Parts that are being read (True) and written (False)."""
         self._landing_parts = 0
         """Parts that have arrived, and are copied or summed."""
         self._ended: list[Completion] = []

@@ -53,7 +53,7 @@ def _nothing() -> None:
 
 
 class _Evidence(NamedTuple):
-    """What an answer was like: two equal ones of two requests show what the object is like."""
+    """What an answer was like; if those of two requests are equal, the object is like that."""
 
     filled: int
     nbytes: int
@@ -73,7 +73,7 @@ class SpanReader:
     async def read(
         self, pool: Pool, part: SpanPart, until: Until, arrived: Callable[[], None]
     ) -> Brought:
-        """Read a part of a span, and return how that ended: by `until`, or soon after.
+        """Read a part of a span, and return how that ended; it ends by `until`, or soon after.
 
         `arrived` is called once the store has answered, before the blocks are copied or summed.
         """

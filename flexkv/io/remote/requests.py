@@ -47,7 +47,7 @@ class Until:
 
     @property
     def left_s(self) -> float:
-        """Return how many seconds are left: not more than 0 if none are."""
+        """Return how many seconds are left: 0 or less if none are."""
         return self.deadline_s - asyncio.get_running_loop().time()
 
     def stop(self) -> None:
@@ -79,7 +79,7 @@ class Requests:
 
     Attributes:
         store: where they go.
-        gets, puts: how many may be in flight; whoever makes them sees to it.
+        gets, puts: how many may be in flight; callers must keep to that.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ from flexkv.io.ports import Sums
 SEAL_BYTES = 64
 MAGIC, VERSION, FLAGS = b"FKVs", 1, 0
 _IDENTITY = struct.Struct("<4sHHQ16s16s")
-"""All of a seal that follows from the name of its block."""
+"""The part of a seal that follows from the name of its block."""
 _SUM = struct.Struct("<Q")
 _CHECK_BYTES = 8
 _SUMMED_BYTES = SEAL_BYTES - _CHECK_BYTES
@@ -60,7 +60,7 @@ def sealed_blocks(seals: Seals, names: Sequence[BlockName], block_bytes: int) ->
 
 
 def sums_in(seals: Seals) -> Sums:
-    """Return the checksums of the blocks that the seals are of."""
+    """Return the checksums of blocks, as their seals have them."""
     begin, end = _SUM_AT
     return np.ascontiguousarray(seals[:, begin:end]).view("<u8")[:, 0].astype(np.uint64)
 

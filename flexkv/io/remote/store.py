@@ -2,7 +2,7 @@
 
 Two kinds of stores differ in how a get ends. A `BodyStore` returns the bytes in memory of its own,
 so a get that is given up can do no harm. A `FileStore` reads straight into the caller's memory,
-which is the reader's until the call has returned.
+which it may write to until the call has returned.
 
 Names are relative to the prefix that a store was opened with. A store raises FileNotFoundError for
 an object that is not there, and RemoteError for anything else; it repeats nothing itself.
@@ -68,7 +68,7 @@ class Store(Protocol):
         ...
 
     async def sweep(self, prefix: str, age_s: float) -> int:
-        """Remove what puts below `prefix` left behind that ended with their process.
+        """Remove what puts below `prefix` left behind when their process was killed.
 
         Args:
             prefix: as for `pages`.

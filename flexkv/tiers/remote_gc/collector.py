@@ -32,8 +32,8 @@ from flexkv.tiers.remote_gc.rules import Ages, Census, Limits, ShardListing, vic
 log = get_logger(__name__)
 
 GARBAGE_S = 3600.0
-"""How old what belongs to an older generation is at least when it is removed. An engine that still
-uses one, because another engine was cleared, loses only far copies, but need not lose new ones."""
+"""How old objects of an older generation are at least when they are removed. An engine that still
+uses that generation, because another engine was cleared, loses only copies that are older."""
 TIDY_S = 600.0
 """How often garbage is looked for."""
 SWEEP_S, LEFTOVER_S = 24 * 3600.0, 3600.0
@@ -78,13 +78,13 @@ class CollectionCounts(msgspec.Struct, frozen=True):
 
 
 class Collector:
-    """What an engine knows of the spans' ages, and does about old ones.
+    """Knows the ages of a pool's spans, and deletes old ones while this engine has the lease.
 
     Attributes:
-        ages: for whoever reads spans.
+        ages: when spans were last modified.
         touch_age_s: from which age on a read should touch a span.
-        lease: with the store's clock.
-        removal: deletes.
+        lease: the right to collect the pool, with the store's clock.
+        removal: deletes spans and garbage, and counts that.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class Collector:
         await self.lease.tidy()
         numbers = await numbers_in(self._requests, generation_of(pool, 0).generations)
         if pool.description.generation < max(numbers, default=0):
-            return  # that is for who uses the latest
+            return  # engines of the latest one do it
         for number in range(pool.description.generation):
             await self.remove_generation(pool, generation_of(pool, number))
 

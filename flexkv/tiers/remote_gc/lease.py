@@ -1,4 +1,4 @@
-"""Which engine collects a pool, and what time it is in the store. Nodes' clocks are not compared.
+"""Which engine collects a pool, and the store's time. Machines' clocks are not compared.
 
     <pool>/gc/1  ──▶  gc/2  ──▶  gc/3        each created by whoever collects, to go on doing so
                                   └── no gc/4 for LEASE_S: any engine may create it, one succeeds
@@ -19,7 +19,7 @@ from flexkv.io.remote.names import Pool
 from flexkv.io.remote.requests import Requests, Until
 
 LEASE_S = 300.0
-"""How long after its last sign an engine that collects is taken to be gone."""
+"""An engine that has not renewed its lease for this long is taken to be gone."""
 RENEW_S = LEASE_S / 3
 REQUEST_S, RELEASE_S = 10.0, 1.0
 GRAIN_S = 1.0
@@ -136,7 +136,7 @@ class Lease:
         return max(await numbers_in(self._requests, self._folder), default=0)
 
     def _enter(self, pool: Pool) -> None:
-        """Begin to be about another pool, unless it is the same."""
+        """Turn to another pool, unless it is the same."""
         if self._folder != folder_of(pool):
             self._folder, self._number = folder_of(pool), 0
 
@@ -192,7 +192,7 @@ class Lease:
         return owner == self._me.encode()
 
     async def release(self) -> None:
-        """Let others collect at once, if this engine has a lease.
+        """Release the lease, if this engine has it: others may collect at once.
 
         Raises:
             RemoteError: the store failed, or did not answer in time.
@@ -202,7 +202,7 @@ class Lease:
             await self._requests.delete(f"{self._folder}{number}", within(RELEASE_S))
 
     async def tidy(self) -> None:
-        """Delete what engines left here that were killed while they read the time.
+        """Delete what engines left here when they were killed while reading the time.
 
         Raises:
             RemoteError: the store failed, or did not answer in time.

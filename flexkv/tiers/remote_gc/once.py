@@ -32,7 +32,7 @@ class Collected(NamedTuple):
     Attributes:
         spans: how many spans there were.
         expired: how many of them are older than the TTL.
-        victims: how many are to go, those included.
+        victims: how many are to be deleted, those included.
         deleted: how many were deleted.
         oldest_s: the age of the oldest span that stays; 0 without any.
     """
@@ -110,7 +110,7 @@ async def collect(
     listings: list[ShardListing],
     is_dry: bool,
 ) -> Collected:
-    """Delete what a pool has too much of, by the listings of its shards.
+    """Delete the spans of a pool that are too old or too many, by the listings of its shards.
 
     Args:
         removal: deletes.

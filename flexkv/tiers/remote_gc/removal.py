@@ -3,8 +3,8 @@
     listed: old ──▶ head: as old as listed? ──no──▶ spared
                               └──yes──▶ delete
 
-Between the head and the delete, a read can touch a span without saving it. That is a matter of
-milliseconds, and costs whoever reads the span next a computation.
+A touch between the head and the delete does not save the span. That is a matter of milliseconds,
+and whoever wants the span next computes it.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Removal:
         return True
 
     async def garbage(self, names: deque[str]) -> None:
-        """Delete objects that no listing of a pool in use finds."""
+        """Delete objects of pools that are not in use, without looking at them first."""
 
         async def remove(name: str, until: Until) -> None:
             try:

@@ -10,7 +10,7 @@ retention is the TTL, or less if the pool has no room for so much: the *horizon*
 oldest spans that the budget has room for.
 
 Spans are spread over the shards by their keys, which look random. So all shards are alike, and
-what is known of a shard when it is listed again is used at once: nothing waits for a whole round.
+what a listing of one shard shows is used at once: nothing waits for a whole round.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey
 from flexkv.io.remote.names import SHARDS
 
 FULL, LOW = 0.80, 0.95
-"""From which part of the budget on reads touch spans, and down to which part spans are deleted."""
+"""The share of the budget from which on reads touch spans, and that down to which they are deleted.
+"""
 TTL_SHARE, HORIZON_SHARE = 1 / 2, 1 / 3
 """Spans older than these parts of the TTL or the horizon are touched by a read. The horizon moves.
-With a third, a span that was read within half of it stays even if it has shrunk by a third since.
-"""
+With a third, a span that was read within half of the new horizon stays even if the horizon has
+shrunk by a third since."""
 SLACK_S, SLACK_SHARE = 60.0, 0.1
 """How much longer than the TTL spans are kept, while a touch may be under way."""
 SAMPLES = 16
@@ -37,7 +38,7 @@ SAMPLES = 16
 sort."""
 _GOLDEN = (math.sqrt(5) - 1) / 2
 EDGE = 0.05
-"""The oldest part of a pool, which does not count for the horizon: some ages may be odd."""
+"""The oldest part of a pool, which does not count for the horizon: a few ages may be wrong."""
 
 _TAG = slice(1, 5)
 """The bytes of a key by which the spans of a shard are told apart."""
@@ -53,7 +54,7 @@ class Limits(NamedTuple):
     ttl_s: float | None = None
 
     def expired_before_s(self, now_s: float) -> float:
-        """Return when spans were last modified at the latest that are too old now."""
+        """Return a time: spans that were last modified before it are too old now."""
         if self.ttl_s is None:
             return -math.inf
         return now_s - self.ttl_s - min(SLACK_S, SLACK_SHARE * self.ttl_s)
@@ -173,7 +174,7 @@ class Census:
         return float(self._gained.sum()) / apart_s if apart_s > 0 else 0.0
 
     def _excess(self, spans_max: int, now_s: float) -> float:
-        """Return how many spans more there are than a shard is left with when it is listed.
+        """Return by how many spans the pool exceeds what shards are left with when they are listed.
 
         Until it is listed again, a shard grows; the mean of all shards must stay within the budget.
         """
@@ -217,7 +218,7 @@ class Census:
 
 
 class Ages:
-    """When the spans of a pool were last modified, by the last listing of each shard: 8 B a span.
+    """When the spans of a pool were last modified, by each shard's last listing: 8 bytes a span.
 
     Spans are told apart by 32 bits of their keys. If two of a shard agree in them, both have the
     earlier time: asking the store settles that.

@@ -32,7 +32,7 @@ AT_ONCE, PER_S = 4, 50.0
 """How many spans are looked at and touched side by side, and in a second."""
 WAITING_MAX = 4096
 REMEMBERED_MAX = 1 << 16
-"""How many spans are remembered that were looked at, and as many that are not listed yet."""
+"""How many of the spans that were looked at are remembered, and of those not listed yet."""
 
 
 class TouchCounts(msgspec.Struct, frozen=True):
@@ -65,9 +65,9 @@ class Touches:
         self._waiting: deque[BlockKey] = deque()
         self._queued: set[BlockKey] = set()
         self._looked_at: OrderedDict[BlockKey, float] = OrderedDict()
-        """When spans were last modified, or before, that were looked at."""
+        """When the spans that were looked at were last modified, or earlier."""
         self._unlisted: OrderedDict[BlockKey, float] = OrderedDict()
-        """When spans were first used that no listing has shown."""
+        """When the spans that no listing has shown were first used."""
         self._refused_s = -math.inf
         """When the store last refused a touch."""
         self._bell = Bell()
@@ -78,7 +78,7 @@ class Touches:
         return TouchCounts(self._touched, self._young, self._skipped, self._failed)
 
     def used(self, key: BlockKey) -> None:
-        """Record that a span was read, or would have been stored; touch it later if it is old."""
+        """Record that a span was read, stored or found in the store; touch it soon if it is old."""
         collector, clock = self._collector, self._collector.lease.clock
         if math.isinf(collector.touch_age_s) or key in self._queued:
             return
