@@ -33,6 +33,8 @@ RETRY_S, RETRY_MAX_S = 0.5, 30.0
 """The first and the longest pause before a store that did not answer is asked again."""
 ANSWER_S = 10.0
 """How long the store may take to answer all requests of one attempt."""
+RENEW_S = 3600.0
+"""How often it is checked that the object of the generation in use is still there."""
 WRITTEN_S = 10.0
 """How long `written` waits for a new generation."""
 
@@ -65,7 +67,11 @@ class SharedPool:
         """Join a pool, and another one after each clear, until cancelled."""
         while True:
             await self._join()
-            await self._bell.wait()
+            try:
+                async with asyncio.timeout(RENEW_S):
+                    await self._bell.wait()
+            except TimeoutError:
+                await self._renew()
 
     async def _join(self) -> None:
         """Join a pool, however often the store has to be asked."""
@@ -101,6 +107,19 @@ class SharedPool:
         self.current, self._is_new_wanted, self._failed = pool, False, None
         log.info("remote_pool_joined", store=self._store.where, pool=pool.name)
         wake(self._waiters)
+
+    async def _renew(self) -> None:
+        """Create the generation's object again, if a lifecycle rule of the bucket has deleted it.
+
+        Without that object, an engine that starts later would join an older generation.
+        """
+        if self.current is None or not self.current.description.generation:
+            return
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                await self._begin(self.current.description.generation)
+        except (RemoteError, TimeoutError) as error:
+            log.warning("remote_generation_not_renewed", store=self._store.where, error=str(error))
 
     async def _latest(self) -> int:
         """Return the number of the latest generation."""
