@@ -59,7 +59,7 @@ def send_away(stand: Stand, served: FarServer, request_id: int, tokens: int = TO
     """Compute a prompt, so that others hold its blocks, and forget it here."""
     stand.store(request_id, tokens)
     assert served.keep_copies() >= tokens // PER_BLOCK
-    command(stand.address, "clear")
+    command(stand.address, "clear", tier="host")
     stand.until(lambda: stand.side.client.poll() or not served.engine.residency.counts(1).ready)
 
 
@@ -118,11 +118,11 @@ def test_whatever_arrives_what_is_computed_is_right(far: Far, stop: str) -> None
     for request_id in (1, 2, 3):
         stand.store(request_id, TOKENS)
     served.keep_copies()
-    command(stand.address, "clear")
+    command(stand.address, "clear", tier="host")
     for _ in range(40):
         what = chance.random()
         if what < 0.15:
-            command(stand.address, "clear")
+            command(stand.address, "clear", tier="host")
             stand.scheduler.reset_prefix_cache()
             served.call(lambda: served.far.hinted.update(served.far.ever_held))
         elif what < 0.3:
