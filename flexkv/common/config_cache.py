@@ -159,7 +159,7 @@ class CacheConfig(ConfigModel):
     remote_config_custom: CustomConfig = key(
         {},
         "Options of the remote store's client: endpoint, bucket, region, credentials, … Without "
-        "credentials here they are looked for in the usual places: environment, files, roles.",
+        "credentials here they are looked for in the environment and in the roles of the machine.",
         secret=True,
         shown_default="{}",
     )
