@@ -112,7 +112,10 @@ class FakeBackend:
     def _far_parts(self, far: FakeFar, port: FarPort) -> TierParts:
         inbound, outbound = self.windows
         span_bytes = far.span_blocks * BLOCK_KEY_BYTES
-        outbound = outbound._replace(piece_bytes_max=max(outbound.piece_bytes_max, span_bytes))
+        piece_bytes_max = max(outbound.piece_bytes_max, span_bytes)
+        # A pace could cut a span in two.
+        inbound = inbound._replace(is_paced=False)
+        outbound = outbound._replace(piece_bytes_max=piece_bytes_max, is_paced=False)
         return TierParts(far.tier, None, port, inbound, outbound, ship=self.ship)
 
     def _open_disk(self, undo: ExitStack) -> TierParts:
