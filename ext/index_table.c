@@ -1,30 +1,18 @@
 /* Nodes: memory that is allocated as it is touched, a chained hash table, and families. */
 #include "index_core.h"
 #include "index_density.h"
+#include "memory.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-
-/* Map zeroed memory that costs nothing until it is touched, on huge pages where there are any. */
-static void *memory_take(size_t bytes)
-{
-    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-    if (memory == MAP_FAILED)
-        return NULL;
-    madvise(memory, bytes, MADV_HUGEPAGE);
-    return memory;
-}
 
 static bool tier_open(struct tier *tier, uint32_t capacity)
 {
     tier->places_max = tier->capacity = tier->free = capacity;
     tier->free_places = NONE;
     tier->places_bytes = ((size_t)capacity + 1) * sizeof(struct place);
-    tier->places = memory_take(tier->places_bytes);
+    tier->places = memory_map(tier->places_bytes);
     return tier->places;
 }
 
@@ -54,8 +42,8 @@ bool index_open(struct block_index *index, unsigned tiers, const uint32_t *capac
     index->buckets_bytes = (size_t)buckets * sizeof(ref);
     index->free_nodes = NONE;
     index->page_mask = (uint32_t)(buckets / PAGE - 1);
-    index->nodes = memory_take(index->nodes_bytes);
-    index->buckets = memory_take(index->buckets_bytes);
+    index->nodes = memory_map(index->nodes_bytes);
+    index->buckets = memory_map(index->buckets_bytes);
     return index->nodes && index->buckets;
 }
 
