@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -65,10 +66,9 @@ class HintsMachine(RuleBasedStateMachine):
         """Return the pairs of the model that are not dead."""
         return {pair for pair in self.pairs if not self.is_dead(*pair)}
 
-    def forget_dead(self, holder: int) -> None:
-        """Remove the dead pairs of a holder, which are all scrubbed."""
-        live = self.live()
-        for pair in [pair for pair in self.pairs if pair[1] == holder and pair not in live]:
+    def forget(self, gone: Callable[[tuple[str, int], int], bool]) -> None:
+        """Remove the pairs that are scrubbed, as a count of the table has shown."""
+        for pair in [pair for pair in self.pairs if gone(*pair)]:
             del self.pairs[pair]
 
     def usable(self, name: tuple[str, int], store: bool) -> dict[int, int]:
@@ -159,7 +159,7 @@ class HintsMachine(RuleBasedStateMachine):
                 self.hints.revive(holder)
             return
         self.hints.revive(holder)
-        self.forget_dead(holder)
+        self.forget(lambda _, of: of == holder)
         self.retired.discard(holder)
         self.down.discard(holder)
         self.in_round.discard(holder)
@@ -173,7 +173,7 @@ class HintsMachine(RuleBasedStateMachine):
                 self.hints.begin_round(holder)
             return
         self.hints.begin_round(holder)
-        self.forget_dead(holder)
+        self.forget(lambda name, of: of == holder and self.pairs[name, of].round != self.round[of])
         self.in_round.add(holder)
         self.round[holder] += 1
 
