@@ -149,6 +149,8 @@ CALL(call_, reserve_copies, BlockIndex, 5, READ("source", read_tier), READ("targ
 static PyObject *lacking(BlockIndex *self, struct value *values)
 {
     const struct tier *tier = &self->index.tier[values[0].integer];
+    const struct tier *target = &self->index.tier[values[1].integer];
+    bool unwritten = values[4].integer;
     int64_t begin = values[2].integer, end, *ids;
     Py_ssize_t count = 0;
     PyObject *result;
@@ -162,8 +164,9 @@ static PyObject *lacking(BlockIndex *self, struct value *values)
         return PyErr_NoMemory();
     for (int64_t id = begin; id < end; id++) {
         const struct place *place = ready_place(tier, id);
+        ref copy = place ? node_at(&self->index, place->node)->place[values[1].integer] : NONE;
 
-        if (place && node_at(&self->index, place->node)->place[values[1].integer] == NONE)
+        if (place && (copy == NONE || (unwritten && !ready_place(target, copy))))
             ids[count++] = id;
     }
     result = PyBytes_FromStringAndSize((const char *)ids, count * (Py_ssize_t)sizeof(*ids));
@@ -171,5 +174,5 @@ static PyObject *lacking(BlockIndex *self, struct value *values)
     return result;
 }
 
-CALL(call_, lacking, BlockIndex, 4, READ("source", read_tier), READ("target", read_tier),
-     INTEGER("begin", 0, UINT32_MAX), OBJECT("end"))
+CALL(call_, lacking, BlockIndex, 5, READ("source", read_tier), READ("target", read_tier),
+     INTEGER("begin", 0, UINT32_MAX), OBJECT("end"), INTEGER("unwritten", 0, 1))

@@ -411,8 +411,13 @@ class BlockIndex:
             Then the places of the blocks with outcome 0, in order: int64.
         """
 
-    def lacking(self, source: int, target: int, begin: int, end: int, /) -> bytes:
-        """Return the places of `source` in a range whose READY blocks `target` lacks."""
+    def lacking(
+        self, source: int, target: int, begin: int, end: int, unwritten: bool, /
+    ) -> bytes:
+        """Return the places of `source` in a range whose READY blocks `target` lacks.
+
+        With `unwritten`, it also lacks the blocks for which it has only a RESERVED place.
+        """
 
     def lease(self, tier: int, ids: Memory, op_id: int) -> None:
         """Record the op that fills these RESERVED places."""

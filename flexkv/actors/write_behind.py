@@ -400,20 +400,23 @@ class WriteBehind:
                 await asyncio.sleep(0)
 
     async def left_blocks(self) -> dict[str, int]:
-        """Return, by tier name, how many blocks of host memory a tier lacks.
+        """Return, by tier name, how many READY blocks of host memory are not READY there.
 
-        Those that it is owed count, too: another flush may have found a place for them since. Of a
+        Those that it is owed, and those for which a put has only reserved a place, count too. Of a
         far tier only whole spans count, and only those that it is owed if it takes reused blocks
         only.
         """
         left = {}
         for tier, queue in self._queues.items():
-            blocks, ship = 0, self._limits.far.get(tier)
-            places = 0 if ship is not None and ship.reused_only else self._host_places
-            for first in range(0, places, SCAN_BLOCKS):
-                blocks += len(queue.lacking(first, first + SCAN_BLOCKS))
-                await asyncio.sleep(0)
-            if blocks := blocks + queue.epochs.left_of(queue.epochs.epoch):
+            ship = self._limits.far.get(tier)
+            if ship is not None and ship.reused_only:
+                blocks = queue.epochs.left_of(queue.epochs.epoch)
+            else:
+                blocks = 0
+                for first in range(0, self._host_places, SCAN_BLOCKS):
+                    blocks += queue.count_unwritten(first, first + SCAN_BLOCKS)
+                    await asyncio.sleep(0)
+            if blocks:
                 left[tier.label] = blocks
         return left
 

@@ -143,10 +143,6 @@ class Durability:
                 that was written since.
         """
         left = Counter(await self._behind.left_blocks())
-        for flight in self._scheduler.under_way():
-            for op in flight.writes():
-                write = flight.plan.transfer(op)
-                left[write.route.target.label] += write.block_count
         for tier, blocks in (self._scheduler.moved - moved).items():
             if tier in self._synced_tiers:
                 left[tier.label] += blocks

@@ -175,6 +175,10 @@ class OwedBlocks:
         """Return the places of READY host blocks in a range that the tier lacks and is not owed."""
         return self._not_owed(self._residency.lacking(Tier.HOST, self.tier, first, last))
 
+    def count_unwritten(self, first: int, last: int) -> int:
+        """Return how many READY host blocks in a range have no READY copy in the tier."""
+        return len(self._residency.lacking(Tier.HOST, self.tier, first, last, unwritten=True))
+
     def _not_owed(self, host_ids: BlockIds) -> BlockIds:
         """Return those of the given places of READY host blocks whose blocks are not owed."""
         waiting = self._key_at[host_ids]

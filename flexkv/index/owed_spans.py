@@ -107,15 +107,19 @@ class OwedSpans:
 
         These are the spans that have blocks at host places from `first` to `last`, exclusive.
         """
+        under_way = self._waiting.keys() | self._being_written
+        spans = self._near_spans(first, last)
+        return _joined([ids for key, ids in spans.items() if key not in under_way])
+
+    def count_unwritten(self, first: int, last: int) -> int:
+        """Return how many host blocks in a range belong to whole spans that the tier lacks."""
+        ids = _joined(list(self._near_spans(first, last).values()))
+        return int(np.count_nonzero((first <= ids) & (ids < last)))
+
+    def _near_spans(self, first: int, last: int) -> dict[BlockKey, BlockIds]:
+        """Return the spans that the tier lacks and that have blocks in a range of host places."""
         near = self._residency.spans(Tier.HOST, np.arange(first, last), self._span_blocks)
-        lacking = {
-            span.key: span.block_ids
-            for span in near
-            if span.key not in self._waiting
-            and span.key not in self._being_written
-            and not self._is_far(self.tier, span.key)
-        }
-        return _joined(list(lacking.values()))
+        return {span.key: span.block_ids for span in near if not self._is_far(self.tier, span.key)}
 
     def unkeep(self, block_count: int) -> None:
         """Do nothing: no block is kept."""

@@ -380,10 +380,15 @@ class Residency:
         )
         return np.frombuffer(outcomes, np.uint8), np.frombuffer(ids, np.int64)
 
-    def lacking(self, source: Tier, target: Tier, first: int, last: int) -> BlockIds:
-        """Return the places of `source` in a range whose READY blocks `target` lacks."""
+    def lacking(
+        self, source: Tier, target: Tier, first: int, last: int, unwritten: bool = False
+    ) -> BlockIds:
+        """Return the places of `source` in a range whose READY blocks `target` lacks.
+
+        With `unwritten`, it also lacks the blocks for which it has only a RESERVED place.
+        """
         numbers = self._number
-        blob = self._table.lacking(numbers[source], numbers[target], first, last)
+        blob = self._table.lacking(numbers[source], numbers[target], first, last, unwritten)
         return np.frombuffer(blob, np.int64)
 
     def commit(self, tier: Tier, block_ids: BlockIds) -> None:

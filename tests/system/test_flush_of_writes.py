@@ -10,6 +10,7 @@ from random import Random
 import numpy as np
 import pytest
 from msgspec import structs
+from numpy.typing import NDArray
 
 from flexkv.actors.flight import Flight
 from flexkv.common.errors import DeadlineError
@@ -52,10 +53,12 @@ async def only_in_host(engine: Engine) -> None:
 
 
 @asynccontextmanager
-async def put_without_layers(engine: Engine) -> AsyncIterator[asyncio.Task[Flight]]:
-    """Put a prompt whose first half is in host memory, and whose layers never come."""
-    request = engine.requests.intake(Operation.PUT, LONGER)
-    ready = engine.requests.with_slots(request, np.arange(len(LONGER)))
+async def put_without_layers(
+    engine: Engine, tokens: NDArray[np.int64] = LONGER
+) -> AsyncIterator[asyncio.Task[Flight]]:
+    """Put a prompt whose layers never come; the first half of `LONGER` is in host memory."""
+    request = engine.requests.intake(Operation.PUT, tokens)
+    ready = engine.requests.with_slots(request, np.arange(len(tokens)))
     assert ready is not None
     watched = structs.replace(ready, watch=LayerProgress(4, 0))
     stopped = asyncio.ensure_future(engine.requests.perform(watched))
@@ -152,3 +155,17 @@ def test_a_flush_raises_if_a_put_without_its_layers_writes_to_a_disk_that_hangs(
                         await engine.flush()
 
     on_engine(work, host=16, disk=64, journals=1, io_deadline_s=2.0)
+
+
+def test_a_flush_reports_blocks_for_which_a_put_without_its_layers_has_the_places() -> None:
+    """Blocks that host memory got again cannot be written while another put has their places."""
+
+    async def work(engine: Engine) -> None:
+        async with put_without_layers(engine, prompt(2)):
+            engine.retention.clear(Tier.HOST)
+            await put(engine, 2)
+            assert (await engine.flush()).lacking_blocks == {"disk": BLOCKS}
+        assert await engine.flush() == FlushReport()
+        assert safe_blocks(engine, 2) == BLOCKS
+
+    on_engine(work, host=16, disk=64, journals=1)
