@@ -43,3 +43,19 @@ def test_nothing_is_owed_after_a_clear() -> None:
     assert (owed.blocks, owed.kept_blocks) == (4, 4)
     owed.clear()
     assert (owed.blocks, owed.kept_blocks, tiers.counts(Tier.HOST).pinned) == (0, 0, 0)
+
+
+def test_blocks_are_unwritten_until_the_tier_has_them() -> None:
+    """Whether it is owed them, has a place for them, or another put has it: they are not there."""
+    tiers = residency(host=6, disk=6)
+    owed = OwedBlocks(tiers, Tier.DISK, batch_blocks_max=4)
+    owed.add(filled(tiers, Tier.HOST, *range(4)), room_blocks=4)
+    assert (len(owed.lacking(0, 6)), owed.count_unwritten(0, 6)) == (0, 4)
+    taken = owed.take()
+    assert taken is not None
+    assert owed.count_unwritten(0, 6) == 4
+    assert owed.count_unwritten(0, 3) + owed.count_unwritten(3, 6) == 4
+    tiers.commit(Tier.DISK, taken.target_ids[:3])
+    assert owed.count_unwritten(0, 6) == 1
+    tiers.abort(Tier.DISK, taken.target_ids[3:])
+    assert (len(owed.lacking(0, 6)), owed.count_unwritten(0, 6)) == (1, 1)

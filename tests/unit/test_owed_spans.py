@@ -124,6 +124,18 @@ def test_what_lacks_is_found_by_place() -> None:
     assert sorted(owed.lacking(0, 8).tolist()) == sorted(ids[2:].tolist())
 
 
+def test_spans_are_unwritten_until_the_tier_is_said_to_have_them() -> None:
+    """Spans that it is owed, and those on their way, count as well, each block once."""
+    tiers = residency(host=8)
+    ids, prompt = filled(tiers, Tier.HOST, *range(5)), keys(*range(5))
+    owed = owed_by(tiers, prompt[2 * BLOCK_KEY_BYTES : 3 * BLOCK_KEY_BYTES])
+    assert owed.count_unwritten(0, 8) == SPAN
+    owed.add(ids, 0)
+    taken_from(tiers, owed)
+    assert owed.count_unwritten(0, 8) == SPAN
+    assert sum(owed.count_unwritten(place, place + 1) for place in range(8)) == SPAN
+
+
 @pytest.mark.parametrize("first", range(9))
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 40, 100, 1000])
 @pytest.mark.parametrize("span_blocks", [1, 2, 8])
