@@ -37,6 +37,7 @@ CASES = (
     "vllm",
     "vllm_steps",
     "vllm_layers",
+    "vllm_boundaries",
     "vllm_overhead",
     "vllm_remote",
 )

@@ -1,7 +1,8 @@
 """Reads of the remote tier against plain obstore, sockets, and fio, over the same objects.
 
 A block has 2 MiB, a span 8 of them. The port's reads are checked and in the arena with their sums;
-obstore's end in memory of its own, unchecked; `recv_into` reads to one buffer for each connection.
+obstore's end in memory of its own, unchecked, as one piece (`get_range`) or as chunks of 1 MiB
+(`stream`, which the port uses); `recv_into` reads to one buffer for each connection.
 All ask the same nginx for the same files. The directory is read cold, by the port and by fio.
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import obstore
 
 from benchmarks.harness import Figures, Options, alternate, median_ratio
 from flexkv.common.terms import BlockNames, Positions, Route, Tier, Transfer
@@ -190,15 +192,16 @@ def _over_http(root: Path, names: list[str], spans: int, repeats: int) -> Figure
         custom = {"endpoint": f"http://127.0.0.1:{port}", "skip_signature": True}
         store = open_store(f"s3://{BUCKET}", custom, OPTIONS)
         rig = stack.enter_context(_Rig(store, spans))
-        plain = _Plain(store, names, rig.runner)
+        whole, stream = (_Plain(store, names, rig.runner, way) for way in ("whole", "stream"))
         sockets = {count: _Sockets(port, names, count) for count in (1, OPTIONS.gets_max)}
         for each in sockets.values():
             stack.callback(each.close)
-        cpu_s: dict[str, list[float]] = {"port": [], "obstore": []}
+        cpu_s: dict[str, list[float]] = {"port": [], "obstore, whole": [], "obstore, stream": []}
         took = alternate(
             {
                 "port": _with_cpu(rig.get_all, cpu_s["port"]),
-                "obstore": _with_cpu(plain.get_all, cpu_s["obstore"]),
+                "obstore, whole": _with_cpu(whole.get_all, cpu_s["obstore, whole"]),
+                "obstore, stream": _with_cpu(stream.get_all, cpu_s["obstore, stream"]),
                 "recv_into x 1": sockets[1].get_all,
                 "recv_into x 4": sockets[OPTIONS.gets_max].get_all,
             },
@@ -208,7 +211,8 @@ def _over_http(root: Path, names: list[str], spans: int, repeats: int) -> Figure
     gib = rig.nbytes / 2**30
     fetched_blocks = rig.blocks * (repeats + 1)
     return {
-        "port / obstore": median_ratio(took["obstore"], took["port"]),
+        "port / obstore, whole": median_ratio(took["obstore, whole"], took["port"]),
+        "port / obstore, stream": median_ratio(took["obstore, stream"], took["port"]),
         "port / recv_into x 4": median_ratio(took["recv_into x 4"], took["port"]),
         "port / recv_into x 1": median_ratio(took["recv_into x 1"], took["port"]),
         "requests a block x G": counts.requests["get"] * SPAN_BLOCKS / fetched_blocks,
@@ -232,8 +236,9 @@ def _with_cpu(work: Callable[[], float], cpu_s: list[float]) -> Callable[[], flo
 class _Plain:
     """obstore's ranged gets, as many at once as the port makes, and nothing else."""
 
-    def __init__(self, store: Any, names: list[str], runner: asyncio.Runner) -> None:
-        self._store, self._names, self._runner = store, names, runner
+    def __init__(self, store: Any, names: list[str], runner: asyncio.Runner, way: str) -> None:
+        self._client, self._names, self._runner = store._client, names, runner
+        self._get = {"whole": self._whole, "stream": self._stream}[way]
 
     def get_all(self) -> float:
         """Return the seconds that it takes to read every object."""
@@ -246,12 +251,19 @@ class _Plain:
 
         async def some() -> None:
             while left:
-                body = await self._store.get(left.pop(), 0, SPAN_BYTES)
-                assert len(memoryview(body)) == SPAN_BYTES
+                assert await self._get(left.pop()) == SPAN_BYTES
 
         async with asyncio.TaskGroup() as group:
             for _ in range(OPTIONS.gets_max):
                 group.create_task(some())
+
+    async def _whole(self, name: str) -> int:
+        return len(await obstore.get_range_async(self._client, name, start=0, end=SPAN_BYTES))
+
+    async def _stream(self, name: str) -> int:
+        options: Any = {"range": (0, SPAN_BYTES)}
+        found = await obstore.get_async(self._client, name, options=options)
+        return sum([len(chunk) async for chunk in found.stream(1 << 20)])
 
 
 class _Sockets:

@@ -2,7 +2,9 @@
 
 One engine computes 6,000-token prompts, and ends. Another one, with host memory of its own that is
 empty, is asked for them: first they come from the store, then from its host memory. The bar for the
-former is the latter and 1.3 times what plain reads of the same objects take, as many at once. The
+former is the latter and 1.3 times what plain reads of the same objects take, as many at once. Their
+first 5,888 tokens are whole spans, and hits in both. Others have 6,000 tokens: the last 96 of their
+blocks are hits in host memory only, as a store has whole spans, so the engine computes them. The
 stores are an S3 server (moto) and a directory, both on this machine. LMCache, where it is
 installed, has a directory: its S3 client reaches only servers that give each bucket a host name.
 Needs vLLM in this Python: `scripts/vllm-venv`.
@@ -32,6 +34,11 @@ from flexkv.testing.tiny_model import make_tiny_model
 from flexkv.testing.vllm_serve import OWN, Served, VllmServe
 from tests.moto import PROGRAM, running
 
+SPAN_TOKENS, OWN_TOKENS = 256, 16
+"""Tokens of a span, and those of a prompt behind its whole spans: less than a block."""
+CUT = "cut spans, "
+"""Begins the names of figures of prompts that end within a span."""
+CUT_PROMPTS = 2
 ALLOWED = 1.3
 """How many times the plain reads a fetch may take."""
 GETS = 20
@@ -49,7 +56,9 @@ def measure(options: Options) -> Figures:
     repeats = 1 if options.quick else options.repeats
     tokens = 600 if options.quick else PROMPT_TOKENS
     words = random.Random(0)
-    prompts = [[words.randrange(3, 1000) for _ in range(tokens)] for _ in range(repeats + 1)]
+    whole = tokens // SPAN_TOKENS * SPAN_TOKENS + OWN_TOKENS
+    lengths = [whole] * (repeats + 1) + [tokens] * min(repeats, CUT_PROMPTS)
+    prompts = [[words.randrange(3, 1000) for _ in range(length)] for length in lengths]
     with tempfile.TemporaryDirectory(dir=options.directory) as name, ExitStack() as stack:
         folder = Path(name).absolute()
         arms = _arms(folder, stack)
@@ -60,7 +69,7 @@ def measure(options: Options) -> Figures:
         # The first prompt warms up.
         for turn, prompt in enumerate(prompts):
             for arm in arms if turn % 2 else reversed(arms):
-                arm.ask(turn, prompt, is_counted=turn > 0)
+                arm.ask(turn, prompt, CUT if turn > repeats else "" if turn else None)
         return _figures(arms)
 
 
@@ -128,8 +137,8 @@ class _Arm:
             self.ready(self._engine)
             yield
 
-    def ask(self, number: int, prompt: list[int], is_counted: bool) -> None:
-        """Ask for a prompt that is in the store, and once more."""
+    def ask(self, number: int, prompt: list[int], kind: str | None) -> None:
+        """Ask for a prompt that is in the store, and once more; None: it is not counted."""
         engine = self._engine
         took = {}
         for source in ("store", "host"):
@@ -139,9 +148,9 @@ class _Arm:
             if engine.counted(LOADED) - before < len(prompt) // 2:
                 raise RuntimeError(f"{self.name} computed tokens that it should have loaded")
         took |= self.plain_s(number)
-        for source, seconds in took.items():
-            if is_counted:
-                self.note(source, seconds)
+        if kind is not None:
+            for source, seconds in took.items():
+                self.note(kind + source, seconds)
 
     def note(self, what: str, seconds: float) -> None:
         """Note how long something has taken."""
@@ -216,7 +225,7 @@ class _FlexKV(_Arm):
                 if store.kind == "directory":
                     count = await store.read_into(name, 0, [memoryview(buffers[name])])
                 else:
-                    count = len(memoryview(await store.get(name, 0, size)))
+                    count = sum(map(len, await store.get(name, 0, size)))
                 assert count == size
 
         begin_s = time.perf_counter()
@@ -262,21 +271,23 @@ class _LMCache(_Arm):
 
 def _figures(arms: list[_Arm]) -> Figures:
     figures: Figures = {}
+    ours = [arm for arm in arms if isinstance(arm, _FlexKV)]
     for arm in arms:
         took = arm.took
-        if isinstance(arm, _FlexKV):
-            allowed = [h + ALLOWED * p for h, p in zip(took["host"], took["plain"], strict=True)]
-            figures[f"{arm.name}: store / (host + 1.3 x plain)"] = median_ratio(
-                took["store"], allowed
-            )
-            figures[f"{arm.name}: plain, MiB/s"] = arm.mib / statistics.median(took["plain"])
-        else:
-            for ours in arms:
-                if isinstance(ours, _FlexKV):
-                    figures[f"{arm.name} / FlexKV, {ours.name}"] = median_ratio(
-                        took["store"], ours.took["store"]
+        for kind in ("", CUT):
+            store = took[kind + "store"]
+            if isinstance(arm, _FlexKV):
+                sources = zip(took[kind + "host"], took[kind + "plain"], strict=True)
+                figures[f"{arm.name}: {kind}store / (host + 1.3 x plain)"] = median_ratio(
+                    store, [host + ALLOWED * plain for host, plain in sources]
+                )
+            else:
+                for each in ours:
+                    figures[f"{arm.name} / FlexKV, {kind}{each.name}"] = median_ratio(
+                        store, each.took[kind + "store"]
                     )
-        figures[f"{arm.name}: cold / store"] = median_ratio(took["cold"], took["store"])
+        if isinstance(arm, _FlexKV):
+            figures[f"{arm.name}: plain, MiB/s"] = arm.mib / statistics.median(took["plain"])
         for what, seconds in took.items():
             figures[f"{arm.name}: {what}, ms"] = 1e3 * statistics.median(seconds)
     if not PROGRAM.exists():

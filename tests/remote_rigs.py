@@ -216,7 +216,7 @@ async def fetched(store: Any, name: str, first: int, last: int) -> bytes:
         half = memoryview(buffer)[: (last - first) // 2], memoryview(buffer)[(last - first) // 2 :]
         return bytes(buffer[: await store.read_into(name, first, half)])
     try:
-        return bytes(await store.get(name, first, last))
+        return b"".join(map(bytes, await store.get(name, first, last)))
     except (FileNotFoundError, BaseError) as error:
         raise store.error_of(error, "get") from None
 

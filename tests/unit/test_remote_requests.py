@@ -46,7 +46,10 @@ class ScriptedStore:
         self.gets: list[Future[Any]] = []
 
     def get(self, name: str, first: int, last: int) -> Future[Any]:
-        """Return a future that gets the next answer of the script in its time."""
+        """Return a future that gets the next answer of the script in its time, in two chunks."""
+        return self._answer(lambda body: [body[:1], body[1:]])
+
+    def _answer(self, shaped: Callable[[Any], Any] = lambda answer: answer) -> Future[Any]:
         loop = asyncio.get_running_loop()
         future: Future[Any] = loop.create_future()
         self.asked_s.append(loop.time())
@@ -58,7 +61,7 @@ class ScriptedStore:
             if isinstance(answer, Exception):
                 future.set_exception(answer)
             else:
-                future.set_result(answer)
+                future.set_result(shaped(answer))
 
         loop.call_later(after_s, end)
         self.gets.append(future)
@@ -66,16 +69,16 @@ class ScriptedStore:
 
     async def put(self, name: str, buffers: Sequence[Any]) -> bool:
         """Return the next answer of the script."""
-        return await self.get(name, 0, 0)  # type: ignore[no-any-return]
+        return await self._answer()  # type: ignore[no-any-return]
 
     async def delete(self, name: str) -> None:
         """Await the next answer of the script."""
-        await self.get(name, 0, 0)
+        await self._answer()
 
     async def pages(self, prefix: str) -> AsyncIterator[list[Listed]]:
         """Yield the answers of the script."""
         while self.script:
-            yield await self.get(prefix, 0, 0)
+            yield await self._answer()
 
     def error_of(self, raised: BaseException, what: str) -> BaseException:
         """Return what was raised."""
@@ -99,9 +102,10 @@ def one_get(store: ScriptedStore) -> Work:
 
     async def work(requests: Requests, until: Until) -> Any:
         try:
-            return await requests.get(store, "name", EXTENT, until)  # type: ignore[arg-type]
+            body = await requests.get(store, "name", EXTENT, until)  # type: ignore[arg-type]
         except (RemoteError, FileNotFoundError) as error:
             return error
+        return body.read(0, body.nbytes)
 
     return work
 

@@ -3,17 +3,17 @@
     a body      store ──▶ memory of its own ──copy threads: copy and sum──▶ arena
     a file      file ──▶ arena, seals aside ──copy threads: sum──▶
 
-The copy threads treat a body as device blocks, with gaps where the seals are. Only our own threads
-write to the arena, and `close` waits for them. So neither a request that was given up nor a library
-can write there later.
+A block of a body may lie in several chunks: to the copy threads it is a device block in as many
+pieces. Only our own threads write to the arena, and `close` waits for them. So neither a request
+that was given up nor a library can write there later.
 """
 
 from __future__ import annotations
 
 import asyncio
 from asyncio import Future
-from collections.abc import Awaitable, Callable
-from itertools import count
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import accumulate, count
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from flexkv.common.errors import ClosedError
 from flexkv.common.terms import BlockIds
 from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import Sums
+from flexkv.io.remote.body import Body
 from flexkv.io.remote.requests import Requests, Until
 from flexkv.io.remote.seal import SEAL_BYTES, Seals
 from flexkv.io.remote.spans import SpanPart
@@ -110,15 +111,20 @@ class Copier:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._pool.fileno(), self._reap)
 
-    async def copy(self, pages: PageMap, blocks: int, host_ids: BlockIds) -> None:
-        """Copy the leading blocks of `pages` to host blocks, and sum them.
+    async def copy(self, blocks: Sequence[PageMap], host_ids: BlockIds) -> None:
+        """Copy blocks, each of which is block 0 of its pages, to host blocks, and sum them.
 
-        Cancellation: the copy goes on, until `close` at the latest.
+        Cancellation: the copies go on, until `close` at the latest.
         """
-        number, ended = self._begin()
-        assert self._pool is not None
-        self._pool.submit(number, pages, TO_HOST, np.arange(blocks), host_ids, True)
-        await ended
+        ends = []
+        for at, pages in enumerate(blocks):
+            number, ended = self._begin()
+            assert self._pool is not None
+            own = host_ids[at : at + 1]
+            self._pool.submit(number, pages, TO_HOST, np.zeros(1, np.int64), own, True)
+            ends.append(ended)
+        for ended in ends:
+            await ended
 
     async def checksum(self, pages: PageMap, host_ids: BlockIds) -> None:
         """Sum host blocks; for the rest see `copy`."""
@@ -170,24 +176,29 @@ class BodyLanding:
         first = part.first_record * record_bytes
         extent = first, first + part.blocks * record_bytes
         body = await self._requests.get(self._store, name, extent, until)
-        found = np.frombuffer(memoryview(body), np.uint8)
-        records = min(found.size // record_bytes, part.blocks)
-        shaped = found[: records * record_bytes].reshape(records, record_bytes)
+        begins = range(0, min(body.nbytes, extent[1] - first) - record_bytes + 1, record_bytes)
+        seals = b"".join(body.read(at + block_bytes, at + record_bytes) for at in begins)
 
         async def land(blocks: int) -> None:
-            host = self._host
-            piece = [shaped.ctypes.data, record_bytes, block_bytes, 0]
-            pages = PageMap(
-                np.array([piece], np.int64),
-                records,
-                host.buffer,
-                host.arena.block_stride_bytes,
-                body,
-                host.sums,
-            )
-            await self._copier.copy(pages, blocks, part.host_ids[:blocks])
+            pages = [self._pages(body, at, block_bytes) for at in begins[:blocks]]
+            await self._copier.copy(pages, part.host_ids[:blocks])
 
-        return Arrival(found.size, shaped[:, block_bytes:], land)
+        return Arrival(body.nbytes, np.frombuffer(seals, np.uint8).reshape(-1, SEAL_BYTES), land)
+
+    def _pages(self, body: Body, first: int, block_bytes: int) -> PageMap:
+        """Return the block that begins at a byte of a body, as the copy threads take it."""
+        pieces = body.pieces(first, first + block_bytes)
+        sizes = [size for _, size in pieces]
+        rows = zip(pieces, accumulate(sizes, initial=0), strict=False)
+        host = self._host
+        return PageMap(
+            np.array([[address, size, size, offset] for (address, size), offset in rows]),
+            1,
+            host.buffer,
+            host.arena.block_stride_bytes,
+            body,
+            host.sums,
+        )
 
     def close(self) -> None:
         """Do nothing: the arena is held during copies only."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from typing_extensions import Buffer
 
 from flexkv.common.errors import RemoteError
+from flexkv.io.remote.body import Body
 from flexkv.io.remote.counts import Counting, RemoteCounts
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.pacing import Hedging, Limit
@@ -99,9 +100,7 @@ class Requests:
 
     # -- gets and puts of spans -----------------------------------------------------------------
 
-    async def get(
-        self, store: BodyStore, name: str, extent: tuple[int, int], until: Until
-    ) -> Buffer:
+    async def get(self, store: BodyStore, name: str, extent: tuple[int, int], until: Until) -> Body:
         """Return bytes of an object: fewer than asked for if it ends there.
 
         Args:
@@ -116,21 +115,23 @@ class Requests:
         """
         hedges = self._hedging
 
-        async def get() -> Buffer:
+        async def get() -> Body:
             begin_s = asyncio.get_running_loop().time()
             hedges.begun()
             try:
-                body = await self._first_answer(store, name, extent)
+                chunks = await self._first_answer(store, name, extent)
             except EOFError:
-                return b""
+                return Body(())
             hedges.took(extent[1] - extent[0], asyncio.get_running_loop().time() - begin_s)
-            return body
+            return Body(chunks)
 
         body = await self.tried("get", get, until)
-        self.counting.other["read_bytes"] += memoryview(body).nbytes
+        self.counting.other["read_bytes"] += body.nbytes
         return body
 
-    async def _first_answer(self, store: BodyStore, name: str, extent: tuple[int, int]) -> Buffer:
+    async def _first_answer(
+        self, store: BodyStore, name: str, extent: tuple[int, int]
+    ) -> Sequence[Buffer]:
         """Return the first answer of one request, or of two if the first is slow."""
         gets = [store.get(name, *extent)]
         try:
@@ -150,7 +151,7 @@ class Requests:
             for get in gets:
                 _drop(get)
 
-    def _answer(self, store: BodyStore, gets: list[Future[Buffer]]) -> Buffer:
+    def _answer(self, store: BodyStore, gets: list[Future[Sequence[Buffer]]]) -> Sequence[Buffer]:
         """Return the first body among some gets, of which one has ended.
 
         Raises:

@@ -87,8 +87,8 @@ class Store(Protocol):
 class BodyStore(Store, Protocol):
     """A store that returns what it reads in memory of its own."""
 
-    def get(self, name: str, first: int, last: int) -> Future[Buffer]:
-        """Begin to read the bytes from `first` to `last` (exclusive) of an object.
+    def get(self, name: str, first: int, last: int) -> Future[Sequence[Buffer]]:
+        """Begin to read the bytes from `first` to `last` (exclusive) of an object, in chunks.
 
         Cancelling the future ends the request. What it raises is for `error_of` only.
         """
