@@ -61,7 +61,7 @@ def measure(options: Options) -> Figures:
     spans = 2 if options.quick else 16
     figures: Figures = {}
     with tempfile.TemporaryDirectory(prefix=".flexkv-bench-", dir=_memory(options)) as folder:
-        root = Path(folder)
+        root = Path(folder).absolute()
         with _Rig(open_store(f"file://{root}/{BUCKET}", {}, OPTIONS), spans) as rig:
             names = rig.put_all()
         if shutil.which("nginx") is None:
@@ -69,7 +69,7 @@ def measure(options: Options) -> Figures:
         else:
             figures |= _over_http(root, names, spans, options.repeats)
     with tempfile.TemporaryDirectory(prefix=".flexkv-bench-", dir=options.directory) as folder:
-        figures |= _directory(Path(folder), spans, options.repeats)
+        figures |= _directory(Path(folder).absolute(), spans, options.repeats)
     return figures
 
 
