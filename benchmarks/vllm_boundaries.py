@@ -102,6 +102,7 @@ def asked(plan: dict[str, Any]) -> Generator[tuple[int, int], Any, None]:
     )
     prompts = [_said(chance, FIRST_TOKENS) for _ in range(CONVERSATIONS)]
     for _ in range(run.turns):
+        finish(llm)
         command(run.settings["server_recv_port"], "flush")
         assert scheduler_of(llm).reset_prefix_cache()
         asks = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
