@@ -49,6 +49,7 @@ def _figures(scene: Scene, outcome: Outcome) -> Figures:
         "part of the budget in use: least": min(outcome.fill),
         "deleted within half of the TTL of a read": float(len(outcome.too_soon)),
         "deleted in the moment of a read": float(outcome.raced),
+        "deleted because their reader was killed": float(outcome.orphaned),
         "touches": float(outcome.touched),
         "touches that were not needed": float(outcome.again),
         "collectors killed": float(outcome.kills),

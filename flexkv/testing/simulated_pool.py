@@ -114,6 +114,7 @@ class Outcome:
         missed: reads of spans that were not there any more.
         too_soon: of each span that was deleted although it was read lately, how long before.
         raced: spans that were read in the moment in which they were deleted.
+        orphaned: those whose reader was killed in the second in which it would have touched them.
         again: touches of a span that was touched within half of the touch age before.
         fill: the number of spans, as a part of the budget, now and then.
         collectors: how many engines had the lease at once, at most.
@@ -126,6 +127,7 @@ class Outcome:
     missed: int = 0
     too_soon: list[float] = field(default_factory=list)
     raced: int = 0
+    orphaned: int = 0
     again: int = 0
     fill: list[float] = field(default_factory=list)
     collectors: int = 0
@@ -202,6 +204,8 @@ class PoolSimulation:
         self._pool = Pool(DESCRIPTION)
         self._used_s: dict[BlockKey, float] = {}
         self._touched_s: dict[BlockKey, float] = {}
+        self._orphans: set[BlockKey] = set()
+        """Spans that the last use would have touched, had its engine not been killed."""
         self._reads: list[tuple[float, BlockKey, bool]] = []
         self._engines: list[SimulatedEngine | None] = []
         self._due = 0.0
@@ -268,6 +272,7 @@ class PoolSimulation:
         engine = self._engines[number]
         assert engine is not None
         self._count(engine)
+        self._orphans |= engine.touches._queued
         engine.kill()
         self._engines[number] = None
         self.outcome.kills += 1
@@ -322,6 +327,7 @@ class PoolSimulation:
             self.outcome.missed += 1
             return
         self._used_s[key] = now_s
+        self._orphans.discard(key)
         self.outcome.read += 1
         self._engine_uses(key)
         if is_hot and self.random.random() < 0.95:
@@ -337,7 +343,9 @@ class PoolSimulation:
         self.outcome.deleted += 1
         self._touched_s.pop(key, None)
         unused_s = true_time_s() - self._used_s.pop(key)
-        if unused_s < RACE_S:
+        if key in self._orphans and unused_s < self._kept_s():
+            self.outcome.orphaned += 1
+        elif unused_s < RACE_S:
             self.outcome.raced += 1
         elif unused_s < self._kept_s():
             self.outcome.too_soon.append(unused_s)
