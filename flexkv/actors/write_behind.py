@@ -21,6 +21,7 @@ import msgspec
 from flexkv.actors.flight import wake
 from flexkv.actors.health import Health
 from flexkv.actors.tier_health import TierHealth
+from flexkv.actors.write_rate import WriteRate
 from flexkv.common.errors import DeadlineError, RecalledError, TransferError
 from flexkv.common.request import Operation, Request
 from flexkv.common.terms import BlockIds, Tier
@@ -56,6 +57,8 @@ class ShipLimits(NamedTuple):
     """Blocks that may be on their way at once."""
     reused_only: bool = False
     """Whether only blocks that a load has found are written, not all that reach host memory."""
+    blocks_per_s: float | None = None
+    """How many blocks a second may begin to be written; None: any number."""
 
 
 class WriteBehindLimits(NamedTuple):
@@ -122,8 +125,10 @@ class WriteBehind:
             tier: OwedBlocks(residency, tier, limits.batch_blocks) for tier in lower
         }
         is_far = planner.catalogue.has
+        self._rates: dict[Tier, WriteRate] = {}
         for tier, ship in limits.far.items():
             self._queues[tier] = OwedSpans(residency, tier, ship.span_blocks, is_far)
+            self._rates[tier] = WriteRate(ship.blocks_per_s)
         self._near = tuple(lower)
         self._in_flight = dict.fromkeys(self._queues, 0)
         self._told = dict.fromkeys(self._queues, 0)
@@ -243,12 +248,16 @@ class WriteBehind:
         wake(self._waiters)
 
     def _pump(self, tier: Tier, queue: Queue) -> None:
-        far = self._limits.far.get(tier)
+        far, rate = self._limits.far.get(tier), self._rates.get(tier)
         limit = self._limits.in_flight_blocks if far is None else far.in_flight_blocks
+        now_s = asyncio.get_running_loop().time()
         while queue.blocks and self._in_flight[tier] < limit:
             if not self._may_write(tier):
                 queue.unkeep(queue.kept_blocks)
-                self._retry_later()
+                self._pump_again(now_s + RETRY_S)
+                return
+            if rate is not None and (wait_s := rate.wait_s(now_s)) > 0:
+                self._pump_again(now_s + wait_s)
                 return
             if self._residency.counts(tier).reserved >= self._limits.kept_blocks_max > 0:
                 return  # what puts have queued is enough: blocks free no room until written
@@ -256,6 +265,8 @@ class WriteBehind:
             taken = queue.take()
             if taken is not None:
                 self._in_flight[tier] += len(taken.host_ids)
+                if rate is not None:
+                    rate.began(len(taken.host_ids), now_s)
                 self._begin(taken)
             elif queue.blocks == before:
                 if self._in_flight[tier] or self._residency.counts(tier).reserved:
@@ -275,9 +286,13 @@ class WriteBehind:
         is_hung = self._watch.breaker(tier, inbound=False).health is Health.HUNG
         return self._in_flight[tier] > 0 and not is_hung
 
-    def _retry_later(self) -> None:
-        if self._retry is None:
-            self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._try_again)
+    def _pump_again(self, at_s: float) -> None:
+        """Pump at a time by the loop's clock, or earlier if that is due anyway."""
+        if self._retry is not None:
+            if self._retry.when() <= at_s:
+                return
+            self._retry.cancel()
+        self._retry = asyncio.get_running_loop().call_at(at_s, self._try_again)
 
     def _try_again(self) -> None:
         self._retry = None

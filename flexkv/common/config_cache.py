@@ -174,6 +174,13 @@ class CacheConfig(ConfigModel):
     remote_write_window_mb: float = key(
         64.0, "Most bytes being written to the remote tier at once.", unit="MB", gt=0
     )
+    remote_write_mb_per_s: float | None = key(
+        None,
+        "How fast to write to the remote tier; what waits for its turn may be evicted meanwhile. "
+        "Unset = as fast as it can.",
+        unit="MB/s",
+        gt=0,
+    )
     remote_ttl_s: float | None = key(
         None,
         "How long a span stays in the remote tier after it was last read or written; unset = as "

@@ -121,10 +121,11 @@ class RemoteTier:
         )
 
     def _ship(self, size: int, write: int) -> ShipLimits | None:
-        when = self._cache.remote_write
-        return None if when == "off" else ShipLimits(
-            size, WRITE_WINDOWS * write * size, when == "reused"
-        )  # fmt: skip
+        when, mb_per_s = self._cache.remote_write, self._cache.remote_write_mb_per_s
+        if when == "off":
+            return None
+        per_s = None if mb_per_s is None else mb_per_s * MB / self._sizes.block_stride_bytes
+        return ShipLimits(size, WRITE_WINDOWS * write * size, when == "reused", per_s)
 
 
 def _work(

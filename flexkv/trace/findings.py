@@ -106,10 +106,11 @@ def _given_up(summary: Summary) -> list[Finding]:
     found = []
     for tier in sorted({event.tier for event in events}):
         of_tier = [event for event in events if event.tier == tier]
-        key = "remote_write_window_mb" if tier in FAR else "write_behind_wait_s"
+        far_keys = "`remote_write_mb_per_s` and `remote_write_window_mb`"
+        keys = far_keys if tier in FAR else "`write_behind_wait_s`"
         text = (
             f"blocks were put and never written to the {tier} tier ({of_tier[-1].detail}). If they "
-            f"were evicted first, puts come faster than the tier writes: see `{key}`."
+            f"were evicted first, puts come faster than the tier writes: see {keys}."
         )
         found.append(Finding("given_up", text, of_tier[0].at_ns, len(of_tier)))
     return found

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from flexkv.common.config import MB
 from flexkv.common.terms import Tier
 
 from .test_remote import SPAN, WHOLE, Node, listed
@@ -77,3 +78,12 @@ async def test_the_pool_stays_within_its_budget(tmp_path: Path) -> None:
         assert 0 < node.store.known_spans <= budget
         assert set(left) <= set(files(tmp_path))
         assert await node.get(3) == WHOLE
+
+
+async def test_the_rate_of_writes_is_in_bytes(tmp_path: Path) -> None:
+    """`remote_write_mb_per_s` becomes the blocks a second that have so many bytes."""
+    async with Node(keys(tmp_path, remote_write_mb_per_s=1.5)) as node:
+        engine = node.manager.engine
+        per_s = engine._core.behind._limits.far[Tier.REMOTE].blocks_per_s
+        assert per_s is not None
+        assert per_s * engine.sizes.block_stride_bytes == 1.5 * MB

@@ -168,7 +168,12 @@ async def test_a_slow_store_is_a_finding(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("tier", "key"), [("remote", "remote_write_window_mb"), ("disk", "write_behind_wait_s")]
+    ("tier", "key"),
+    [
+        ("remote", "remote_write_mb_per_s"),
+        ("remote", "remote_write_window_mb"),
+        ("disk", "write_behind_wait_s"),
+    ],
 )
 def test_spans_given_up_name_what_bounds_their_tier(tier: str, key: str) -> None:
     """Blocks that were never written are a finding, which names the tier's own key."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from flexkv.actors.write_behind import ShipLimits
 from flexkv.common.config import CacheConfig
 from flexkv.common.errors import TransferError
 from flexkv.common.request import KVResponseStatus, Operation
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey, Tier
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey, Tier, Transfer
 from flexkv.engine.engine import Engine
 from flexkv.index.keys import block_keys
 from flexkv.testing.fake_backend import FakeBackend, empty
@@ -24,21 +24,25 @@ from flexkv.testing.simulated_groups import MODEL, TOKENS_PER_BLOCK
 from flexkv.testing.virtual_time import run_virtual
 
 BLOCKS, SPAN = 11, 4
+SHIP = ShipLimits(SPAN, 2 * SPAN)
 
 
 class Bench:
     """An engine that writes spans of four blocks to a far tier; a block's content is its key."""
 
     def __init__(
-        self, far: FakeFar, failure: float, reused_only: bool, host: int, window_spans: int
+        self,
+        far: FakeFar,
+        failure: float,
+        host: int,
+        window_spans: int,
+        ship: ShipLimits,
     ) -> None:
-        cache = CacheConfig(
-            tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=host, evict_ratio=0.0
-        )
+        cache = CacheConfig(tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=host, evict_ratio=0.0)
         self.far = far
         faults, sound = FaultPlan(1, failure, 0.001, 0.01), FaultPlan(1, 0.0, 0.001, 0.01)
         self.backend = FakeBackend(host, faults, empty(0), sound, far=far)
-        self.backend.ship = ShipLimits(SPAN, 2 * SPAN, reused_only)
+        self.backend.ship = ship
         window = Window(window_spans * SPAN * BLOCK_KEY_BYTES, SPAN * BLOCK_KEY_BYTES)
         self.backend.windows = window, window
         self.engine = Engine(MODEL, cache, self.backend)
@@ -80,14 +84,14 @@ def on_bench(
     work: Callable[[Bench], Awaitable[None]],
     far: FakeFar,
     failure: float = 0.0,
-    reused_only: bool = False,
     host: int = 64,
     window_spans: int = 2,
+    ship: ShipLimits = SHIP,
 ) -> None:
     """Run something on an open engine, and close it, which checks that nothing is left."""
 
     async def run() -> None:
-        bench = Bench(far, failure, reused_only, host, window_spans)
+        bench = Bench(far, failure, host, window_spans, ship)
         await bench.engine.open()
         bench.engine.register_kv_caches([bench.device])
         await work(bench)
@@ -148,7 +152,7 @@ def test_only_what_is_used_again_is_written_if_that_is_asked_for() -> None:
         await bench.engine.flush()
         assert far.held == set(bench.keys()[:SPAN])
 
-    on_bench(work, far, reused_only=True)
+    on_bench(work, far, ship=SHIP._replace(reused_only=True))
 
 
 def test_a_write_that_fails_is_tried_again_and_then_given_up() -> None:
@@ -244,3 +248,55 @@ def test_clearing_one_tier_leaves_what_is_far() -> None:
         assert await bench.perform(Operation.GET) == 2 * SPAN
 
     on_bench(work, far)
+
+
+@pytest.mark.parametrize("spans_per_s", [2.0, 50.0])
+def test_ships_keep_to_their_rate(spans_per_s: float) -> None:
+    """In any time at most the rate and one span more begin, and none waits longer than for that.
+
+    What waits counts as owed, and a flush waits for all of it.
+    """
+    begun_s: list[float] = []
+    far = new_far()
+    ship = SHIP._replace(blocks_per_s=spans_per_s * SPAN)
+
+    async def work(bench: Bench) -> None:
+        loop, submit = asyncio.get_running_loop(), bench.port.submit
+
+        def submit_noted(transfer: Transfer) -> None:
+            begun_s.append(loop.time())
+            submit(transfer)
+
+        bench.port.submit = submit_noted  # type: ignore[method-assign]
+        for number in range(4):
+            await bench.perform(Operation.PUT, number)
+        counts = bench.engine.statistics().write_behind["remote"]
+        assert counts.owed_blocks == (8 - len(begun_s)) * SPAN > 0
+        assert counts.given_up_blocks == {}
+        await bench.engine.flush()
+        assert len(far.held) == 8 * SPAN
+        await asyncio.sleep(10.0)  # a time without ships allows no more of them later
+        await bench.perform(Operation.PUT, 4)
+        await bench.engine.flush()
+
+    on_bench(work, far, ship=ship)
+    waits_s = [later - earlier for earlier, later in pairwise(begun_s)]
+    assert len(begun_s) == 10
+    assert all(wait_s >= 1 / spans_per_s - 1e-6 for wait_s in waits_s)
+    assert sorted(waits_s)[-2] < 1 / spans_per_s + 0.1  # the longest one is the pause
+
+
+def test_a_rate_delays_no_other_tier_and_no_load() -> None:
+    """With so slow a rate that the second span waits for hours, puts, loads and closing do not."""
+    far = new_far()
+
+    async def work(bench: Bench) -> None:
+        loop = asyncio.get_running_loop()
+        begin_s = loop.time()
+        for number in range(4):
+            await bench.perform(Operation.PUT, number)
+        assert await bench.perform(Operation.GET, 0) == BLOCKS
+        assert loop.time() - begin_s < 1.0
+        assert len(far.held) <= SPAN
+
+    on_bench(work, far, ship=SHIP._replace(blocks_per_s=1e-3))
