@@ -27,6 +27,7 @@ from flexkv.common.errors import RemoteError
 from flexkv.io.remote.landing import Copier, FileLanding, HostBlocks, Landing
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.store import Listed
+from flexkv.process.background import in_background
 from flexkv.process.workers import Workers
 
 T = TypeVar("T")
@@ -64,10 +65,12 @@ class DirectoryStore:
         """
         self.where = f"directory {root}"
         self._root = root
-        self._pools = {
-            name: Workers(count, f"flexkv-remote-{name}")
-            for name, count in (("read", readers), ("write", writers), ("name", 2))
-        }
+        counts = {"read": readers, "write": writers, "name": 2}
+        self._pools = in_background(
+            lambda: {
+                name: Workers(count, f"flexkv-remote-{name}") for name, count in counts.items()
+            }
+        )
 
     def doubts(self) -> str:
         """Return why others may change what is in the directory; "" if only we and root may.

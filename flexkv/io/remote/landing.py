@@ -30,6 +30,7 @@ from flexkv.io.remote.seal import SEAL_BYTES, Seals
 from flexkv.io.remote.spans import SpanPart
 from flexkv.io.remote.store import BodyStore, FileStore, Store
 from flexkv.process import forks
+from flexkv.process.background import in_background
 
 
 class HostBlocks(NamedTuple):
@@ -96,10 +97,10 @@ class OpenStore(Store, Protocol):
 
 
 class Copier:
-    """Copy threads whose jobs can be awaited."""
+    """Copy threads whose jobs can be awaited. They yield to those that copy for devices."""
 
     def __init__(self, threads: int) -> None:
-        self._pool: CopyPool | None = CopyPool(threads)
+        self._pool: CopyPool | None = in_background(lambda: CopyPool(threads))
         self._numbers = count()
         self._jobs: dict[int, Future[None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from flexkv.io.remote.names import Pool
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.store import Store
 from flexkv.observe.logs import get_logger
+from flexkv.process.background import in_background
 
 log = get_logger(__name__)
 
@@ -39,6 +41,7 @@ def open_store(url: str, custom: Mapping[str, Any], options: RemoteOptions) -> O
 
 def _object_store(address: RemoteAddress, options: RemoteOptions) -> OpenStore:
     try:
+        from obstore import put_async
         from obstore import store as stores
         from obstore.exceptions import BaseError
 
@@ -46,6 +49,12 @@ def _object_store(address: RemoteAddress, options: RemoteOptions) -> OpenStore:
     except ImportError as error:
         why = "obstore is not installed: pip install 'flexkv[remote]'"
         raise BackendUnavailableError(f"the remote tier at {address.url}", why) from error
+
+    async def first_request() -> None:
+        await put_async(stores.MemoryStore(), "nothing", b"")
+
+    # obstore starts its threads with its first request, and keeps them.
+    in_background(lambda: asyncio.run(first_request()))
     if address.kind == "memory":
         return ObjectStore(stores.MemoryStore(), "memory", "memory")
     config = dict(address.config)

@@ -1,0 +1,48 @@
+"""Threads that yield to all others of this process.
+
+Copying and checksumming for the remote tier can keep every CPU busy. Requests that need only host
+memory must not wait for that, so these threads get a CPU only if no other thread wants it, or a
+small share beside those that do. The kernel gives a thread the nice value of the thread that starts
+it. So whatever starts threads is called in a thread that has been nice first; that works for
+threads of libraries, too.
+
+Source: sched(7), "The nice value"; setpriority(2).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from flexkv.process.workers import Workers
+
+T = TypeVar("T")
+
+NICER_BY, NICE_MAX = 10, 19
+"""A thread that is nicer by 10 gets a tenth of the CPU time beside one that is not."""
+
+
+def in_background(make: Callable[[], T]) -> T:
+    """Return what `make` returns; the threads that it starts yield to all others.
+
+    If the kernel refuses the nice value, they are as all others.
+
+    Raises:
+        OSError: a thread cannot be started; and what `make` raises.
+    """
+
+    def run() -> T:
+        with suppress(OSError):
+            own = threading.get_native_id()
+            nice = os.getpriority(os.PRIO_PROCESS, own)
+            os.setpriority(os.PRIO_PROCESS, own, min(NICE_MAX, nice + NICER_BY))
+        return make()
+
+    starter = Workers(1, "flexkv-start")
+    try:
+        return starter.submit(run).result()
+    finally:
+        starter.shutdown()
