@@ -50,6 +50,15 @@ class Breaker:
             return now_s >= self._down_until_s
         return self.health is Health.UP
 
+    @property
+    def is_failing(self) -> bool:
+        """Return whether the direction is not UP, and may be UP again."""
+        return self.health is not Health.UP and not self._is_lost
+
+    def try_now(self, now_s: float) -> None:
+        """Make a direction that is DOWN due for a trial: there is reason to think it works."""
+        self._down_until_s = min(self._down_until_s, now_s)
+
     def begun(self, now_s: float) -> None:
         """Record that an op begins; in a direction that is DOWN, this op alone is the trial."""
         if self.health is Health.DOWN:

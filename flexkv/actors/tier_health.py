@@ -124,6 +124,18 @@ class TierHealth:
             self._tell("tier_up", tier, detail=_direction(route.inbound))
             log.info("tier_up", tier=tier.label, reads=route.inbound)
 
+    def is_failing(self, tier: Tier) -> bool:
+        """Return whether a direction of a tier is not used now, and may be used again."""
+        return not self.all_up and any(
+            self.breaker(tier, inbound).is_failing for inbound in (True, False)
+        )
+
+    def try_now(self, tier: Tier) -> None:
+        """Let the next op of each direction of a tier be a trial, if the direction is down."""
+        now_s = asyncio.get_running_loop().time()
+        for inbound in (True, False):
+            self.breaker(tier, inbound).try_now(now_s)
+
     def unusable(self) -> tuple[frozenset[Tier], frozenset[Tier]]:
         """Return the tiers that must not be read now, and those that must not be written."""
         now_s = asyncio.get_running_loop().time()

@@ -122,6 +122,8 @@ class Core:
                 partial(self.scheduler.drop_corrupt, parts.tier),
                 partial(self.scheduler.watch.lose, parts.tier),
                 supervisor.spawn,
+                partial(self.scheduler.watch.is_failing, parts.tier),
+                partial(self.scheduler.watch.try_now, parts.tier),
             )
             for name, work in parts.work(hooks).items():
                 supervisor.keep(name, work)

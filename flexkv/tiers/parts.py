@@ -95,6 +95,10 @@ class TierHooks(NamedTuple):
     spawn: Callable[[str, Coroutine[Any, Any, None]], asyncio.Task[None]]
     """Starts a task, which has a name, for a client that is asynchronous; it must end by itself,
     and an exception from it ends the engine."""
+    is_failing: Callable[[], bool]
+    """Whether the tier is not used now, because its I/O failed."""
+    try_now: Callable[[], None]
+    """Lets the next request try a tier that is not used, because it seems to work again."""
 
 
 class StoreStatistics(msgspec.Struct, frozen=True):

@@ -33,6 +33,7 @@ from flexkv.tiers.remote_gc.rules import Limits
 from flexkv.tiers.remote_gc.touches import Touches
 from flexkv.tiers.remote_listing import Listing
 from flexkv.tiers.remote_pool import SharedPool
+from flexkv.tiers.remote_probe import Probe, TierState
 from flexkv.tiers.unavailable import Unavailable
 
 SPANS_MAX = 1 << 21
@@ -138,10 +139,13 @@ def _work(
 ) -> Work:
     port.spawn = hooks.spawn
     pool.lose = hooks.lose
+    probe = Probe(touches.requests, pool)
+    state = TierState(hooks.is_failing, hooks.try_now)
     return {
         "remote pool": pool.run(),
         "remote listing": listing.run(hooks.spawn),
         "remote hints": listing.clock(),
+        "remote probe": probe.run(state),
         "remote touches": touches.run(hooks.spawn),
         "remote collection": collector.run(hooks.spawn),
     }

@@ -44,6 +44,7 @@ class SharedPool:
 
     Attributes:
         span_blocks: how many blocks a span has.
+        base: the first generation, below which the others are numbered.
         current: the pool in use; None while it is not known: nothing is read or written then.
         clears: how often it was left for one of a new generation.
         lose: takes the tier down for good, for a reason.
@@ -55,7 +56,8 @@ class SharedPool:
         self.current: Pool | None = None
         self.clears = 0
         self.lose: Callable[[str], None] = _not_open
-        self._store, self._base = store, Pool(description)
+        self.base = Pool(description)
+        self._store = store
         self._is_new_wanted = False
         self._bell = Bell()
         self._waiters: list[asyncio.Future[None]] = []
@@ -100,7 +102,7 @@ class SharedPool:
         generation = await self._latest()
         while is_new and not await self._begin(generation := generation + 1):
             pass  # another engine has begun it meanwhile
-        pool = Pool(msgspec.structs.replace(self._base.description, generation=generation))
+        pool = Pool(msgspec.structs.replace(self.base.description, generation=generation))
         await join_pool(self._store, pool)
         if is_new != self._is_new_wanted:
             return  # a clear came meanwhile: the caller tries again
@@ -123,7 +125,7 @@ class SharedPool:
 
     async def _latest(self) -> int:
         """Return the number of the latest generation."""
-        prefix = self._base.generations
+        prefix = self.base.generations
         latest = 0
         async for page in self._store.pages(prefix):
             numbers = [each.name.removeprefix(prefix) for each in page]
@@ -131,7 +133,7 @@ class SharedPool:
         return latest
 
     async def _begin(self, generation: int) -> bool:
-        return await self._store.put(f"{self._base.generations}{generation}", [b"\n"])
+        return await self._store.put(f"{self.base.generations}{generation}", [b"\n"])
 
     def _silent(self) -> RemoteError:
         return RemoteError(self._store.where, "join", f"no answer within {ANSWER_S:g} s")

@@ -82,3 +82,31 @@ def test_one_end_does_not_bring_back_what_hangs() -> None:
     assert breaker.came_back(1.0)
     assert breaker.succeeded()
     assert breaker.health is Health.UP
+
+
+def test_a_direction_that_is_down_can_be_tried_at_once() -> None:
+    """It is due for one trial then; a failure of that doubles the pause as ever."""
+    breaker = down()
+    assert not breaker.usable(0.1)
+    assert breaker.is_failing
+    breaker.try_now(0.1)
+    assert breaker.usable(0.1)
+    breaker.begun(0.1)
+    assert not breaker.usable(0.2), "one trial at a time"
+    assert breaker.failed(0.2)
+    assert not breaker.usable(0.2 + 1.9 * BACKOFF_MIN_S)
+    assert breaker.usable(0.2 + 2 * BACKOFF_MIN_S)
+    assert breaker.succeeded()
+    assert not breaker.is_failing
+
+
+def test_what_is_lost_or_hangs_cannot_be_tried() -> None:
+    """Neither a direction that is lost nor one that hangs is used because of it."""
+    lost, hung = down(), Breaker()
+    lost.lose()
+    hung.hung()
+    for breaker in (lost, hung):
+        breaker.try_now(0.0)
+        assert not breaker.usable(1e9)
+    assert not lost.is_failing
+    assert hung.is_failing

@@ -25,7 +25,7 @@ async def test_a_generation_that_was_deleted_is_created_again(
     pool.clear(None)
     running = asyncio.get_running_loop().create_task(pool.run())
     assert (await pool.joined()).description.generation == 1
-    generation = tmp_path / pool._base.generations / "1"
+    generation = tmp_path / pool.base.generations / "1"
     generation.unlink()
     async with asyncio.timeout(20):
         while not generation.exists():  # noqa: ASYNC110 -- another thread makes it

@@ -254,7 +254,7 @@ class Requests:
             is_last = number == self._retries
             self.counting.requests[kind] += 1
             try:
-                result = await self._once(kind, request, until, 1.0 if is_last else 0.5)
+                result = await self._answered(kind, request, until, 1.0 if is_last else 0.5)
             except RemoteError as error:
                 if not until.is_stopped:
                     self._failed(kind, error, limit)
@@ -269,7 +269,21 @@ class Requests:
             await asyncio.sleep(pause_s)
         raise AssertionError("the last try returns or raises")
 
-    async def _once(
+    async def once(self, kind: str, request: Callable[[], Awaitable[T]], until: Until) -> T:
+        """Return the result of a request that is not repeated.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            RemoteError: the store failed, or did not answer in time.
+        """
+        self.counting.requests[kind] += 1
+        try:
+            return await self._answered(kind, request, until, 1.0)
+        except RemoteError as error:
+            self._failed(kind, error, None)
+            raise
+
+    async def _answered(
         self, kind: str, request: Callable[[], Awaitable[T]], until: Until, share: float
     ) -> T:
         before_s = until.left_s
