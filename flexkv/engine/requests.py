@@ -16,7 +16,7 @@ from flexkv.engine.pins import Holds
 from flexkv.engine.runner import ALONE, RequestOwner, RequestRunner
 from flexkv.engine.tickets import PREPARED, RequestSpec, Ticket, nothing_moved
 from flexkv.engine.tracing import Tracing
-from flexkv.graph.far import SetApart, set_apart
+from flexkv.graph.far import SetApart, far_behind, set_apart
 from flexkv.index.found import Found, PrefixMatch, prefix_match
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
@@ -159,13 +159,25 @@ class Requests:
     def match(self, token_ids: Any, namespace: Namespace) -> PrefixMatch:
         """Return how much of a prompt is resident. No I/O; it changes only the blocks' recency."""
         request = self.intake(Operation.PREFETCH, token_ids, None, namespace)
-        tiers = self._core.residency.tiers
-        return prefix_match(self.find(request.keys), tiers, request.tokens_per_block)
+        found, far, _ = self.find_with_far(request.keys)
+        return prefix_match(found, self._core.residency.tiers, request.tokens_per_block, far)
 
     def find(self, keys: bytes, first: int = 0, drop: int = 0) -> Found:
         """Return where a prompt's blocks from `first` on are: see `Planner.find`."""
         self._core.scheduler.update_avoid()
         return self._core.planner.find(keys, first, drop)
+
+    def find_with_far(self, keys: bytes, first: int = 0) -> SetApart:
+        """Return what `find` does, and how many blocks behind it are said to lie far, by tier.
+
+        With several KV groups nothing is far yet.
+        """
+        found, planner = self.find(keys, first), self._core.planner
+        if planner.groups > 1:
+            return SetApart(found, {})
+        avoid = planner.avoid.unreadable
+        far = far_behind(keys, found.last, self._core.residency, planner.catalogue, avoid)
+        return SetApart(found, far)
 
     def find_here(self, keys: bytes, first: int = 0, drop: int = 0) -> SetApart:
         """Return what `find` does without blocks that are coming from far, and what is far behind.

@@ -100,13 +100,24 @@ def set_apart(
     """
     here, far = _coming(found, residency)
     coming = found.last - here.last
-    at, end = found.last, len(keys) // BLOCK_KEY_BYTES - 1
-    if at < end and not catalogue.is_empty and (runs := catalogue.far(keys, at, end, avoid)):
-        for tier, ids in _absent(runs, keys, at, end, residency):
-            far[tier] = far.get(tier, 0) + len(ids)
+    for tier, count in far_behind(keys, found.last, residency, catalogue, avoid).items():
+        far[tier] = far.get(tier, 0) + count
     if drop:
         here = here.before(max(here.first, here.last - drop))
     return SetApart(here, far, coming)
+
+
+def far_behind(
+    keys: bytes, at: int, residency: Residency, catalogue: Catalogue, avoid: Set[Tier]
+) -> dict[Tier, int]:
+    """Return how many blocks from position `at` on are said to lie far, without a gap, by tier.
+
+    For the arguments see `set_apart`.
+    """
+    end = len(keys) // BLOCK_KEY_BYTES - 1
+    if at >= end or catalogue.is_empty or not (runs := catalogue.far(keys, at, end, avoid)):
+        return {}
+    return {tier: len(ids) for tier, ids in _absent(runs, keys, at, end, residency)}
 
 
 def _coming(found: Found, residency: Residency) -> tuple[Found, dict[Tier, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import msgspec
@@ -16,17 +16,22 @@ from flexkv.index.claims import Holding
 class PrefixMatch(msgspec.Struct, frozen=True):
     """How much of a prompt a get would find, each block counted at its nearest tier.
 
-    `tokens` includes `pending_tokens`: those being filled right now, which a get waits for.
+    `tokens` includes `pending_tokens`: those being filled right now, which a get waits for. It does
+    not include `far_tokens_by_tier`: those behind them that a far tier is said to have. A get
+    fetches these, too, as far as they are there.
     """
 
     tokens: int
     tokens_by_tier: dict[Tier, int]
     pending_tokens: int
+    far_tokens_by_tier: dict[Tier, int] = {}
 
     def __repr__(self) -> str:
         parts = [f"{tier.label} {count}" for tier, count in self.tokens_by_tier.items() if count]
         parts += [f"{self.pending_tokens} pending"] if self.pending_tokens else []
-        return f"PrefixMatch({self.tokens} tokens{': ' if parts else ''}{', '.join(parts)})"
+        far = [f"{count} more in {tier.label}" for tier, count in self.far_tokens_by_tier.items()]
+        here = f"{self.tokens} tokens{': ' if parts else ''}{', '.join(parts)}"
+        return f"PrefixMatch({'; '.join([here, *far])})"
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -150,14 +155,17 @@ class Found(msgspec.Struct, frozen=True):
         return [Holding(tier, place.block_ids) for tier, place in placed]
 
 
-def prefix_match(found: Found, tiers: Sequence[Tier], tokens_per_block: int) -> PrefixMatch:
-    """Return what was found, counted in tokens."""
+def prefix_match(
+    found: Found, tiers: Sequence[Tier], tokens_per_block: int, far: Mapping[Tier, int]
+) -> PrefixMatch:
+    """Return what was found, and how many blocks behind it lie far, counted in tokens."""
     pending = found.pending.block_count if found.pending else 0
     by_tier = dict.fromkeys(tiers, 0)
     for tier, placement in found.ready.items():
         by_tier[tier] = placement.block_count * tokens_per_block
     tokens = (found.last - found.first) * tokens_per_block
-    return PrefixMatch(tokens, by_tier, pending * tokens_per_block)
+    far_tokens = {tier: count * tokens_per_block for tier, count in far.items()}
+    return PrefixMatch(tokens, by_tier, pending * tokens_per_block, far_tokens)
 
 
 class ReadySpan(NamedTuple):

@@ -158,6 +158,14 @@ class Client:
         """
         return self.result(self.ask(keys, first, hold, tell, drop))
 
+    def match_with_far(self, keys: Keys) -> Matched:
+        """Return how many blocks of a prompt are resident, and how many behind them are far."""
+        part = self._part_of(keys)
+        message = Match(
+            self.number(), part.keys, prompt=part.prompt, known=part.known, with_far=True
+        )
+        return self.result(self._ask(message, blocks_of(keys)))
+
     def result(self, number: int) -> Matched:
         """Wait for the result of a match, and return it."""
         self.flush(self._answer_s)

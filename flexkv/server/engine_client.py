@@ -293,12 +293,15 @@ class EngineClient:
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
         """Return how much of a prompt is resident; nothing if the server does not answer."""
         request = self._request(RequestSpec(Operation.PREFETCH, token_ids, namespace=namespace))
-        matched = self._client.match(request.keys)
+        matched = self._client.match_with_far(request.keys)
         self.receive()
         per_block = self._intake.tokens_per_block
         counts = {**dict.fromkeys(self._client.welcome.tiers, 0), **matched.by_tier}
         by_tier = {tier: counts[tier.label] * per_block for tier in Tier if tier.label in counts}
-        return PrefixMatch(matched.blocks * per_block, by_tier, matched.pending * per_block)
+        far = {
+            tier: matched.far[tier.label] * per_block for tier in Tier if tier.label in matched.far
+        }
+        return PrefixMatch(matched.blocks * per_block, by_tier, matched.pending * per_block, far)
 
     def _request(self, spec: RequestSpec) -> Request:
         self._check_open()

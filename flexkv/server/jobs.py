@@ -139,9 +139,12 @@ class Jobs:
 
     def _found(self, message: Match, keys: bytes, begin: int, drop: int) -> SetApart:
         """Return where a prompt's blocks are, and if the client asks for it, what is far."""
+        requests = self._engine.requests
         if message.apart:
-            return self._engine.requests.find_here(keys, begin, drop)
-        return SetApart(self._engine.find(keys, begin, drop), {})
+            return requests.find_here(keys, begin, drop)
+        if message.with_far:
+            return requests.find_with_far(keys, begin)
+        return SetApart(requests.find(keys, begin, drop), {})
 
     def _host_run(self, keys: bytes, found: Found, message: Match) -> int:
         """Return how many blocks, from the match's first one on, a put need not store."""

@@ -47,7 +47,7 @@ from flexkv.common.space import GROUPS_MAX
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 FRAME_BYTES_MAX = 8 << 20
 """Maximum size of a message; the server accepts at most `FRAME_BYTES_OF` the peer's role."""
 LENGTH_BYTES = 4
@@ -149,6 +149,8 @@ class Match(Message, tag="match", frozen=True):
     apart: bool = False
     """Whether to count blocks that lie far, or are coming from there, as `Matched.far`: they may
     fail to arrive. Otherwise those that are coming count as `pending`."""
+    with_far: bool = False
+    """Whether to count the blocks that lie far behind those found, without `apart`."""
 
 
 class Forget(Message, tag="forget", frozen=True):
@@ -179,7 +181,7 @@ class Matched(Message, tag="matched", frozen=True):
     """How many blocks of the chain are ready, with or without the leaves that a prefix needs."""
     far: Mapping[str, Number] = {}
     """How many blocks behind those found could be had by a prefetch, by the tier where they are
-    said to be: see `Match.apart`. None with several KV groups."""
+    said to be: see `Match.apart` and `Match.with_far`. None with several KV groups."""
     coming: Number = 0
     """How many of these are on their way already, or wait here for those before them."""
 

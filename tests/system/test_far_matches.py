@@ -11,6 +11,7 @@ import pytest
 from flexkv.common.config import Settings
 from flexkv.common.request import Operation
 from flexkv.common.terms import Tier
+from flexkv.kvmanager import KVManager
 from flexkv.server.client import Client
 from flexkv.server.wire import Copied, Copy, Matched
 from flexkv.testing.far_server import FarServer
@@ -67,6 +68,40 @@ def test_a_match_says_how_many_blocks_behind_the_local_ones_are_far(
     assert (plain.blocks, plain.far, served.far.looks) == (HERE, {}, [HERE])
     assert matched(client, keys[: 16 * (HERE + 1)]).far == {}
     assert served.far.looks == [HERE], "nothing is behind what is here"
+
+
+def test_a_managers_match_shows_what_is_far(served: FarServer, settings: Settings) -> None:
+    """A manager at the server, and the engine itself, report how many tokens more lie far.
+
+    What is here is reported as ever; blocks that are coming from there are pending, not far.
+    """
+    tokens = np.arange(BLOCKS * PER_BLOCK)
+    client = settings.model_copy(update={"server_client_mode": True})
+    manager = KVManager(MODEL, settings=client)
+    manager.start()
+    try:
+        requests = served.engine.requests
+        intake = lambda: requests.intake(Operation.PREFETCH, tokens).keys  # noqa: E731
+        keys = served.call(intake)
+        assert manager.match(tokens).far_tokens_by_tier == {}
+        served.hold(keys, BLOCKS - 1)
+        match = manager.match(tokens)
+        assert (match.tokens, match.pending_tokens) == (0, 0)
+        assert match.far_tokens_by_tier == {Tier.REMOTE: (BLOCKS - 1) * PER_BLOCK}
+        assert repr(match) == f"PrefixMatch(0 tokens; {(BLOCKS - 1) * PER_BLOCK} more in remote)"
+        assert served.call(lambda: served.engine.match(tokens)) == match
+        served.pass_transfers(0)
+        task_id = manager.prefetch_async(tokens)
+        eventually(lambda: manager.match(tokens).pending_tokens)
+        served.hold(keys)
+        match = manager.match(tokens)
+        assert (match.tokens, match.pending_tokens) == ((BLOCKS - 1) * PER_BLOCK,) * 2
+        assert match.far_tokens_by_tier == {Tier.REMOTE: PER_BLOCK}
+        assert served.call(lambda: served.engine.match(tokens)) == match
+        served.pass_transfers(None)
+        manager.wait(task_id)
+    finally:
+        manager.shutdown()
 
 
 def test_what_is_coming_from_far_is_not_offered(served: FarServer, instance: Instance) -> None:

@@ -36,6 +36,10 @@ def test_a_match_names_its_tiers() -> None:
     assert repr(PrefixMatch(0, {Tier.HOST: 0, Tier.DISK: 0}, 0)) == "PrefixMatch(0 tokens)"
     match = PrefixMatch(64, {Tier.HOST: 32, Tier.DISK: 16}, 16)
     assert repr(match) == "PrefixMatch(64 tokens: host 32, disk 16, 16 pending)"
+    match = PrefixMatch(64, {Tier.HOST: 64}, 0, {Tier.REMOTE: 128})
+    assert repr(match) == "PrefixMatch(64 tokens: host 64; 128 more in remote)"
+    match = PrefixMatch(0, {Tier.HOST: 0}, 0, {Tier.REMOTE: 128})
+    assert repr(match) == "PrefixMatch(0 tokens; 128 more in remote)"
 
 
 async def test_what_an_engine_answers_is_one_line_each(make_manager: MakeManager) -> None:

@@ -82,10 +82,11 @@ def test_matches_count_each_block_at_its_nearest_tier() -> None:
     filled(tiers, Tier.HOST, 0)
     filled(tiers, Tier.DISK, 0, 1)
     tiers.reserve(Tier.HOST, keys(0, 1, 2), Positions(2, 1))
-    match = prefix_match(tiers.find(keys(0, 1, 2, 3)), tiers.tiers, 16)
+    match = prefix_match(tiers.find(keys(0, 1, 2, 3)), tiers.tiers, 16, {Tier.REMOTE: 2})
     assert match.tokens == 48
     assert match.tokens_by_tier == {Tier.HOST: 16, Tier.DISK: 16}
     assert match.pending_tokens == 16
+    assert match.far_tokens_by_tier == {Tier.REMOTE: 32}
 
 
 @pytest.mark.parametrize(
