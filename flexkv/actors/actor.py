@@ -81,7 +81,12 @@ class Piece(msgspec.Struct, gc=False):
 
 
 class TransferActor:
-    """Runs the transfers of one device or tier through its port."""
+    """Runs the transfers of one device or tier through its port.
+
+    Attributes:
+        waiting_since_s: returns since when a transfer at the port has made no progress; None if
+            the port does not know, and only ends are progress.
+    """
 
     def __init__(
         self,
@@ -104,6 +109,7 @@ class TransferActor:
         """
         self.tier = tier
         self.name = tier.label
+        self.waiting_since_s: Callable[[int], float] | None = None
         self.in_flight_bytes = {True: 0, False: 0}
         self._port, self._checks = port, checks
         self._windows = {True: windows[0], False: windows[1]}
@@ -172,7 +178,11 @@ class TransferActor:
             self.recall(op_id)
 
     def oldest_s(self) -> float:
-        """Return for how many seconds the oldest piece has been in flight; 0 if there is none."""
+        """Return for how long some piece has made no progress, at most; 0 if there is none."""
+        if self.waiting_since_s is not None:
+            return self._now_s() - min(
+                map(self.waiting_since_s, self._pieces), default=self._now_s()
+            )
         for piece in self._pieces.values():
             return self._now_s() - piece.begin_s
         return 0.0

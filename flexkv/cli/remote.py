@@ -18,7 +18,7 @@ from flexkv.common.errors import RemoteError
 from flexkv.common.terms import BlockKey
 from flexkv.io.remote.names import SHARDS, Pool
 from flexkv.io.remote.offline import FoundPool, FoundPools, SpanProver, base_of, fault_of
-from flexkv.io.remote.requests import Until
+from flexkv.io.remote.until import Until
 from flexkv.settings import load_settings
 from flexkv.tiers.remote_gc.lease import Lease, numbers_in
 from flexkv.tiers.remote_gc.once import Collected, collect, shards_of

@@ -155,6 +155,7 @@ class TierParts:
         ship: how a far tier is written to; None for other tiers, or if it is only read.
         stop: ends all transfers soon, because the engine is being closed; does nothing where
             hardware may go on with them.
+        waiting_since_s: see `TransferActor`.
         store: returns what a far tier knows of its store; None for other tiers.
     """
 
@@ -170,3 +171,4 @@ class TierParts:
     ship: ShipLimits | None = None
     store: Callable[[], StoreStatistics] | None = None
     stop: Callable[[], None] = lambda: None
+    waiting_since_s: Callable[[int], float] | None = None

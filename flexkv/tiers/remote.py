@@ -41,7 +41,8 @@ SPANS_MAX = 1 << 21
 SPARE_SPANS = 1024
 """How many more spans are remembered than the tier may hold: a pool can exceed its budget."""
 DEADLINE_SHARE = 0.8
-"""The share of `io_deadline_s` after which a transfer has ended, so that none counts as hung."""
+"""The share of `io_deadline_s` after which a transfer without any progress has ended, so that none
+counts as hung."""
 
 
 class RemoteTier:
@@ -119,6 +120,7 @@ class RemoteTier:
             ship=self._ship(size, write),
             store=partial(_statistics, pool, hints, listing, touches, collector),
             stop=port.stop,
+            waiting_since_s=port.waiting_since_s,
         )
 
     def _ship(self, size: int, write: int) -> ShipLimits | None:

@@ -15,7 +15,8 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from flexkv.common.errors import RemoteError
-from flexkv.io.remote.requests import Requests, Until
+from flexkv.io.remote.requests import Requests
+from flexkv.io.remote.until import Until
 from flexkv.tiers.remote_pool import SharedPool
 
 PERIOD_S = 1.0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from asyncio import Future
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from itertools import pairwise
 from random import Random
 from typing import Any, TypeVar
 
@@ -13,8 +15,9 @@ import pytest
 from flexkv.common.errors import RemoteError
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.pacing import HALVING_S, SAMPLES_MIN, Limit
-from flexkv.io.remote.requests import Requests, Until
+from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.store import Listed
+from flexkv.io.remote.until import Until
 from flexkv.testing.virtual_time import run_virtual
 
 T = TypeVar("T")
@@ -141,13 +144,13 @@ def test_what_cannot_help_is_not_repeated(answer: Exception) -> None:
 
 
 def test_a_store_that_hangs_is_left_at_the_deadline() -> None:
-    """Each try gets half of the time that is left, the last all of it; then the get has failed."""
+    """The first try gets half of the time, the next all that is left; then the get has failed."""
     store = ScriptedStore(*[(HANGS_S, b"")] * 9)
     error, _, took_s = on(store, one_get(store))
     assert isinstance(error, RemoteError)
     assert error.blames_tier
     assert took_s == pytest.approx(DEADLINE_S)
-    assert store.asked_s == pytest.approx([0.0, 4.0, 6.0], abs=0.2)
+    assert store.asked_s == pytest.approx([0.0, 4.0], abs=0.2)
     assert all(get.cancelled() for get in store.gets)
 
 
@@ -266,10 +269,56 @@ def test_a_busy_store_gets_fewer_requests() -> None:
     assert limit.now == 1, "never none"
     seen = []
     for _ in range(60):
-        limit.succeeded()
+        limit.succeeded(0.0, 0.1)
         seen.append(limit.now)
     assert seen == sorted(seen)
     assert (seen[1], seen[-1]) == (2, 8)
+
+
+def test_slow_answers_lower_the_limit_until_they_are_not() -> None:
+    """It falls in proportion, once for those that were in flight together; one is always left."""
+    limit = Limit(8, slow_s=2.0)
+    limit.succeeded(100.0, 4.0)
+    limit.succeeded(101.0, 4.0)
+    assert (limit.now, limit.moved_s) == (4, 101.0)
+    limit.succeeded(104.0, 4.0)
+    assert limit.now == 2
+    limit.succeeded(105.0, 2.0)
+    assert limit.now == 2
+    for _ in range(2):
+        limit.succeeded(106.0, 0.1)
+    assert limit.now == 3
+    limit.succeeded(200.0, 90.0)
+    assert limit.now == 1
+    assert limit.is_lowest
+    assert not Limit(1).is_lowest
+
+
+def test_a_late_answer_lowers_the_limit_to_one() -> None:
+    """What has not ended in time is asked for again alone, however many were in flight."""
+    limit = Limit(8)
+    limit.was_late()
+    assert limit.is_lowest
+    assert limit.moved_s == -math.inf
+    limit.succeeded(5.0, 0.1)
+    assert limit.now == 2
+
+
+def test_retries_keep_to_a_limit_that_has_fallen() -> None:
+    """Gets that fail together are repeated one after the other if the limit is 1 by then."""
+    store = ScriptedStore(*[(0.1, BUSY)] * 4, *[(0.1, b"12345")] * 4)
+
+    async def four(requests: Requests, until: Until) -> list[Any]:
+        requests.gets.is_too_high(asyncio.get_running_loop().time() - 9)
+        work = [one_get(store)(requests, until) for _ in range(4)]
+        return list(await asyncio.gather(*work))
+
+    bodies, _, _ = on(store, four, gets_max=8)
+    assert bodies == [b"12345"] * 4
+    later_s = store.asked_s[4:]
+    assert len(later_s) == 4
+    assert all(later - earlier < 0.1 for earlier, later in pairwise(later_s[:2]))
+    assert later_s[2] - later_s[0] >= 0.099, "two at once"
 
 
 def test_busy_answers_are_counted_and_slow_the_tier_down() -> None:

@@ -25,10 +25,11 @@ from flexkv.common.terms import BlockIds
 from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import Sums
 from flexkv.io.remote.body import Body
-from flexkv.io.remote.requests import Requests, Until
+from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.seal import SEAL_BYTES, Seals
 from flexkv.io.remote.spans import SpanPart
 from flexkv.io.remote.store import BodyStore, FileStore, Store
+from flexkv.io.remote.until import Until
 from flexkv.process import forks
 from flexkv.process.background import in_background
 

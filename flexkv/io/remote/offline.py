@@ -20,8 +20,9 @@ from flexkv.io.checksums.sums import PoolChecksummer
 from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import Sums
 from flexkv.io.remote.names import DESCRIPTION, Pool, PoolDescription
-from flexkv.io.remote.requests import Requests, Until
+from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.seal import SEAL_BYTES, BlockName, sealed_blocks, sums_in
+from flexkv.io.remote.until import Until
 
 PAGE_S = 60.0
 _DECODER = msgspec.json.Decoder(PoolDescription)

@@ -10,7 +10,7 @@ class RemoteOptions:
     """Limits of requests; the configuration's keys of the remote tier set them.
 
     Attributes:
-        deadline_s: a transfer has ended this long after it was submitted.
+        deadline_s: a transfer has ended once nothing has moved for so long.
         gets_max: most spans being read at once. Each takes its size of private memory until it is
             copied from there, and as many more may be waiting for that.
         puts_max: most spans being written at once.

@@ -3,6 +3,11 @@
 A store that is overloaded says so (503, SlowDown). The number of requests in flight then halves,
 and grows by one for as many successes as it is (additive increase, multiplicative decrease).
 
+Where the way to a store is slow, requests share it, and each takes the longer the more there are.
+So the number is lowered as well if they take long, until each takes no longer than it should. If
+one is late, it is lowered to 1, as after a time-out of TCP. Then only the first requests can be
+late on a way that is only slow.
+
 Of many requests a few take far longer than the others. One that has taken longer than 95 of 100
 others of its size is *hedged*: it is sent a second time, and the first answer counts. At most a
 small share of requests is hedged, so a store that is slow as a whole does not get more of them.
@@ -23,26 +28,46 @@ _PERCENT = 95
 
 
 class Limit:
-    """How many requests may be in flight."""
+    """How many requests of one direction may be in flight.
 
-    def __init__(self, most: int) -> None:
-        self._most, self._now = float(most), float(most)
-        self._halved_s = -math.inf
+    Attributes:
+        moved_s: when a request last succeeded.
+    """
+
+    def __init__(self, most: int, slow_s: float = math.inf) -> None:
+        """Allow `most` at first; fewer if they take longer than `slow_s`."""
+        self.moved_s = -math.inf
+        self._most, self._now, self._slow_s = float(most), float(most), slow_s
+        self._lowered_s = -math.inf
 
     @property
     def now(self) -> int:
         """Return the number: at least 1."""
         return int(self._now)
 
-    def succeeded(self) -> None:
+    @property
+    def is_lowest(self) -> bool:
+        """Return whether the number was lowered to 1."""
+        return self.now == 1 < self._most
+
+    def succeeded(self, now_s: float, took_s: float) -> None:
         """Count a success."""
-        self._now = min(self._most, self._now + 1 / self._now)
+        self.moved_s = now_s
+        if took_s <= self._slow_s:
+            self._now = min(self._most, self._now + 1 / self._now)
+        elif now_s - self._lowered_s >= took_s:  # it began since then
+            self._lowered_s = now_s
+            self._now = max(1.0, self._now * self._slow_s / took_s)
 
     def is_too_high(self, now_s: float) -> None:
         """Halve the number, unless that was just done."""
-        if now_s - self._halved_s >= HALVING_S:
-            self._halved_s = now_s
+        if now_s - self._lowered_s >= HALVING_S:
+            self._lowered_s = now_s
             self._now = max(1.0, self._now / 2)
+
+    def was_late(self) -> None:
+        """Lower the number to 1, since a request has not ended in time."""
+        self._now = 1.0
 
 
 class Hedging:

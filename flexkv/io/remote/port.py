@@ -3,9 +3,12 @@
     transfer ─▶ parts, one for each span ─▶ gets │ puts ─▶ tasks, a bounded number ─▶ completion
                                             (order of arrival; a put waits while a get does)
 
-A transfer has ended at its deadline, however the store behaves, so the port keeps no places of host
-memory for a store that does not answer. Only a directory whose file system hangs can be late: until
-the kernel ends a read, that may write to the arena.
+A part has a deadline. While it waits for its turn, that counts from the last part of its direction
+that has moved. So a transfer of many parts over a slow way has the time that it needs. If no part
+moves until the deadline, all end, those that wait included: the port keeps no places of host memory
+for a store that does not answer. A part under way has ended after a few deadlines, whatever others
+do, since its requests are as many as its tries, and each has its time. Only a directory whose file
+system hangs can be late: until the kernel ends a read, that may write to the arena.
 
 A get fills the blocks before the first one that did not arrive. What has not been asked for behind
 such a gap is not asked for any more.
@@ -34,9 +37,10 @@ from flexkv.io.remote.landing import Copier, HostBlocks, buffers_of
 from flexkv.io.remote.names import Pool
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.reader import Brought, SpanReader, failed
-from flexkv.io.remote.requests import Requests, Until
+from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.seal import seal
 from flexkv.io.remote.spans import SpanPart, parts_of
+from flexkv.io.remote.until import Until
 
 Spawn = Callable[[str, Coroutine[Any, Any, None]], asyncio.Task[None]]
 """Starts a task, which has a name: see `TierHooks.spawn`."""
@@ -82,18 +86,21 @@ class _Job:
     """A transfer in flight.
 
     Attributes:
+        submitted_s: when it came.
         ends: of each part that has ended.
         running: of each part under way, what stops it.
         gap: the first part that did not arrive whole.
+        is_stopped: whether nobody waits for it any more.
     """
 
     transfer: Transfer
     parts: list[SpanPart]
-    deadline_s: float
+    submitted_s: float
     clears: int
     ends: dict[int, Brought] = field(default_factory=dict)
     running: dict[int, Until] = field(default_factory=dict)
     gap: int | None = None
+    is_stopped: bool = False
 
 
 class RemotePort:
@@ -164,8 +171,8 @@ class RemotePort:
         if not parts:
             self._ended.append(Completion(transfer.op_id, None))
             return
-        deadline_s = asyncio.get_running_loop().time() + self._options.deadline_s
-        job = self._jobs[transfer.op_id] = _Job(transfer, parts, deadline_s, self._pool.clears)
+        now_s = asyncio.get_running_loop().time()
+        job = self._jobs[transfer.op_id] = _Job(transfer, parts, now_s, self._pool.clears)
         waiting = self._gets if is_inbound else self._puts
         waiting.extend((job, number) for number in range(len(parts)))
         self._pump()
@@ -193,9 +200,19 @@ class RemotePort:
         assert self.spawn is not None
         is_inbound = job.transfer.route.target is Tier.HOST
         self._running[is_inbound] += 1
-        until = job.running[number] = Until(job.deadline_s)
+        until = job.running[number] = self._until(job, is_inbound)
         work = self._work(job, number, until, is_inbound)
         self.spawn(f"remote {'get' if is_inbound else 'put'}", work)
+
+    def _until(self, job: _Job, is_inbound: bool) -> Until:
+        """Return when a part must have ended that starts now."""
+        limit = self.requests.gets if is_inbound else self.requests.puts
+        patience_s = self._options.deadline_s
+        until = Until(job.submitted_s + patience_s, lambda: limit.moved_s + patience_s)
+        until.since_s = asyncio.get_running_loop().time()
+        if job.is_stopped:
+            until.stop()
+        return until
 
     async def _work(self, job: _Job, number: int, until: Until, is_inbound: bool) -> None:
         """Move one part, in a task of its own."""
@@ -209,6 +226,7 @@ class RemotePort:
         def arrived() -> None:
             nonlocal has_arrived
             has_arrived = True
+            until.since_s = asyncio.get_running_loop().time()
             self._running[True] -= 1
             self._landing_parts += 1
             self._pump()  # the next part is asked for while this one is copied
@@ -275,11 +293,22 @@ class RemotePort:
 
     def stop(self) -> None:
         """End all transfers soon, as if their deadline had come: nobody waits for them any more."""
-        now_s = asyncio.get_running_loop().time()
         for job in self._jobs.values():
-            job.deadline_s = min(job.deadline_s, now_s)
+            job.is_stopped = True
             for until in job.running.values():
                 until.stop()
+
+    def waiting_since_s(self, op_id: int) -> float:
+        """Return since when a transfer has waited for the store without any progress."""
+        job = self._jobs.get(op_id)
+        if job is None:
+            return asyncio.get_running_loop().time()
+        since_s = [until.since_s for until in job.running.values()]
+        if len(job.ends) + len(job.running) < len(job.parts):
+            is_inbound = job.transfer.route.target is Tier.HOST
+            limit = self.requests.gets if is_inbound else self.requests.puts
+            since_s.append(max(job.submitted_s, limit.moved_s))
+        return min(since_s)
 
     async def sync(self) -> None:
         """Return at once: a store reports a put when the object is on stable storage.

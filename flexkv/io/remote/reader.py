@@ -17,9 +17,10 @@ import numpy as np
 from flexkv.common.errors import CorruptBlockError, RemoteError, TransferError
 from flexkv.io.remote.landing import HostBlocks, Landing
 from flexkv.io.remote.names import Pool
-from flexkv.io.remote.requests import Requests, Until
+from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.seal import SEAL_BYTES, sealed_blocks, sums_in
 from flexkv.io.remote.spans import SpanPart
+from flexkv.io.remote.until import Until
 
 
 class Brought(NamedTuple):

@@ -4,7 +4,9 @@
     get    try 1 ──────────────×   try 2 ──────×   try 3 ────────────────────────┤
                └ hedge ────────×      half of the time that is left, the last try all of it
 
-A store repeats nothing itself, so these are all requests that it gets.
+A store repeats nothing itself, so these are all requests that it gets. Gets and puts keep to their
+limits with each try. A request that has not ended in time lowers the limit, and once only one may
+be in flight, that one gets all the time that is left.
 """
 
 from __future__ import annotations
@@ -20,59 +22,24 @@ from typing_extensions import Buffer
 from flexkv.common.errors import RemoteError
 from flexkv.io.remote.body import Body
 from flexkv.io.remote.counts import Counting, RemoteCounts
+from flexkv.io.remote.gate import Gate
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.pacing import Hedging, Limit
 from flexkv.io.remote.store import BodyStore, FileStore, Listed
+from flexkv.io.remote.until import Until
 
 if TYPE_CHECKING:
     from flexkv.io.remote.landing import OpenStore
 
 T = TypeVar("T")
 
+SLOW_SHARE = 0.25
+"""A get or put that takes longer than this share of the deadline shows that too many are in
+flight."""
+_LEAST_S = 1e-3
+"""No request is made with less time than this."""
 _BACKOFF_S = 0.05
 """The longest pause before the first repetition; it doubles for each further one."""
-
-
-class Until:
-    """When something must have ended: at its deadline, or as soon as it is stopped.
-
-    Attributes:
-        deadline_s: by the loop's clock.
-        is_stopped: whether nobody waits for it any more.
-    """
-
-    def __init__(self, deadline_s: float) -> None:
-        self.deadline_s = deadline_s
-        self.is_stopped = False
-        self._waits: set[asyncio.Timeout] = set()
-
-    @property
-    def left_s(self) -> float:
-        """Return how many seconds are left: 0 or less if none are."""
-        return self.deadline_s - asyncio.get_running_loop().time()
-
-    def stop(self) -> None:
-        """End it now, because nobody waits for it any more."""
-        self.is_stopped = True
-        now_s = asyncio.get_running_loop().time()
-        self.deadline_s = min(self.deadline_s, now_s)
-        for wait in self._waits:
-            if not wait.expired():
-                wait.reschedule(now_s)
-
-    async def wait(self, work: Awaitable[T], share: float = 1.0) -> T:
-        """Return the result of work that may take a share of the time that is left.
-
-        Raises:
-            TimeoutError: it took longer, and was cancelled.
-        """
-        now_s = asyncio.get_running_loop().time()
-        async with asyncio.timeout_at(now_s + share * (self.deadline_s - now_s)) as timeout:
-            self._waits.add(timeout)
-            try:
-                return await work
-            finally:
-                self._waits.remove(timeout)
 
 
 class Requests:
@@ -88,7 +55,9 @@ class Requests:
     ) -> None:
         """Take a store, which stays the caller's, and what pauses are drawn from."""
         self.store = store
-        self.gets, self.puts = Limit(options.gets_max), Limit(options.puts_max)
+        slow_s = SLOW_SHARE * options.deadline_s
+        self.gets, self.puts = Limit(options.gets_max, slow_s), Limit(options.puts_max, slow_s)
+        self._gates = {"get": Gate(self.gets), "put": Gate(self.puts)}
         self.counting = Counting()
         self._retries = options.retries
         self._hedging = Hedging(options.hedged_share)
@@ -247,58 +216,76 @@ class Requests:
             FileNotFoundError: there is no such object.
             RemoteError: the last error.
         """
-        limit = {"get": self.gets, "put": self.puts}.get(kind)
         for number in range(self._retries + 1):
-            if until.left_s <= 0:
+            if until.left_s <= _LEAST_S:
                 raise RemoteError(self.store.where, kind, "there was no time left for it")
             is_last = number == self._retries
-            self.counting.requests[kind] += 1
             try:
-                result = await self._answered(kind, request, until, 1.0 if is_last else 0.5)
+                return await self._try(kind, request, until, is_last)
             except RemoteError as error:
-                if not until.is_stopped:
-                    self._failed(kind, error, limit)
                 pause_s = self._random.uniform(0, _BACKOFF_S * 2**number)
-                if is_last or error.is_lasting or until.left_s <= pause_s:
+                if is_last or error.is_lasting or until.left_s <= pause_s + _LEAST_S:
                     raise
-            else:
-                if limit is not None:
-                    limit.succeeded()
-                return result
             self.counting.retries[kind] += 1
             await asyncio.sleep(pause_s)
         raise AssertionError("the last try returns or raises")
 
-    async def once(self, kind: str, request: Callable[[], Awaitable[T]], until: Until) -> T:
-        """Return the result of a request that is not repeated.
+    async def _try(
+        self, kind: str, request: Callable[[], Awaitable[T]], until: Until, is_last: bool
+    ) -> T:
+        """Make a request once, when its turn comes."""
+        gate = self._gates.get(kind)
+        if gate is None:
+            return await self.once(kind, request, until, 1.0 if is_last else 0.5)
+        try:
+            await gate.enter(until)
+        except TimeoutError as error:
+            why = "no time was left for it when its turn came"
+            raise RemoteError(self.store.where, kind, why) from error
+        limit, begin_s = gate.limit, asyncio.get_running_loop().time()
+        try:
+            share = 1.0 if is_last or limit.is_lowest else 0.5
+            result = await self.once(kind, request, until, share)
+            now_s = asyncio.get_running_loop().time()
+            limit.succeeded(now_s, now_s - begin_s)
+            return result
+        finally:
+            gate.leave()
+
+    async def once(
+        self, kind: str, request: Callable[[], Awaitable[T]], until: Until, share: float = 1.0
+    ) -> T:
+        """Return the result of a request that is not repeated, in a share of the time left.
 
         Raises:
             FileNotFoundError: there is no such object.
             RemoteError: the store failed, or did not answer in time.
         """
         self.counting.requests[kind] += 1
-        try:
-            return await self._answered(kind, request, until, 1.0)
-        except RemoteError as error:
-            self._failed(kind, error, None)
-            raise
-
-    async def _answered(
-        self, kind: str, request: Callable[[], Awaitable[T]], until: Until, share: float
-    ) -> T:
-        before_s = until.left_s
+        given_s = until.left_s * share
         try:
             return await until.wait(request(), share)
         except TimeoutError as error:
-            why = f"no answer within {before_s * share:.3g} s"
-            raise RemoteError(self.store.where, kind, why) from error
+            raise self._late(kind, until, given_s) from error
+        except RemoteError as error:
+            if not until.is_stopped:
+                self._failed(kind, error)
+            raise
 
-    def _failed(self, kind: str, error: RemoteError, limit: Limit | None) -> None:
+    def _late(self, kind: str, until: Until, given_s: float) -> RemoteError:
+        """Return the error of a request that has not ended in time; unless stopped, it counts."""
+        if not until.is_stopped:
+            self.counting.failures[kind] += 1
+            if (gate := self._gates.get(kind)) is not None:
+                gate.limit.was_late()
+        return RemoteError(self.store.where, kind, f"no answer within {given_s:.3g} s")
+
+    def _failed(self, kind: str, error: RemoteError) -> None:
         self.counting.failures[kind] += 1
         if error.is_busy:
             self.counting.other["busy"] += 1
-            if limit is not None:
-                limit.is_too_high(asyncio.get_running_loop().time())
+            if (gate := self._gates.get(kind)) is not None:
+                gate.limit.is_too_high(asyncio.get_running_loop().time())
 
 
 def _drop(get: Future[Any]) -> None:

@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable
 
 from flexkv.io.remote.names import Pool
-from flexkv.io.remote.requests import Requests, Until
+from flexkv.io.remote.requests import Requests
+from flexkv.io.remote.until import Until
 
 LEASE_S = 300.0
 """An engine that has not renewed its lease for this long is taken to be gone."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from flexkv.actors.supervisor import Bell
 from flexkv.io.remote.port import Spawn
-from flexkv.io.remote.requests import Until
+from flexkv.io.remote.until import Until
 
 T = TypeVar("T")
 
