@@ -109,9 +109,9 @@ class SlowWay:
     def get(self, name: str, first: int, last: int) -> Future[Any]:
         """Return a body, once its bytes have moved."""
 
-        async def get() -> bytes:
+        async def get() -> list[bytes]:
             await self.pipes[0].move(last - first)
-            return bytes(last - first)
+            return [bytes(last - first)]
 
         return asyncio.get_running_loop().create_task(get())
 
@@ -312,11 +312,11 @@ def test_a_part_whose_tries_all_stall_ends_though_others_move() -> None:
         move, name = way.pipes[0].move, span_key(0).hex()
 
         def get(asked: str, first: int, last: int) -> Future[Any]:
-            async def run() -> bytes:
+            async def run() -> list[bytes]:
                 if name in asked:
                     await asyncio.sleep(1e6)
                 await move(last - first)
-                return bytes(last - first)
+                return [bytes(last - first)]
 
             return asyncio.get_running_loop().create_task(run())
 
