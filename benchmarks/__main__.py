@@ -23,6 +23,7 @@ CASES = (
     "gather",
     "disk",
     "remote",
+    "remote_beside",
     "survive",
     "neighbours",
     "starved",
