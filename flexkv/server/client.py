@@ -158,14 +158,6 @@ class Client:
         """
         return self.result(self.ask(keys, first, hold, tell, drop))
 
-    def match_with_far(self, keys: Keys) -> Matched:
-        """Return how many blocks of a prompt are resident, and how many behind them are far."""
-        part = self._part_of(keys)
-        message = Match(
-            self.number(), part.keys, prompt=part.prompt, known=part.known, with_far=True
-        )
-        return self.result(self._ask(message, blocks_of(keys)))
-
     def result(self, number: int) -> Matched:
         """Wait for the result of a match, and return it."""
         self.flush(self._answer_s)
@@ -175,15 +167,16 @@ class Client:
 
     def ask(
         self, keys: Keys, first: int = 0, hold: bool = False, tell: bool = False, drop: int = 0,
-        apart: bool = False,
+        **far: bool,
     ) -> int:  # fmt: skip
-        """Send a match (see `match` and `Match.apart`); return its number for `answer`, `release`.
+        """Send a match (see `match`); return its number for `answer`, `release`.
 
-        For a part of a prompt, only the keys that the server lacks are sent.
+        For a part of a prompt, only the keys that the server lacks are sent. `far` is `apart` or
+        `with_far`, to count what lies far: see `Match`.
         """
         part = self._part_of(keys)
         message = Match(self.number(), part.keys, first, hold, tell, part.prompt, part.known,
-                        drop=drop, apart=apart)  # fmt: skip
+                        drop=drop, **far)  # fmt: skip
         return self._ask(message, blocks_of(keys))
 
     def _ask(self, message: Match, blocks: int) -> int:

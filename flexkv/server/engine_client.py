@@ -293,7 +293,7 @@ class EngineClient:
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
         """Return how much of a prompt is resident; nothing if the server does not answer."""
         request = self._request(RequestSpec(Operation.PREFETCH, token_ids, namespace=namespace))
-        matched = self._client.match_with_far(request.keys)
+        matched = self._client.result(self._client.ask(request.keys, with_far=True))
         self.receive()
         per_block = self._intake.tokens_per_block
         counts = {**dict.fromkeys(self._client.welcome.tiers, 0), **matched.by_tier}

@@ -87,7 +87,7 @@ class PendingMatches:
         assert len(self._asked) < ASKED_MAX
         tell, request.is_told = self._tells and not request.is_told, True
         apart = self._has_far
-        number = self._client.ask(part, first, True, tell, self._drop, apart)
+        number = self._client.ask(part, first, True, tell, self._drop, apart=apart)
         asked = _Asked(number, part.blocks, first, time.monotonic(), is_early)
         self._asked[request.request_id] = asked
 
