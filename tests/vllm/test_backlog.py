@@ -33,7 +33,7 @@ class Server(Client):
 
     def ask(
         self, keys: Any, first: int = 0, hold: bool = False, tell: bool = False, drop: int = 0,
-        apart: bool = False,
+        **far: bool,
     ) -> int:  # fmt: skip
         """Record the question, and return its number."""
         number = self.number()
