@@ -24,6 +24,7 @@ CASES = (
     "disk",
     "remote",
     "remote_beside",
+    "mooncake",
     "survive",
     "neighbours",
     "starved",

@@ -62,7 +62,7 @@ def measure(options: Options) -> Figures:
     figures: Figures = {}
     with tempfile.TemporaryDirectory(prefix=".flexkv-bench-", dir=_memory(options)) as folder:
         root = Path(folder).absolute()
-        with _Rig(open_store(f"file://{root}/{BUCKET}", {}, OPTIONS), spans) as rig:
+        with PortRig(open_store(f"file://{root}/{BUCKET}", {}, OPTIONS), spans) as rig:
             names = rig.put_all()
         if shutil.which("nginx") is None:
             figures["against obstore and sockets"] = "not measured: nginx is not installed"
@@ -79,19 +79,19 @@ def _memory(options: Options) -> Path:
     return options.directory if options.quick or not shared.is_dir() else shared
 
 
-class _Rig:
+class PortRig:
     """A port, its host memory, and a loop for it."""
 
-    def __init__(self, store: OpenStore, spans: int) -> None:
+    def __init__(self, store: OpenStore, spans: int, options: RemoteOptions = OPTIONS) -> None:
         self.blocks = spans * SPAN_BLOCKS
         self.nbytes = self.blocks * BLOCK_BYTES
         self.runner = asyncio.Runner()
         self.arena = Arena.open(self.blocks, BLOCK_BYTES)
         self.sums = np.zeros(self.blocks, np.uint64)
-        self.requests = Requests(store, OPTIONS)
+        self.requests = Requests(store, options)
         host = HostBlocks(self.arena, self.sums, (BLOCK_BYTES,))
         news = SpanNews(lambda _: None, lambda _: None)
-        self.port = RemotePort(self.requests, POOL, host, OPTIONS, news)
+        self.port = RemotePort(self.requests, POOL, host, options, news)
         self.port.spawn = self._spawn
         self._tasks: set[asyncio.Task[None]] = set()
         random = np.random.default_rng(5)
@@ -99,7 +99,7 @@ class _Rig:
         self._woken = asyncio.Event()
         self.runner.run(self._connect())
 
-    def __enter__(self) -> _Rig:
+    def __enter__(self) -> PortRig:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -191,7 +191,7 @@ def _over_http(root: Path, names: list[str], spans: int, repeats: int) -> Figure
     with _nginx(root) as port, ExitStack() as stack:
         custom = {"endpoint": f"http://127.0.0.1:{port}", "skip_signature": True}
         store = open_store(f"s3://{BUCKET}", custom, OPTIONS)
-        rig = stack.enter_context(_Rig(store, spans))
+        rig = stack.enter_context(PortRig(store, spans))
         whole, stream = (_Plain(store, names, rig.runner, way) for way in ("whole", "stream"))
         sockets = {count: _Sockets(port, names, count) for count in (1, OPTIONS.gets_max)}
         for each in sockets.values():
@@ -310,7 +310,7 @@ def _directory(root: Path, spans: int, repeats: int) -> Figures:
     if shutil.which("fio") is None:
         return {"directory / fio": "not measured: fio is not installed"}
     store = open_store(f"file://{root}/shared", {}, OPTIONS)
-    with _Rig(store, spans) as rig:
+    with PortRig(store, spans) as rig:
         files = [root / "shared" / name for name in rig.put_all()]
 
         def cold(work: Callable[[], float]) -> Callable[[], float]:

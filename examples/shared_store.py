@@ -2,6 +2,7 @@
 
     python examples/shared_store.py              # the store is the directory ./flexkv-example
     python examples/shared_store.py s3://bucket/prefix endpoint=http://127.0.0.1:9000 …
+    python examples/shared_store.py mooncake:/etc/flexkv/mooncake.json
 
 Each engine has a `KVManager` with host memory of its own. The first computes a prompt; the second
 asks for it, and fetches it from the store. More words are options of the store's client.
@@ -12,12 +13,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.kvmanager import KVManager
+from flexkv.tiers.parts import StoreStatistics
 
+MOONCAKE = "mooncake:"
 MODEL = ModelConfig(num_layers=4, num_kv_heads=8, head_size=64, dtype="float16", model_id="example")
 PER_BLOCK, DEVICE_BLOCKS = 16, 64
 PROMPT = np.arange(512)
@@ -34,11 +38,22 @@ def random_caches(seed: int) -> list[np.ndarray]:
 def config_of(words: list[str]) -> CacheConfig:
     """Return the configuration of an engine over the store that a command line names."""
     url, *options = words or [f"file://{Path('flexkv-example').absolute()}"]
-    custom = dict(option.split("=", 1) for option in options)
+    remote: dict[str, Any] = {
+        "remote_cache_path": url,
+        "remote_config_custom": dict(option.split("=", 1) for option in options),
+    }
+    if url.startswith(MOONCAKE):
+        path = url.removeprefix(MOONCAKE)
+        remote = {"use_mooncake_store_backend": True, "mooncake_store_config_path": path}
     return CacheConfig(
         tokens_per_block=PER_BLOCK, num_cpu_blocks=256, num_ssd_blocks=0, enable_remote=True,
-        remote_cache_path=url, remote_config_custom=custom,
+        **remote,
     )  # fmt: skip
+
+
+def is_known(store: StoreStatistics) -> bool:
+    """Return whether an engine knows what its store has, or can ask for it."""
+    return store.is_joined and (store.listed_rounds > 0 or store.where.startswith(MOONCAKE))
 
 
 async def main(words: list[str]) -> bool:
@@ -52,7 +67,8 @@ async def main(words: list[str]) -> bool:
     async with KVManager(MODEL, cache) as second:
         second.register_kv_caches(theirs)
         # It lists the store when it starts, and learns later what others add, round after round.
-        while not second.statistics().stores["remote"].listed_rounds:  # noqa: ASYNC110 -- no event
+        # Mooncake is asked, once it has answered at all.
+        while not is_known(second.statistics().stores["remote"]):  # noqa: ASYNC110 -- no event
             await asyncio.sleep(0.01)
         print("second engine, get:", await second.get(PROMPT, SLOTS))
         print("fetched:", second.statistics().routes["remote→host"].blocks, "blocks")

@@ -11,7 +11,10 @@ from hypothesis import HealthCheck, settings
 
 from flexkv.observe.logs import forget_configuration
 
-pytest_plugins = ["tests.warning_policy", "tests.vllm.support", "tests.moto"]
+pytest_plugins = [
+    "tests.warning_policy", "tests.vllm.support", "tests.moto", "tests.mooncake",
+    "tests.servers",
+]  # fmt: skip
 
 settings.register_profile(
     "ci", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +31,12 @@ from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import Completion
 from flexkv.io.remote.landing import HostBlocks, OpenStore
 from flexkv.io.remote.names import Pool, PoolDescription
-from flexkv.io.remote.open import open_store
+from flexkv.io.remote.open import open_mooncake, open_store
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.port import RemotePort, SpanNews
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.seal import SEAL_BYTES
-from tests.moto import Moto
+from tests.servers import Servers
 
 BLOCK_BYTES = (70_000, 4096)
 """Of the chain, more than what is copied inline, and no multiple of anything; and of the leaves."""
@@ -43,6 +44,7 @@ STRIDE_BYTES = 73_728
 HOST_BLOCKS = 40
 SPAN_BLOCKS = 4
 RECORD_BYTES = BLOCK_BYTES[0] + SEAL_BYTES
+MOONCAKE_OBJECT_BYTES = 1 << 20
 PATIENCE_S = 20.0
 OPTIONS = RemoteOptions(deadline_s=5.0)
 POOL = Pool(PoolDescription({"model": "test", "key_secret_digest": "0"}, BLOCK_BYTES, SPAN_BLOCKS))
@@ -52,26 +54,36 @@ PROMPT = _RANDOM.integers(0, 256, (1 + 5 * SPAN_BLOCKS, BLOCK_KEY_BYTES), np.uin
 """The root and the keys of a prompt of five spans."""
 
 
-def memory_store(_: Path, __: Moto, options: RemoteOptions) -> OpenStore:
+def memory_store(_: Path, __: Servers, options: RemoteOptions) -> OpenStore:
     """Return an empty store in the memory of this process."""
     return open_store("memory://", {}, options)
 
 
-def s3_store(_: Path, moto: Moto, options: RemoteOptions) -> OpenStore:
+def s3_store(_: Path, servers: Servers, options: RemoteOptions) -> OpenStore:
     """Return an empty bucket of a real server."""
+    moto = servers.moto
     return open_store(f"s3://{moto.new_bucket()}/some/prefix/", moto.custom, options)
 
 
-def directory_store(folder: Path, _: Moto, options: RemoteOptions) -> OpenStore:
+def directory_store(folder: Path, _: Servers, options: RemoteOptions) -> OpenStore:
     """Return a directory that does not exist yet."""
     return open_store(f"file://{folder}/shared/kv", {}, options)
 
 
-STORES: dict[str, Callable[[Path, Moto, RemoteOptions], OpenStore]] = {
+def mooncake_store(folder: Path, servers: Servers, options: RemoteOptions) -> OpenStore:
+    """Return an empty part of a real Mooncake Store."""
+    store = open_mooncake(servers.mooncake.file(folder), options, MOONCAKE_OBJECT_BYTES)
+    store.prefix = f"{secrets.token_hex(8)}/"
+    return store
+
+
+MakeStore: TypeAlias = Callable[[Path, Servers, RemoteOptions], OpenStore]
+LISTED_STORES: dict[str, MakeStore] = {
     "memory": memory_store,
     "s3": s3_store,
     "directory": directory_store,
 }
+STORES = {**LISTED_STORES, "mooncake": mooncake_store}
 
 
 def span_key(span: int) -> BlockKey:
@@ -152,14 +164,19 @@ class PortRig:
         """Submit transfers, and return their ends in the order of the transfers."""
         for transfer in transfers:
             self.port.submit(transfer)
+        ended = await self.ended(len(transfers))
+        by_op = {end.op_id: end for end in ended}
+        return [by_op[transfer.op_id] for transfer in transfers]
+
+    async def ended(self, count: int) -> list[Completion]:
+        """Return the ends of so many transfers in flight."""
         ended = self.port.reap()
         async with asyncio.timeout(PATIENCE_S):
-            while len(ended) < len(transfers):
+            while len(ended) < count:
                 await self.woken.wait()
                 self.woken.clear()
                 ended += self.port.reap()
-        by_op = {end.op_id: end for end in ended}
-        return [by_op[transfer.op_id] for transfer in transfers]
+        return ended
 
     async def store_spans(self, *spans: int) -> None:
         """Put whole spans of the prompt, from the last places."""
@@ -207,6 +224,19 @@ async def rig_over(store: OpenStore, options: RemoteOptions = OPTIONS) -> AsyncI
         yield rig
     finally:
         await rig.close()
+
+
+async def names_in(store: OpenStore) -> set[str]:
+    """Return the names of the spans of the prompt that are in a store, and of any others."""
+    found = {each.name async for page in store.pages(f"{POOL.name}/") for each in page}
+    if store.kind == "mooncake":  # it lists nothing
+        leaves = leaf_keys(PROMPT, 1)
+        size = BLOCK_KEY_BYTES
+        keys = [leaves[at : at + size] for at in range(size, len(leaves), size)]
+        for key in [span_key(span) for span in range(5)] + keys:
+            with suppress(FileNotFoundError):
+                found.add((await store.head(POOL.object_name(key))).name)
+    return found - {POOL.description_name}
 
 
 async def fetched(store: Any, name: str, first: int, last: int) -> bytes:

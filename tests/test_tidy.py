@@ -26,6 +26,7 @@ FLOORS = [
     {"process", "index"},
     {"graph"},
     {"observe"},
+    {"mover"},
     {"io", "trace", "settings"},
     {"actors"},
     {"tiers"},

@@ -60,7 +60,7 @@ def doctor(
     findings += host_tier(cache)
     if cache.enable_ssd:
         findings += ssd_tier(cache)
-    if cache.enable_remote:
+    if cache.has_remote:
         findings += remote_tier(cache)
     findings += of_model
     if as_json:

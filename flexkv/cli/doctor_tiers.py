@@ -92,10 +92,12 @@ def ssd_tier(cache: CacheConfig) -> Iterator[Finding]:
 def remote_tier(cache: CacheConfig) -> Iterator[Finding]:
     """Yield whether the remote tier's store takes an object and returns it, and how fast."""
     name = "remote tier"
+    uses_mooncake = cache.use_mooncake_store_backend
+    keys = "mooncake_store_config_path" if uses_mooncake else "remote_cache_path"
     try:
-        requests = opened(cache)
+        requests = opened(cache, lists=False)
     except (ConfigError, BackendUnavailableError) as error:
-        yield Finding(name, str(error), False, "see remote_cache_path in the configuration", True)
+        yield Finding(name, str(error), False, f"see {keys} in the configuration", True)
         return
     where = requests.store.where
     try:

@@ -14,10 +14,11 @@ from flexkv.common.config import CacheConfig
 from flexkv.common.errors import HIDDEN, ConfigError
 from flexkv.io.remote.names import Pool
 from flexkv.io.remote.offline import FoundPool, FoundPools, pools_of
-from flexkv.io.remote.open import open_store
+from flexkv.io.remote.open import open_mooncake, open_store
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.port import Spawn
 from flexkv.io.remote.requests import Requests
+from flexkv.io.remote.round_trip import ROUND_TRIP_BYTES
 
 T = TypeVar("T")
 
@@ -68,17 +69,23 @@ async def _session(cache: CacheConfig, quiet: bool) -> AsyncIterator[Session]:
         requests.store.close()
 
 
-def opened(cache: CacheConfig) -> Requests:
-    """Return requests to the configured store.
+def opened(cache: CacheConfig, lists: bool = True) -> Requests:
+    """Return requests to the configured store; `lists`: whether it will be listed.
 
     Raises:
         ConfigError: none is configured, or the configuration is wrong.
         BackendUnavailableError: what the store needs is not installed.
     """
+    options = RemoteOptions(deadline_s=cache.io_deadline_s)
+    if cache.use_mooncake_store_backend:
+        if lists:
+            why = "Mooncake Store has no listing, so there is nothing for this command to work on"
+            raise ConfigError("use_mooncake_store_backend", True, why)
+        store = open_mooncake(cache.mooncake_store_config_path, options, ROUND_TRIP_BYTES)
+        return Requests(store, options)
     if len(cache.remote_cache_path) != 1:
         why = "set it to the address of the remote tier, as for the engine"
         raise ConfigError("remote_cache_path", HIDDEN, why)
-    options = RemoteOptions(deadline_s=cache.io_deadline_s)
     (address,) = cache.remote_cache_path
     custom = cache.remote_config_custom.get_secret_value()
     return Requests(open_store(address, custom, options), options)

@@ -222,12 +222,13 @@ class CacheConfig(ConfigModel):
         None, "Accepted but ignored: objects are named below remote_cache_path."
     )
     use_mooncake_store_backend: bool = key(
-        False,
-        "Use Mooncake Store as the remote tier.",
-        part="the Mooncake Store backend",
-        built=(False,),
+        False, "Keep blocks in a Mooncake Store; the remote tier is enabled then."
     )
-    mooncake_store_config_path: str | None = key(None, "Configuration file of Mooncake Store.")
+    mooncake_store_config_path: str | None = key(
+        None,
+        "Configuration file of Mooncake Store, as Mooncake has it: local_hostname, "
+        "metadata_server, master_server_address, protocol, device_name, global_segment_size, …",
+    )
 
     # eviction
     evict_ratio: float = key(
@@ -393,7 +394,7 @@ class CacheConfig(ConfigModel):
         if self.enable_ssd and not directories:
             why = "an SSD tier needs at least one directory: set this key"
             raise ConfigError("ssd_cache_dir", HIDDEN, why)
-        if self.enable_remote:
+        if self.has_remote:
             self._check_remote()
         if len(set(directories)) != len(directories):
             raise ConfigError("ssd_cache_dir", directories, "names a directory twice")
@@ -407,8 +408,20 @@ class CacheConfig(ConfigModel):
         check_no_rivals({name: getattr(self, name) for name in self.model_fields_set}, SIZE_PAIRS)
         return self
 
+    @property
+    def has_remote(self) -> bool:
+        """Return whether there is a remote tier."""
+        return self.enable_remote or self.use_mooncake_store_backend
+
     def _check_remote(self) -> None:
-        if len(self.remote_cache_path) != 1:
+        if self.use_mooncake_store_backend:
+            if self.remote_cache_path:
+                why = "a remote tier has one store: use_mooncake_store_backend is set, too"
+                raise ConfigError("remote_cache_path", HIDDEN, why)
+            if not self.mooncake_store_config_path:
+                why = "use_mooncake_store_backend needs it: set this key"
+                raise ConfigError("mooncake_store_config_path", HIDDEN, why)
+        elif len(self.remote_cache_path) != 1:
             why = "a remote tier has exactly one address: set this key"
             raise ConfigError("remote_cache_path", HIDDEN, why)
         for name in sorted(_FILE_KEYS & self.model_fields_set):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from functools import partial
 
 from flexkv.actors.actor import TransferActor, Window
@@ -11,6 +11,7 @@ from flexkv.actors.scheduler import Scheduler
 from flexkv.actors.supervisor import Supervisor
 from flexkv.actors.write_behind import WriteBehind
 from flexkv.common.config import CacheConfig, CacheSizes
+from flexkv.common.request import Operation, Request
 from flexkv.common.space import rules_of
 from flexkv.common.terms import Tier
 from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
@@ -69,6 +70,8 @@ class Core:
         self.backing |= {parts.tier: parts.port.adapter for parts in self._tiers}
         stores = [(parts.tier, parts.store) for parts in self._tiers]
         self.stores = {tier: store for tier, store in stores if store is not None}
+        asked = [(parts.tier, parts.inquire) for parts in self._tiers]
+        self._inquiries = [(tier, inquire) for tier, inquire in asked if inquire is not None]
         self.actors: dict[Tier, TransferActor] = {}
         for parts in self._tiers:
             windows = parts.inbound, parts.outbound
@@ -128,6 +131,22 @@ class Core:
             )
             for name, work in parts.work(hooks).items():
                 supervisor.keep(name, work)
+
+    def inquire(self, request: Request) -> Awaitable[None] | None:
+        """Ask far tiers what they have behind the blocks that a load finds, if nobody knows.
+
+        Returns:
+            What ends with the answers, or soon; None if there is nothing to wait for.
+        """
+        if request.operation is Operation.PUT or not self._inquiries:
+            return None
+        avoided, end = self.planner.avoid.unreadable, request.span.last_block
+        at = self.planner.peek(request).last
+        for tier, inquire in self._inquiries:
+            answered = None if tier in avoided else inquire(request.keys, at, end)
+            if answered is not None:
+                return answered
+        return None
 
     def cleared(self, tier: Tier | None, root: bytes | None) -> None:
         """Forget what is owed, and after a clear of more than one tier what is far, too.

@@ -1,15 +1,15 @@
 """Takes a request from its arrival to its answer: admission, planning, and waiting.
 
-perform ─▶ Admission ─▶ check ─▶ Scheduler.begin ─▶ answered ─▶ leave
-                                      │
-                                      └─ its device hangs ─▶ it no longer counts in admission;
-                                         the answer comes when hardware has let go
+perform ─▶ Admission ─▶ inquire ─▶ check ─▶ Scheduler.begin ─▶ answered ─▶ leave
+                                                │
+                    its device hangs: it no longer counts in admission;
+                    the answer comes when hardware has let go
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -48,9 +48,13 @@ class RequestRunner:
         scheduler: Scheduler,
         observer: Observer,
         behind: WriteBehind,
+        inquire: Callable[[Request], Awaitable[None] | None],
     ) -> None:
-        """Take the parts of an engine; a request that hangs leaves `admission` early."""
-        self._behind = behind
+        """Take the parts of an engine; a request that hangs leaves `admission` early.
+
+        `inquire` asks far tiers for what a load may find there: see `Core.inquire`.
+        """
+        self._behind, self._inquire = behind, inquire
         self.admission = admission
         self._scheduler, self._observer = scheduler, observer
         scheduler.on_hang = self._give_place_back
@@ -75,6 +79,7 @@ class RequestRunner:
                 arrived_ns = self._observer.now_ns()
                 await self.admission.enter(turn.group)
             is_inside = True
+            arrived_ns = await self._informed(request, arrived_ns)
             flight = self._begin(request, arrived_ns, turn)
             if flight.response is None:
                 await flight.wait_answered()
@@ -95,6 +100,15 @@ class RequestRunner:
             if is_inside and (flight is None or flight.has_place):
                 self.admission.leave(turn.group)
             use.leave()
+
+    async def _informed(self, request: Request, arrived_ns: int | None) -> int | None:
+        """Wait until far tiers have said what they have; return when the request arrived."""
+        if (answered := self._inquire(request)) is None:
+            return arrived_ns
+        if arrived_ns is None:
+            arrived_ns = self._observer.now_ns()
+        await answered
+        return arrived_ns
 
     def _begin(
         self, request: Request, arrived_ns: int | None, turn: RequestOwner, has_place: bool = True

@@ -6,7 +6,7 @@ To add a tier: write a module that opens it and returns its parts, and list it i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -157,6 +157,9 @@ class TierParts:
             hardware may go on with them.
         waiting_since_s: see `TransferActor`.
         store: returns what a far tier knows of its store; None for other tiers.
+        inquire: asks a far tier which blocks of a prompt it has from a position on, up to another,
+            if its catalogue does not know, and returns what ends with the answer, or soon; None if
+            there is nothing to wait for. None for tiers that are not asked.
     """
 
     tier: Tier
@@ -172,3 +175,4 @@ class TierParts:
     store: Callable[[], StoreStatistics] | None = None
     stop: Callable[[], None] = lambda: None
     waiting_since_s: Callable[[int], float] | None = None
+    inquire: Callable[[bytes, int, int], Awaitable[None] | None] | None = None

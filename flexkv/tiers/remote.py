@@ -2,13 +2,16 @@
 
     written behind, by whole spans ──▶ store ◀── listed, round after round ──▶ hints ──▶ catalogue
 
-The store is not asked whether it has a block: hints say so, and a wrong one costs a fetch.
+The store is not asked whether it has a block: hints say so, and a wrong one costs a fetch. A store
+that cannot be listed (Mooncake) is asked for spans that no hint names: see `remote_asked`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from functools import partial
+from typing import NamedTuple
 
 from flexkv.actors.actor import Window
 from flexkv.actors.write_behind import ShipLimits
@@ -20,18 +23,22 @@ from flexkv.index.keys import block_identity
 from flexkv.index.spans import span_blocks
 from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import Sums
-from flexkv.io.remote.landing import HostBlocks
+from flexkv.io.remote.landing import HostBlocks, OpenStore
+from flexkv.io.remote.mooncake import MooncakeStore
 from flexkv.io.remote.names import PoolDescription
-from flexkv.io.remote.open import open_store
+from flexkv.io.remote.open import open_mooncake, open_store
 from flexkv.io.remote.options import RemoteOptions
-from flexkv.io.remote.port import RemotePort, SpanNews
+from flexkv.io.remote.port import RemotePort, SpanNews, Spawn
 from flexkv.io.remote.requests import Requests
+from flexkv.io.remote.seal import SEAL_BYTES
 from flexkv.tiers.limits import WRITE_WINDOWS
 from flexkv.tiers.parts import StoreStatistics, TierHooks, TierParts, Work
-from flexkv.tiers.remote_gc.collector import Collector
+from flexkv.tiers.remote_asked import AskingCatalogue, Inquiries
+from flexkv.tiers.remote_gc.collector import CollectionCounts, Collector
+from flexkv.tiers.remote_gc.removal import RemovalCounts
 from flexkv.tiers.remote_gc.rules import Limits
-from flexkv.tiers.remote_gc.touches import Touches
-from flexkv.tiers.remote_listing import Listing
+from flexkv.tiers.remote_gc.touches import TouchCounts, Touches
+from flexkv.tiers.remote_listing import Listing, keep_time
 from flexkv.tiers.remote_pool import SharedPool
 from flexkv.tiers.remote_probe import Probe, TierState
 from flexkv.tiers.unavailable import Unavailable
@@ -74,7 +81,7 @@ class RemoteTier:
             BackendUnavailableError: what the store needs is not installed.
         """
         cache, sizes = self._cache, self._sizes
-        if not cache.enable_remote:
+        if not cache.has_remote:
             return None
         if len(sizes.spaces) > 1:
             why = "blocks of models with several KV groups are not kept there yet"
@@ -87,28 +94,22 @@ class RemoteTier:
             for window_mb in (cache.remote_read_window_mb, cache.remote_write_window_mb)
         )
         options = RemoteOptions(
-            deadline_s=DEADLINE_SHARE * cache.io_deadline_s, gets_max=read, puts_max=write
+            deadline_s=DEADLINE_SHARE * cache.io_deadline_s,
+            gets_max=read,
+            puts_max=write,
+            hedged_share=0.0 if self._is_asked else RemoteOptions.hedged_share,
         )
         secret = cache.key_secret.get_secret_value()
         identity = block_identity(sizes.spaces, secret)
         description = PoolDescription(identity, tuple(sizes.block_bytes), size)
-        (address,) = cache.remote_cache_path
-        custom = cache.remote_config_custom.get_secret_value()
-        requests = self.requests = Requests(open_store(address, custom, options), options)
+        requests = self.requests = Requests(self._store(options, size), options)
         hints = Hints(_spans_max(cache.num_remote_blocks, size), size)
         pool = self.pool = SharedPool(requests.store, description)
-        self.catalogue = HintedCatalogue(hints)
+        known = self._asked(requests, hints) if self._is_asked else self._listed(requests, hints)
+        self.catalogue = known.catalogue
         host = HostBlocks(arena, sums, tuple(sizes.block_bytes))
-        budget = cache.num_remote_blocks
-        limits = Limits(None if budget is None else max(1, budget // size), cache.remote_ttl_s)
-        forget = partial(_drop, hints)
-        deletes = cache.remote_delete_per_s if cache.remote_list_per_s else None
-        collector = Collector(requests, pool, limits, deletes, forget)
-        touches = Touches(requests, pool, collector)
-        news = SpanNews(partial(_note, hints, touches), forget)
-        port = RemotePort(requests, pool, host, options, news)
+        port = RemotePort(requests, pool, host, options, known.news)
         undo.callback(port.close)
-        listing = Listing(requests, pool, hints, cache.remote_list_per_s, collector)
         return TierParts(
             Tier.REMOTE,
             None,
@@ -116,11 +117,72 @@ class RemoteTier:
             Window(read * span_bytes, read * span_bytes),
             Window(write * span_bytes, span_bytes),
             pool,
-            work=partial(_work, port, pool, listing, touches, collector),
+            work=partial(_work, port, pool, hints, known.work),
             ship=self._ship(size, write),
-            store=partial(_statistics, pool, hints, listing, touches, collector),
+            store=partial(_statistics, requests, pool, hints, known),
             stop=port.stop,
             waiting_since_s=port.waiting_since_s,
+            inquire=known.inquire,
+        )
+
+    @property
+    def _is_asked(self) -> bool:
+        """Return whether the store cannot be listed, so that it has to be asked."""
+        return self._cache.use_mooncake_store_backend
+
+    def _store(self, options: RemoteOptions, size: int) -> OpenStore:
+        """Return the store, to which nothing is sent yet."""
+        cache = self._cache
+        if cache.use_mooncake_store_backend:
+            object_bytes = size * (max(self._sizes.block_bytes) + SEAL_BYTES)
+            return open_mooncake(cache.mooncake_store_config_path, options, object_bytes)
+        (address,) = cache.remote_cache_path
+        return open_store(address, cache.remote_config_custom.get_secret_value(), options)
+
+    def _listed(self, requests: Requests, hints: Hints) -> _Known:
+        """Return how a store is known that can be listed."""
+        cache, pool = self._cache, self.pool
+        assert pool is not None
+        blocks = cache.num_remote_blocks
+        budget = None if blocks is None else max(1, blocks // hints.span_blocks)
+        forget = partial(_drop, hints)
+        deletes = cache.remote_delete_per_s if cache.remote_list_per_s else None
+        limits = Limits(budget, cache.remote_ttl_s)
+        collector = Collector(requests, pool, limits, deletes, forget)
+        touches = Touches(requests, pool, collector)
+        listing = Listing(requests, pool, hints, cache.remote_list_per_s, collector)
+
+        def work(spawn: Spawn) -> Work:
+            return {
+                "remote listing": listing.run(spawn),
+                "remote touches": touches.run(spawn),
+                "remote collection": collector.run(spawn),
+            }
+
+        return _Known(
+            HintedCatalogue(hints),
+            SpanNews(partial(_note, hints, touches.used), forget),
+            work,
+            lambda: (listing.rounds, collector.counts(), touches.counts()),
+        )
+
+    def _asked(self, requests: Requests, hints: Hints) -> _Known:
+        """Return how a Mooncake Store is known."""
+        store, pool = requests.store, self.pool
+        assert isinstance(store, MooncakeStore)
+        assert pool is not None
+        inquiries = Inquiries(store, requests, pool, hints)
+
+        def work(_: Spawn) -> Work:
+            return {"remote inquiries": inquiries.run(), "mover": store.mover.keep()}
+
+        nothing = CollectionCounts(False, 0, None, RemovalCounts()), TouchCounts(0, 0, 0, 0)
+        return _Known(
+            AskingCatalogue(hints, inquiries),
+            SpanNews(partial(_note, hints, _nothing), partial(_drop, hints)),
+            work,
+            lambda: (0, *nothing),
+            inquiries.inquire,
         )
 
     def _ship(self, size: int, write: int) -> ShipLimits | None:
@@ -131,43 +193,57 @@ class RemoteTier:
         return ShipLimits(size, WRITE_WINDOWS * write * size, when == "reused", per_s)
 
 
+class _Known(NamedTuple):
+    """What makes known which spans a store has.
+
+    Attributes:
+        catalogue: says so.
+        news: learns what the port has found out.
+        work: returns tasks that learn it from the store.
+        counts: how often the pool was listed, what was collected and touched.
+        inquire: see `TierParts`.
+    """
+
+    catalogue: HintedCatalogue
+    news: SpanNews
+    work: Callable[[Spawn], Work]
+    counts: Callable[[], tuple[int, CollectionCounts, TouchCounts]]
+    inquire: Callable[[bytes, int, int], Awaitable[None] | None] | None = None
+
+
 def _work(
     port: RemotePort,
     pool: SharedPool,
-    listing: Listing,
-    touches: Touches,
-    collector: Collector,
+    hints: Hints,
+    work: Callable[[Spawn], Work],
     hooks: TierHooks,
 ) -> Work:
     port.spawn = hooks.spawn
     pool.lose = hooks.lose
-    probe = Probe(touches.requests, pool)
     state = TierState(hooks.is_failing, hooks.try_now)
     return {
         "remote pool": pool.run(),
-        "remote listing": listing.run(hooks.spawn),
-        "remote hints": listing.clock(),
-        "remote probe": probe.run(state),
-        "remote touches": touches.run(hooks.spawn),
-        "remote collection": collector.run(hooks.spawn),
+        "remote hints": keep_time(hints),
+        "remote probe": Probe(port.requests, pool).run(state),
+        **work(hooks.spawn),
     }
 
 
 def _statistics(
-    pool: SharedPool, hints: Hints, listing: Listing, touches: Touches, collector: Collector
+    requests: Requests, pool: SharedPool, hints: Hints, known: _Known
 ) -> StoreStatistics:
-    requests = touches.requests
     current = pool.current
+    listed_rounds, collection, touches = known.counts()
     return StoreStatistics(
         where=requests.store.where,
         is_joined=current is not None,
         generation=0 if current is None else current.description.generation,
         known_spans=len(hints),
         lost_spans=hints.counts().lost,
-        listed_rounds=listing.rounds,
+        listed_rounds=listed_rounds,
         requests=requests.counts(),
-        collection=collector.counts(),
-        touches=touches.counts(),
+        collection=collection,
+        touches=touches,
     )
 
 
@@ -175,9 +251,13 @@ def _spans_max(blocks: int | None, size: int) -> int:
     return SPANS_MAX if blocks is None else blocks // size + SPARE_SPANS
 
 
-def _note(hints: Hints, touches: Touches, key: BlockKey) -> None:
+def _note(hints: Hints, used: Callable[[BlockKey], object], key: BlockKey) -> None:
     hints.note(STORE, key)
-    touches.used(key)
+    used(key)
+
+
+def _nothing(key: BlockKey) -> None:
+    """Do nothing."""
 
 
 def _drop(hints: Hints, key: BlockKey) -> None:

@@ -37,6 +37,16 @@ SCRUB_LINES = 1 << 14
 """How many lines of hints one step searches for dead pairs: about a millisecond."""
 
 
+async def keep_time(hints: Hints) -> None:
+    """Set the hints' time, and remove dead pairs in steps, until cancelled."""
+    loop, begin_s = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+    while True:
+        hints.tick(int((loop.time() - begin_s) / TICK_S))
+        if hints.counts().dead:
+            hints.scrub(SCRUB_LINES)
+        await asyncio.sleep(TICK_S)
+
+
 class Listing:
     """The listing of the pool in use.
 
@@ -58,15 +68,6 @@ class Listing:
         self._requests, self._pool, self._hints = requests, pool, hints
         self._per_s, self._collector = requests_per_s, collector
         self._found = 0
-
-    async def clock(self) -> None:
-        """Set the hints' time, and remove dead pairs in steps, until cancelled."""
-        loop, begin_s = asyncio.get_running_loop(), asyncio.get_running_loop().time()
-        while True:
-            self._hints.tick(int((loop.time() - begin_s) / TICK_S))
-            if self._hints.counts().dead:
-                self._hints.scrub(SCRUB_LINES)
-            await asyncio.sleep(TICK_S)
 
     async def run(self, spawn: Spawn) -> None:
         """List the pool until cancelled; once only if later rounds are not wanted."""

@@ -7,7 +7,6 @@ import gc
 import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,10 +21,8 @@ from flexkv.common.errors import (
 from flexkv.common.terms import BlockNames, Positions
 from flexkv.index.keys import block_keys, leaf_keys
 from flexkv.io.ports import Completion
-from flexkv.io.remote.landing import OpenStore
 from flexkv.io.remote.open import join_pool
 from flexkv.io.remote.seal import SEAL_BYTES
-from tests.moto import Moto
 from tests.remote_rigs import (
     BLOCK_BYTES,
     HOST_BLOCKS,
@@ -35,22 +32,27 @@ from tests.remote_rigs import (
     RECORD_BYTES,
     SPAN_BLOCKS,
     STORES,
+    MakeStore,
     PortRig,
     content,
     fetched,
+    names_in,
     rig_over,
     span_key,
 )
+from tests.servers import Servers
 
 G = SPAN_BLOCKS
 SPAN_BYTES = G * RECORD_BYTES
 
 
 @pytest.fixture(params=STORES.values(), ids=STORES.keys())
-async def rig(request: pytest.FixtureRequest, tmp_path: Path, moto: Moto) -> AsyncIterator[PortRig]:
+async def rig(
+    request: pytest.FixtureRequest, tmp_path: Path, servers: Servers
+) -> AsyncIterator[PortRig]:
     """Yield a port over each store, whose pool is described and empty."""
-    make: Callable[[Path, Moto, Any], OpenStore] = request.param
-    store = make(tmp_path, moto, OPTIONS)
+    make: MakeStore = request.param
+    store = make(tmp_path, servers, OPTIONS)
     await join_pool(store, POOL)
     async with rig_over(store) as made:
         yield made
@@ -67,8 +69,7 @@ async def changed(rig: PortRig, span: int, change: Callable[[bytearray], object]
 
 async def names_of(rig: PortRig) -> set[str]:
     """Return the names of the spans in the store."""
-    pages = rig.requests.store.pages(f"{POOL.name}/")
-    return {each.name async for page in pages for each in page} - {POOL.description_name}
+    return await names_in(rig.requests.store)
 
 
 async def test_what_was_put_comes_back(rig: PortRig) -> None:
@@ -198,6 +199,8 @@ async def test_a_short_object_is_filled_as_far_as_it_goes(
 ) -> None:
     """The whole records of an object that ends too early arrive; it is deleted."""
     await rig.store_spans(0)
+    if rig.port.adapter == "mooncake":
+        left_bytes = max(1, left_bytes)  # it stores no empty objects
     await changed(rig, 0, lambda body: body.__delitem__(slice(left_bytes, None)))
     (end,) = await rig.run(rig.get(0, G))
     assert isinstance(end.error, CorruptBlockError)
@@ -299,14 +302,14 @@ def open_fds() -> set[str]:
 
 @pytest.mark.parametrize("make", STORES.values(), ids=STORES.keys())
 async def test_a_closed_port_takes_nothing_and_holds_nothing(
-    make: Callable[[Path, Moto, Any], OpenStore], tmp_path: Path, moto: Moto
+    make: MakeStore, tmp_path: Path, servers: Servers
 ) -> None:
     """After close, submit and sync raise ClosedError; a second close does nothing."""
-    first = PortRig(make(tmp_path, moto, OPTIONS))
+    first = PortRig(make(tmp_path, servers, OPTIONS))
     await first.store_spans(0)
     await first.close()
     before = open_fds()
-    rig = PortRig(make(tmp_path, moto, OPTIONS))
+    rig = PortRig(make(tmp_path, servers, OPTIONS))
     await rig.store_spans(1)
     await rig.close()
     with pytest.raises(ClosedError):
@@ -319,10 +322,10 @@ async def test_a_closed_port_takes_nothing_and_holds_nothing(
 
 @pytest.mark.parametrize("make", STORES.values(), ids=STORES.keys())
 async def test_nothing_writes_to_the_arena_after_close(
-    make: Callable[[Path, Moto, Any], OpenStore], tmp_path: Path, moto: Moto
+    make: MakeStore, tmp_path: Path, servers: Servers
 ) -> None:
     """A close with gets in flight raises InvariantError, and nothing arrives any more."""
-    rig = PortRig(make(tmp_path, moto, OPTIONS))
+    rig = PortRig(make(tmp_path, servers, OPTIONS))
     await rig.store_spans(0, 1, 2)
     rig.port.submit(rig.get(0, 3 * G))
     await asyncio.sleep(0)

@@ -36,7 +36,9 @@ class Node:
 
     def __init__(self, remote: dict[str, Any], **changes: Any) -> None:
         cache = CacheConfig(
-            tokens_per_block=TOKENS, num_cpu_blocks=256, enable_remote=True, **{**remote, **changes}
+            tokens_per_block=TOKENS,
+            num_cpu_blocks=256,
+            **{"enable_remote": True, **remote, **changes},
         )
         self.manager = KVManager(ModelConfig(**MODEL), cache)
         shape = 2, 64, TOKENS, 2, 64
@@ -60,6 +62,18 @@ class Node:
         async with asyncio.timeout(30):
             while not condition(self.store):  # noqa: ASYNC110 -- the state of another engine
                 await asyncio.sleep(0.01)
+
+    async def until_gets(self, seed: int, blocks: int) -> None:
+        """Get a prompt, again and again, until so many blocks come."""
+        async with asyncio.timeout(60):
+            while await self.get(seed) != blocks:
+                pass
+
+    async def until_stores(self, seed: int) -> None:
+        """Put a prompt, and wait until the store is said to have it."""
+        async with asyncio.timeout(60):
+            while self.store.known_spans < WHOLE // SPAN:
+                await self.put(seed)
 
     async def put(self, seed: int, blocks: int = BLOCKS) -> None:
         """Put a prompt whose blocks' bytes depend on the seed, and flush."""

@@ -12,8 +12,8 @@ class RemoteCounts(msgspec.Struct, frozen=True):
     """A snapshot of the counts since the tier was opened.
 
     Attributes:
-        requests: requests sent, by kind ("get", "put", "head", "list", "delete", "touch"),
-            repeated and hedged ones included.
+        requests: requests sent, by kind ("get", "put", "head", "list", "delete", "touch",
+            "exist"), repeated and hedged ones included.
         failures: requests that failed, by kind.
         retries: requests that repeat one that failed, by kind.
         read_bytes: bytes of answers that arrived whole.

@@ -11,9 +11,13 @@ from flexkv.common.errors import BackendUnavailableError, ConfigError, RemoteErr
 from flexkv.io.remote.address import OPTIONS_KEY, PATH_KEY, RemoteAddress, parse_address
 from flexkv.io.remote.directory import DirectoryStore
 from flexkv.io.remote.landing import OpenStore
+from flexkv.io.remote.mooncake import MooncakeStore, check_installed
 from flexkv.io.remote.names import Pool
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.store import Store
+from flexkv.mover.life import MoverSizes
+from flexkv.mover.mover import Mover
+from flexkv.mover.store_config import load_store_config
 from flexkv.observe.logs import get_logger
 from flexkv.process.background import in_background
 
@@ -37,6 +41,26 @@ def open_store(url: str, custom: Mapping[str, Any], options: RemoteOptions) -> O
             log.warning("remote_directory_is_open", directory=address.url, reason=doubts)
         return directory
     return _object_store(address, options)
+
+
+def open_mooncake(path: str | None, options: RemoteOptions, object_bytes: int) -> MooncakeStore:
+    """Return the Mooncake Store that a configuration file describes; nothing is started.
+
+    Args:
+        path: the file: `mooncake_store_config_path`.
+        options: limits.
+        object_bytes: the size of the largest object.
+
+    Raises:
+        ConfigError: the file cannot be read, or a field is wrong.
+        BackendUnavailableError: Mooncake, or a library that it needs, is not installed.
+        OSError: a thread cannot be started.
+    """
+    config = load_store_config(path)
+    check_installed()
+    slots = options.gets_max + options.puts_max
+    sizes = MoverSizes(slots + max(2, slots // 4), object_bytes, options.deadline_s)
+    return MooncakeStore(Mover(config, sizes))
 
 
 def _object_store(address: RemoteAddress, options: RemoteOptions) -> OpenStore:

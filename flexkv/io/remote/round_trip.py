@@ -11,6 +11,8 @@ import numpy as np
 from flexkv.common.errors import RemoteError
 from flexkv.io.remote.store import Store
 
+ROUND_TRIP_BYTES = 16 << 20
+
 
 class RoundTrip(NamedTuple):
     """How fast a store was for one object of some size."""
@@ -20,7 +22,7 @@ class RoundTrip(NamedTuple):
     head_ms: float
 
 
-async def round_trip(store: Store, nbytes: int = 16 << 20) -> RoundTrip:
+async def round_trip(store: Store, nbytes: int = ROUND_TRIP_BYTES) -> RoundTrip:
     """Write, read and delete an object of its own, and return how fast that was.
 
     Raises:

@@ -25,14 +25,15 @@ class Listed(NamedTuple):
     name: str
     size_bytes: int
     modified_s: float
-    """When it was last written or touched, by the store's own clock: seconds since the epoch."""
+    """When it was last written or touched, by the store's own clock: seconds since the epoch.
+    0 from a store that does not say."""
 
 
 class Store(Protocol):
     """The requests that all stores have.
 
     Attributes:
-        kind: "s3", "gs", "az", "memory" or "directory".
+        kind: "s3", "gs", "az", "memory", "directory" or "mooncake".
         where: names it in errors and logs; without credentials.
     """
 

@@ -1,0 +1,330 @@
+"""One life of a mover: its process, the window, and the requests that it has not answered.
+
+    started ──Ready──▶ serves ──× it died, it hung, too many slots are spoiled──▶ ended
+       └──Refused, silence──────────────────────────────────────────────────────▶
+
+The end of a life fails its requests. If no request of a kind (gets, puts, others) is answered for
+too long while some wait, the mover hangs: that ends the life, since only its end proves that it
+writes to no slot any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import threading
+from asyncio import Future
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+from flexkv.common.decoding import decoded
+from flexkv.common.errors import MalformedError, RemoteError
+from flexkv.mover.codes import CLEAN
+from flexkv.mover.store_config import StoreConfig
+from flexkv.mover.window import Slot, Window
+from flexkv.mover.wire import (
+    PACKET_BYTES,
+    TO_ENGINE,
+    Begin,
+    Done,
+    Found,
+    Get,
+    Put,
+    Ready,
+    Refused,
+    Request,
+    encode,
+)
+from flexkv.process import forks
+
+READY_S = 120.0
+"""How long a mover may take until it is connected; a master that is away makes it wait."""
+END_S = 5.0
+"""How long a mover may take to leave the store before it is killed."""
+SPOILED_SHARE = 4
+"""A life ends when so many of its slots are spoiled: one in four."""
+
+
+class MoverSizes(NamedTuple):
+    """What a mover's window has room for, and how patient its engine is.
+
+    Attributes:
+        slots: objects on their way at once.
+        slot_bytes: the bytes of the largest object.
+        answer_s: a mover that has answered no request of some kind for so long hangs.
+    """
+
+    slots: int
+    slot_bytes: int
+    answer_s: float
+
+
+class _Asked(NamedTuple):
+    """A request that is not answered yet."""
+
+    request: Request
+    reply: Future[Done | Found]
+    slot: Slot | None
+
+
+class MoverLife:
+    """A mover that runs, or has run.
+
+    Attributes:
+        ended: done when it has ended, with the reason, unless the loop was closed before.
+        why: the reason; None while it runs.
+        is_ready: whether it was connected to the store.
+    """
+
+    def __init__(self, config: StoreConfig, sizes: MoverSizes) -> None:
+        """Start the process; the running loop is the one that all calls come from.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        self._loop = asyncio.get_running_loop()
+        self.ended: Future[str] = self._loop.create_future()
+        self.why: str | None = None
+        self.is_ready = False
+        self._where, self._sizes = config.where, sizes
+        self._numbers = itertools.count()
+        self._asked: dict[int, _Asked] = {}
+        self._overdue: dict[str, asyncio.TimerHandle] = {}
+        """By kind, for kinds with requests that are not answered."""
+        self._waiting: deque[Future[Slot]] = deque()
+        self._queued: deque[tuple[Request, Future[Done | Found], Slot | None]] = deque()
+        self._window = Window(sizes.slots, sizes.slot_bytes, self._slot_freed)
+        try:
+            self._socket, self._process = _started(self._window.fd, sizes.answer_s)
+        except OSError:
+            self._window.close()
+            raise
+        forks.on_fork(self._let_go_in_child)
+        self._loop.add_reader(self._socket, self._read)
+        self._late = self._loop.call_later(READY_S, self.end, "it could not connect in time")
+        self._socket.send(encode(Begin(config, self._window.nbytes)))
+
+    @property
+    def pid(self) -> int:
+        """Return the process id."""
+        return self._process.pid
+
+    @property
+    def requests(self) -> int:
+        """Return how many requests the mover has not answered."""
+        return len(self._asked)
+
+    # -- slots and requests ---------------------------------------------------------------------
+
+    def take(self) -> Future[Slot]:
+        """Return the future of a free slot; cancelling it gives up the wait."""
+        taken: Future[Slot] = self._loop.create_future()
+        if self.why is not None:
+            taken.set_exception(self._error("get"))
+        else:
+            self._waiting.append(taken)
+            self._grant()
+        return taken
+
+    def _grant(self) -> None:
+        """Give free slots to those who wait, in their order."""
+        while self.is_ready and self._waiting:
+            if self._waiting[0].done():
+                self._waiting.popleft()
+                continue
+            slot = self._window.take()
+            if slot is None:
+                return
+            self._waiting.popleft().set_result(slot)
+
+    def _slot_freed(self) -> None:
+        """Note that a slot is free; the last user of its bytes may be in any thread."""
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._grant)
+
+    def ask(self, make: Callable[[int], Request], slot: Slot | None = None) -> Future[Done | Found]:
+        """Send a request, and return the future of its answer.
+
+        Args:
+            make: returns the request with its number.
+            slot: what it uses. Unless it is a get that succeeds and somebody waits for it, the
+                slot is freed, or spoiled, when the answer comes.
+
+        Cancelling the future ends the wait, not the request.
+        """
+        reply: Future[Done | Found] = self._loop.create_future()
+        if self.why is not None:
+            reply.set_exception(self._error("request"))
+            return reply
+        request = make(next(self._numbers))
+        if self.is_ready:
+            self._send(request, reply, slot)
+        else:
+            self._queued.append((request, reply, slot))
+        return reply
+
+    def _send(self, request: Request, reply: Future[Done | Found], slot: Slot | None) -> None:
+        self._asked[request.number] = _Asked(request, reply, slot)
+        if _kind_of(request) not in self._overdue:
+            self._expect(_kind_of(request))
+        try:
+            self._socket.send(encode(request))
+        except OSError as error:
+            self.end(f"it takes no requests: {error.strerror}")
+
+    def _expect(self, kind: str) -> None:
+        """End the life unless a request of a kind is answered in time."""
+        limit_s = self._sizes.answer_s
+        why = f"it has not answered for {limit_s:g} s"
+        self._overdue[kind] = self._loop.call_later(limit_s, self.end, why)
+
+    # -- replies --------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        try:
+            packet = self._socket.recv(PACKET_BYTES)
+            if not packet:
+                self.end("its process has ended")
+                return
+            reply = decoded(TO_ENGINE, packet)
+        except BlockingIOError:
+            return
+        except (OSError, MalformedError) as error:
+            self.end(f"its connection failed: {error}")
+            return
+        match reply:
+            case Ready():
+                self._is_connected()
+            case Refused(why):
+                self.end(why)
+            case _:
+                self._answered(reply)
+
+    def _is_connected(self) -> None:
+        self.is_ready = True
+        self._late.cancel()
+        queued, self._queued = self._queued, deque()
+        for request, reply, slot in queued:
+            if not reply.done() and self.why is None:
+                self._send(request, reply, slot)
+        self._grant()
+
+    def _answered(self, answer: Done | Found) -> None:
+        asked = self._asked.pop(answer.number, None)
+        if asked is None:
+            return
+        kind = _kind_of(asked.request)
+        self._overdue.pop(kind).cancel()
+        if any(_kind_of(each.request) == kind for each in self._asked.values()):
+            self._expect(kind)
+        is_wanted = not asked.reply.done()
+        if asked.slot is not None and isinstance(answer, Done):
+            self._settle(asked.slot, answer.code, is_wanted and isinstance(asked.request, Get))
+        if is_wanted:
+            asked.reply.set_result(answer)
+        if self._window.spoiled * SPOILED_SHARE >= self._window.slots:
+            self.end("it may still write to too many slots")
+
+    def _settle(self, slot: Slot, code: int, is_read: bool) -> None:
+        if code < 0 and code not in CLEAN:
+            slot.spoil()
+        elif code < 0 or not is_read:
+            slot.free()
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def _error(self, what: str) -> RemoteError:
+        return RemoteError(self._where, what, f"its mover is not there: {self.why}")
+
+    def end(self, why: str) -> None:
+        """Kill the process, which is the fence, and fail all requests. Idempotent."""
+        if self.why is not None:
+            return
+        self.why = why
+        with suppress(ProcessLookupError):
+            self._process.kill()
+        self._release()
+        # Nobody waits for the process: it writes to the window of this life, and to no other.
+        threading.Thread(target=self._process.wait, name="flexkv-mover-end", daemon=True).start()
+
+    def close(self) -> None:
+        """Let the process leave the store, or kill it if that takes too long."""
+        if self.why is not None:
+            return
+        self.why = "it was closed"
+        self._release()
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _release(self) -> None:
+        self._late.cancel()
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self._socket)
+        self._socket.close()
+        self._window.close()
+        asked, self._asked = self._asked, {}
+        for overdue in self._overdue.values():
+            overdue.cancel()
+        waiting: list[Future[Slot] | Future[Done | Found]] = [
+            *self._waiting,
+            *(each.reply for each in asked.values()),
+            *(reply for _, reply, _ in self._queued),
+        ]
+        self._waiting.clear()
+        self._queued.clear()
+        if not self._loop.is_closed():
+            self.ended.set_result(self.why or "")
+            for future in waiting:
+                if not future.done():
+                    future.set_exception(self._error("request"))
+
+    def _let_go_in_child(self) -> None:
+        if self.why is None:
+            forks.close_socket(self._socket)
+
+
+def _kind_of(request: Request) -> str:
+    """Return the kind of a request: the mover carries out those of a kind one after the other."""
+    return {Get: "get", Put: "put"}.get(type(request), "name")
+
+
+def _started(window_fd: int, answer_s: float) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Start a mover, and return our end of the connection and the process."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with theirs:
+            command = [sys.executable, "-m", "flexkv.mover"]
+            numbers = map(str, (theirs.fileno(), window_fd, os.getpid()))
+            process = subprocess.Popen(
+                [*command, *numbers],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), window_fd),
+                start_new_session=True,
+                env={**_defaults(answer_s), **os.environ},
+            )
+    except OSError:
+        ours.close()
+        raise
+    ours.setblocking(False)
+    return ours, process
+
+
+def _defaults(answer_s: float) -> dict[str, str]:
+    """Return Mooncake's own limits, so that a peer that is gone fails before the mover hangs."""
+    peer_s = str(max(1, int(answer_s / 2)))
+    return {
+        "MC_TCP_STATUS_TIMEOUT_SEC": peer_s,
+        "MC_TCP_PROGRESS_TIMEOUT_SEC": peer_s,
+        "MC_TRANSFER_TIMEOUT": peer_s,
+        "MC_LOG_LEVEL": "ERROR",
+    }

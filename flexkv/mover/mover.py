@@ -1,0 +1,89 @@
+"""The mover of an engine: one life after another, with pauses that grow while it cannot start."""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import Future
+from contextlib import suppress
+from functools import partial
+
+from flexkv.common.errors import RemoteError
+from flexkv.mover.life import MoverLife, MoverSizes
+from flexkv.mover.store_config import StoreConfig
+from flexkv.observe.logs import get_logger
+
+log = get_logger(__name__)
+
+PAUSE_S, PAUSE_MAX_S = 0.2, 30.0
+"""The first and the longest pause before a mover is started again."""
+SOUND_S = 10.0
+"""A life that was connected for so long does not count as a failed start."""
+
+
+class Mover:
+    """Starts a mover when it is needed, and again when it has ended.
+
+    Attributes:
+        where: names the store.
+        lives: how many were started.
+    """
+
+    def __init__(self, config: StoreConfig, sizes: MoverSizes) -> None:
+        """Start nothing yet."""
+        self.where, self.sizes, self.lives = config.where, sizes, 0
+        self._config = config
+        self._life: MoverLife | None = None
+        self._failures, self._not_before_s = 0, 0.0
+        self._why, self._is_closed = "", False
+
+    def life(self) -> MoverLife:
+        """Return the life that runs; one is started if that is due.
+
+        Raises:
+            RemoteError: it is not due yet, or no process can be started, or this is closed.
+        """
+        if self._life is not None and self._life.why is None:
+            return self._life
+        now_s = asyncio.get_running_loop().time()
+        if self._is_closed or now_s < self._not_before_s:
+            raise RemoteError(self.where, "request", f"its mover is not there: {self._why}")
+        try:
+            self._life = MoverLife(self._config, self.sizes)
+        except OSError as error:
+            self._count_failure(now_s, f"it cannot be started: {error.strerror}")
+            raise RemoteError(self.where, "request", self._why) from error
+        self.lives += 1
+        log.info("mover_started", store=self.where, pid=self._life.pid)
+        self._life.ended.add_done_callback(partial(self._has_ended, self._life, now_s))
+        return self._life
+
+    def _has_ended(self, life: MoverLife, begun_s: float, ended: Future[str]) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if life.is_ready and now_s - begun_s >= SOUND_S:
+            self._failures = 0
+        self._count_failure(now_s, ended.result())
+        if not self._is_closed:
+            log.warning("mover_ended", store=self.where, reason=self._why, lives=self.lives)
+
+    def _count_failure(self, now_s: float, why: str) -> None:
+        self._why = why
+        self._not_before_s = now_s + min(PAUSE_MAX_S, PAUSE_S * 2 ** min(self._failures, 16))
+        self._failures += 1
+
+    async def keep(self) -> None:
+        """Keep a mover running until cancelled: this node's part of the store depends on it."""
+        while True:
+            with suppress(RemoteError):
+                await asyncio.wait([self.life().ended])
+            await asyncio.sleep(self.pause_s)
+
+    @property
+    def pause_s(self) -> float:
+        """Return how long until a mover may be started."""
+        return max(0.0, self._not_before_s - asyncio.get_running_loop().time())
+
+    def close(self) -> None:
+        """Let the mover leave the store. Idempotent."""
+        self._is_closed, self._why = True, "it was closed"
+        if self._life is not None:
+            self._life.close()

@@ -1,0 +1,135 @@
+"""The window: memory that an engine and one life of its mover share, in slots of one size.
+
+free ──taken──▶ in use ──freed──▶ free
+                  │
+                  └─ the library may still write to it ──▶ never used again in this life
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_PAGE_BYTES = 4096
+
+
+def mapped(fd: int, nbytes: int) -> mmap.mmap:
+    """Map a window, with huge pages where the kernel grants them to shared memory.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+    memory = mmap.mmap(fd, nbytes)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+class Window:
+    """Shared memory of some slots.
+
+    Attributes:
+        fd: a descriptor of it.
+        slot_bytes: the size of a slot.
+        nbytes: that of the window.
+        spoiled: how many slots are not used any more.
+    """
+
+    def __init__(self, slots: int, slot_bytes: int, freed: Callable[[], None]) -> None:
+        """Map the memory; nothing is touched.
+
+        Args:
+            slots: how many slots.
+            slot_bytes: their size at least.
+            freed: called when a slot is free again, by any thread.
+
+        Raises:
+            OSError: there is no memory.
+        """
+        self.slot_bytes = -(-slot_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        self.nbytes = slots * self.slot_bytes
+        self.slots, self.spoiled = slots, 0
+        self.fd = os.memfd_create("flexkv-mover", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, self.nbytes)
+            self._memory = mapped(self.fd, self.nbytes)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self._free, self._freed = list(range(slots)), freed
+        self._lock = threading.Lock()
+
+    def take(self) -> Slot | None:
+        """Return a free slot, or None: the last one that was freed, whose memory is at hand."""
+        with self._lock:
+            return Slot(self, self._free.pop()) if self._free else None
+
+    def _give(self, number: int) -> None:
+        with self._lock:
+            self._free.append(number)
+        self._freed()
+
+    def bytes_of(self, at: int, size: int) -> NDArray[np.uint8]:
+        """Return some bytes of the window; it stays mapped as long as these are used."""
+        return np.frombuffer(self._memory, np.uint8, size, at)
+
+    def close(self) -> None:
+        """Close the descriptor. The memory goes with the last of its bytes in use."""
+        os.close(self.fd)
+        self._freed = _nothing
+        with suppress(BufferError):
+            self._memory.close()
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+class Slot:
+    """A slot in use.
+
+    Attributes:
+        at: its first byte in the window.
+        nbytes: its size.
+    """
+
+    __slots__ = ("_is_held", "_number", "_window", "at", "nbytes")
+
+    def __init__(self, window: Window, number: int) -> None:
+        self._window, self._number, self._is_held = window, number, True
+        self.nbytes = window.slot_bytes
+        self.at = number * self.nbytes
+
+    def free(self) -> None:
+        """Make it free for others. Idempotent."""
+        if self._is_held:
+            self._is_held = False
+            self._window._give(self._number)
+
+    def spoil(self) -> None:
+        """Never use it again: the library may still write to it."""
+        if self._is_held:
+            self._is_held = False
+            self._window.spoiled += 1
+
+    def fill(self, buffers: list[memoryview]) -> None:
+        """Copy buffers to the slot, one behind the other."""
+        at = self.at
+        for buffer in buffers:
+            self._window.bytes_of(at, buffer.nbytes)[:] = np.frombuffer(buffer, np.uint8)
+            at += buffer.nbytes
+
+    def body(self, first: int, last: int) -> NDArray[np.uint8]:
+        """Return bytes of the slot; it is free once nothing uses them any more."""
+        body = self._window.bytes_of(self.at + first, last - first)
+        ending: weakref.finalize[Any, Any] = weakref.finalize(body, self.free)
+        ending.atexit = False
+        return body

@@ -1,0 +1,102 @@
+"""What an engine and its mover say to each other: one MessagePack message a packet.
+
+    engine ──▶ mover    Begin, once; then requests
+    mover  ──▶ engine   Ready or Refused, once; then a Done or Found for each request, in any order
+
+Numbers below 0 in `Done` are Mooncake's error codes.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from flexkv.mover.store_config import StoreConfig
+
+PACKET_BYTES = 1 << 17
+"""The largest packet."""
+NAMES_MAX = 1000
+"""The most names in one request."""
+
+
+class Begin(msgspec.Struct, frozen=True, tag="begin", array_like=True):
+    """Connect to the store. `window_bytes` is the size of the window."""
+
+    config: StoreConfig
+    window_bytes: int
+
+
+class Get(msgspec.Struct, frozen=True, tag="get", array_like=True):
+    """Read an object to the window, from byte `at` on, where it may take `size` bytes."""
+
+    number: int
+    name: str
+    at: int
+    size: int
+
+
+class Put(msgspec.Struct, frozen=True, tag="put", array_like=True):
+    """Create an object of `size` bytes, which are in the window from byte `at` on.
+
+    One that `is_kept` is never evicted.
+    """
+
+    number: int
+    name: str
+    at: int
+    size: int
+    is_kept: bool
+
+
+class Exist(msgspec.Struct, frozen=True, tag="exist", array_like=True):
+    """Which objects are there?"""
+
+    number: int
+    names: list[str]
+
+
+class Size(msgspec.Struct, frozen=True, tag="size", array_like=True):
+    """How many bytes has an object?"""
+
+    number: int
+    name: str
+
+
+class Remove(msgspec.Struct, frozen=True, tag="remove", array_like=True):
+    """Remove an object."""
+
+    number: int
+    name: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
+    """The mover is connected to the store."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused", array_like=True):
+    """The mover cannot be used."""
+
+    why: str
+
+
+class Done(msgspec.Struct, frozen=True, tag="done", array_like=True):
+    """A request has ended: with the bytes of the object, 0, or an error code."""
+
+    number: int
+    code: int
+
+
+class Found(msgspec.Struct, frozen=True, tag="found", array_like=True):
+    """An `Exist` has ended: 1 for each object that is there, 0 for others, -1 if unknown."""
+
+    number: int
+    each: list[int]
+
+
+Request: TypeAlias = Get | Put | Exist | Size | Remove
+Reply: TypeAlias = Ready | Refused | Done | Found
+
+encode = msgspec.msgpack.Encoder().encode
+TO_MOVER = msgspec.msgpack.Decoder(Begin | Get | Put | Exist | Size | Remove)
+TO_ENGINE = msgspec.msgpack.Decoder(Reply)

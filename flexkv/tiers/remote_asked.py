@@ -1,0 +1,236 @@
+"""Hints of a store that cannot be listed: it is asked for the continuation of prompts.
+
+    a match or load ends, and no hint says what follows ──▶ Inquiries: is it there? ──▶ hints
+    a fetch misses a span ───────────────────────▶ Inquiries: are the others there? ──▶ hints
+
+A match waits for nothing: the next one knows. A load waits for the answer, but only for a moment.
+Spans that this engine has stored are known without asking. The answer to a question counts for some
+seconds, so a prompt that is asked for again and again, or matched in every step, costs little.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import Future
+from collections import OrderedDict
+from collections.abc import Awaitable, Sequence, Set
+from typing import NamedTuple, Protocol
+
+from flexkv.actors.supervisor import Bell
+from flexkv.common.errors import RemoteError, TransferError
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey, Tier, Transfer
+from flexkv.index.catalogue import FarRun
+from flexkv.index.hints import STORE, HintedCatalogue, Hints
+from flexkv.io.remote.names import Pool
+from flexkv.io.remote.requests import Requests
+from flexkv.io.remote.until import Until
+from flexkv.observe.logs import get_logger
+
+log = get_logger(__name__)
+
+ANSWER_S = 2.0
+"""How long the store may take to answer."""
+WAIT_S = 0.1
+"""How long a load waits for an answer. It loads what is known by then."""
+COUNTS_S = 5.0
+"""How long an answer counts. A span that others store meanwhile is found after that."""
+SPANS_MAX = 1000
+"""The most spans of one question; a longer prompt is asked for in parts."""
+WAITING_MAX = 256
+"""The most questions that wait to be asked."""
+ANSWERED_MAX = 1 << 14
+"""How many questions are remembered that were asked lately."""
+
+
+class AskedStore(Protocol):
+    """A store that is asked for objects by their names."""
+
+    async def exist(self, names: Sequence[str]) -> list[bool]:
+        """Return which objects are there."""
+        ...
+
+
+class CurrentPool(Protocol):
+    """The pool that an engine uses: see `SharedPool`."""
+
+    current: Pool | None
+
+    async def joined(self) -> Pool:
+        """Return the pool in use, once there is one."""
+        ...
+
+
+class _Question(NamedTuple):
+    """Which of some consecutive spans of a prompt are there?
+
+    Attributes:
+        keys: root and keys of the prompt's blocks.
+        ends: the positions behind the spans.
+        answered: done once the answer is there.
+    """
+
+    keys: bytes
+    ends: range
+    answered: Future[None]
+
+    @property
+    def spans(self) -> list[BlockKey]:
+        """Return the keys of the spans."""
+        return [_key_at(self.keys, end) for end in self.ends]
+
+
+class Inquiries:
+    """Asks a store for spans, and keeps hints up to date by its answers."""
+
+    def __init__(
+        self, store: AskedStore, requests: Requests, pool: CurrentPool, hints: Hints
+    ) -> None:
+        """Take the store, its requests, the pool in use, and its hints; nothing is sent."""
+        self._store, self._requests, self._pool, self._hints = store, requests, pool, hints
+        self._waiting: OrderedDict[BlockKey, _Question] = OrderedDict()
+        """By the first span of each; those that are being asked included."""
+        self._answered_s: OrderedDict[BlockKey, float] = OrderedDict()
+        self._bell = Bell()
+        self._is_slow = False
+        """Whether a load has waited in vain, and no answer has come since."""
+
+    def about(
+        self, keys: bytes, first: int, last: int, is_new: bool = False
+    ) -> Future[None] | None:
+        """Ask for the spans of a prompt from position `first` on, unless that was done lately.
+
+        Args:
+            keys: root and keys of the prompt's blocks.
+            first: where what is known ends.
+            last: where the prompt ends, exclusive.
+            is_new: whether earlier answers do not count.
+
+        Returns:
+            What is done once the answer is there; None if there is nothing to wait for.
+        """
+        size = self._hints.span_blocks
+        ends = range((first // size + 1) * size, last + 1, size)[:SPANS_MAX]
+        if not ends:
+            return None
+        key = _key_at(keys, ends[0])
+        if (question := self._waiting.get(key)) is not None:
+            return question.answered
+        loop = asyncio.get_running_loop()
+        if not is_new and loop.time() - self._answered_s.get(key, -COUNTS_S) < COUNTS_S:
+            return None
+        if len(self._waiting) >= WAITING_MAX:
+            return None
+        question = self._waiting[key] = _Question(keys, ends, loop.create_future())
+        self._bell.ring()
+        return question.answered
+
+    def inquire(self, keys: bytes, first: int, last: int) -> Awaitable[None] | None:
+        """Ask as `about` does; return what ends with the answer, or soon.
+
+        Loads do not wait for a store that is slow, or that is not there.
+        """
+        answered = self.about(keys, first, last)
+        if answered is None or self._is_slow or self._pool.current is None:
+            return None
+        return self._moment(answered)
+
+    async def _moment(self, answered: Future[None]) -> None:
+        done, _ = await asyncio.wait([answered], timeout=WAIT_S)
+        self._is_slow = not done
+
+    async def run(self) -> None:
+        """Ask, until cancelled."""
+        while True:
+            await self._bell.wait()
+            while self._waiting:
+                pool = await self._pool.joined()
+                questions = self._next()
+                try:
+                    there = await self._ask(pool, questions)
+                except RemoteError as error:
+                    self._is_slow = True
+                    log.warning("remote_store_not_asked", error=str(error))
+                    self._end(questions, frozenset())
+                else:
+                    self._end(questions, there)
+
+    def _next(self) -> list[_Question]:
+        """Return the questions to ask in one request: the oldest, as many as it has room for."""
+        chosen, room = list[_Question](), SPANS_MAX
+        for question in self._waiting.values():
+            room -= len(question.ends)
+            if chosen and room < 0:
+                break
+            chosen.append(question)
+        return chosen
+
+    async def _ask(self, pool: Pool, questions: Sequence[_Question]) -> Set[BlockKey]:
+        """Ask for the spans of some questions, note or drop them, and return which are there.
+
+        Raises:
+            RemoteError: the store failed, or did not answer in time.
+        """
+        spans = [key for question in questions for key in question.spans]
+        names = [pool.object_name(key) for key in spans]
+        until = Until(asyncio.get_running_loop().time() + ANSWER_S)
+        answers = await self._requests.tried("exist", lambda: self._store.exist(names), until)
+        self._is_slow = False
+        there = {key for key, is_there in zip(spans, answers, strict=True) if is_there}
+        if pool is self._pool.current:
+            self._hints.note(STORE, b"".join(there))
+            self._hints.drop(STORE, b"".join(key for key in spans if key not in there))
+        return there
+
+    def _end(self, questions: Sequence[_Question], there: Set[BlockKey]) -> None:
+        """Remember that questions were asked, also about what follows the spans that are there."""
+        now_s = asyncio.get_running_loop().time()
+        for question in questions:
+            spans = question.spans
+            first = spans[0]
+            lacking = next((key for key in spans if key not in there), first)
+            del self._waiting[first]
+            for key in {first, lacking}:
+                self._answered_s[key] = now_s
+                self._answered_s.move_to_end(key)
+            if not question.answered.done():
+                question.answered.set_result(None)
+        while len(self._answered_s) > ANSWERED_MAX:
+            self._answered_s.popitem(last=False)
+
+
+def _key_at(keys: bytes, end: int) -> BlockKey:
+    """Return the key of the span that ends before position `end`."""
+    return keys[BLOCK_KEY_BYTES * end : BLOCK_KEY_BYTES * (end + 1)]
+
+
+class AskingCatalogue(HintedCatalogue):
+    """A catalogue that asks the store for what its hints do not know."""
+
+    def __init__(self, hints: Hints, inquiries: Inquiries) -> None:
+        """Answer from `hints`, which `inquiries` keep up to date."""
+        super().__init__(hints)
+        self._inquiries = inquiries
+
+    @property
+    def is_empty(self) -> bool:
+        """Return False: what nobody has asked for yet may be there."""
+        return False
+
+    def far(self, keys: bytes, first: int, last: int, avoid: Set[Tier]) -> Sequence[FarRun]:
+        """Return which tiers are said to have the blocks from `first` on; ask for what follows."""
+        runs = super().far(keys, first, last, avoid)
+        if Tier.REMOTE not in avoid:
+            known = first + sum(len(run.block_ids) for run in runs)
+            self._inquiries.about(keys, known, last)
+        return runs
+
+    def doubt(self, transfer: Transfer, error: TransferError) -> None:
+        """Drop the span that is missing, and ask for those behind it: all may be gone."""
+        super().doubt(transfer, error)
+        if error.is_miss and transfer.names is not None:
+            positions = transfer.positions.array
+            first, last = int(positions[0]), int(positions[-1]) + 1
+            end = -(-last // self.span_blocks) * self.span_blocks
+            keys = transfer.names.keys
+            end = min(end, len(keys) // BLOCK_KEY_BYTES - 1)
+            self._inquiries.about(keys, first, end, is_new=True)

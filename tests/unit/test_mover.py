@@ -1,0 +1,335 @@
+"""The engine's side of a mover, whose process the tests play, and the queue of the mover's side."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator
+from subprocess import TimeoutExpired
+from typing import Any
+
+import pytest
+
+from flexkv.common.errors import RemoteError
+from flexkv.io.remote.mooncake import MooncakeStore
+from flexkv.mover import life as lives
+from flexkv.mover import mover as movers
+from flexkv.mover.codes import NO_MASTER, NO_SPACE, NOT_FOUND
+from flexkv.mover.life import MoverSizes
+from flexkv.mover.mover import Mover
+from flexkv.mover.serving import BYTES_AT_ONCE, GETS_AT_ONCE, Serving
+from flexkv.mover.store_config import StoreConfig
+from flexkv.mover.wire import (
+    PACKET_BYTES,
+    TO_ENGINE,
+    TO_MOVER,
+    Begin,
+    Done,
+    Get,
+    Put,
+    Ready,
+    Refused,
+    Reply,
+    Request,
+    Size,
+    encode,
+)
+
+CONFIG = StoreConfig("here", "P2PHANDSHAKE", "there:1", "tcp", "", 0, 0, "", "default")
+SIZES = MoverSizes(slots=4, slot_bytes=4096, answer_s=30.0)
+FAILED = -800
+PATIENCE_S = 20.0
+
+
+class Played:
+    """The process of a mover, as the engine sees it, and its end of the connection."""
+
+    pid = 0
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.ours.setblocking(False)
+        self.is_killed = False
+
+    def kill(self) -> None:
+        """Note it."""
+        self.is_killed = True
+        self.theirs.close()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit status."""
+        if timeout is not None and not self.is_killed:
+            raise TimeoutExpired("mover", timeout)
+        return 0
+
+    def say(self, *replies: Reply) -> None:
+        """Send replies to the engine."""
+        for reply in replies:
+            self.theirs.send(encode(reply))
+
+    async def asked(self) -> Request | Begin:
+        """Return the next request."""
+        loop = asyncio.get_running_loop()
+        self.theirs.setblocking(False)
+        async with asyncio.timeout(PATIENCE_S):
+            return TO_MOVER.decode(await loop.sock_recv(self.theirs, PACKET_BYTES))
+
+
+class Rig:
+    """A store over movers that the test plays."""
+
+    def __init__(self, sizes: MoverSizes = SIZES) -> None:
+        self.processes: list[Played] = []
+        self.store = MooncakeStore(Mover(CONFIG, sizes), "p/")
+
+    @property
+    def process(self) -> Played:
+        """Return the mover that runs."""
+        return self.processes[-1]
+
+    async def begun(self) -> Played:
+        """Start a mover, and return it once it is connected."""
+        self.store.mover.life()
+        assert isinstance(await self.process.asked(), Begin)
+        self.process.say(Ready())
+        return self.process
+
+
+@pytest.fixture
+async def rig(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
+    """Yield a store without a mover."""
+    made = Rig()
+
+    def started(window_fd: int, answer_s: float) -> tuple[socket.socket, Any]:
+        made.processes.append(Played())
+        return made.process.ours, made.process
+
+    monkeypatch.setattr(lives, "_started", started)
+    yield made
+    made.store.close()
+    for process in made.processes:
+        process.theirs.close()
+
+
+async def settled() -> None:
+    """Let everything happen that is about to."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_a_body_keeps_its_slot(rig: Rig) -> None:
+    """A slot is used for one object until nobody has its bytes any more; others wait for one."""
+    process = await rig.begun()
+    bodies: list[Any] = []
+    places: list[int] = []
+    gets = [rig.store.get("name", 1, 9) for _ in range(6)]
+    for _ in range(4):
+        get = await process.asked()
+        assert isinstance(get, Get)
+        places.append(get.at)
+        process.say(Done(get.number, 8))
+    for get in gets[:4]:
+        bodies += await get
+    assert [len(body) for body in bodies] == [7] * 4
+    assert rig.store.mover.life().requests == 0
+    gets.clear()
+    freed = bodies.pop(2)
+    at = freed.ctypes.data
+    del freed
+    again = await process.asked()
+    assert isinstance(again, Get)
+    assert again.at % SIZES.slot_bytes == 0
+    assert at == bodies[0].ctypes.data - places[0] + again.at
+    assert rig.store.mover.life().requests == 1
+
+
+async def test_a_get_that_is_given_up_keeps_its_slot_until_the_answer(rig: Rig) -> None:
+    """Mooncake may write to the slot of a cancelled get until it has answered."""
+    process = await rig.begun()
+    gets = [rig.store.get("name", 0, 9) for _ in range(5)]
+    asked = [await process.asked() for _ in range(4)]
+    for get in gets[:4]:
+        get.cancel()
+    await settled()
+    assert rig.store.mover.life().requests == 4
+    first = asked[0]
+    assert isinstance(first, Get)
+    process.say(Done(first.number, 9))
+    last = await process.asked()
+    assert isinstance(last, Get)
+    assert last.at == first.at
+    process.say(Done(last.number, 9))
+    assert len(memoryview((await gets[4])[0])) == 9
+
+
+@pytest.mark.parametrize("code", [NOT_FOUND, NO_SPACE, NO_MASTER])
+async def test_a_clean_error_frees_the_slot(rig: Rig, code: int) -> None:
+    """After an error without a transfer, the slot is used again, however often that happens."""
+    process = await rig.begun()
+    for _ in range(9):
+        get = rig.store.get("name", 0, 9)
+        request = await process.asked()
+        assert isinstance(request, Get)
+        process.say(Done(request.number, code))
+        with pytest.raises((RemoteError, FileNotFoundError)):
+            await get
+    assert not process.is_killed
+
+
+async def test_a_failed_transfer_spoils_its_slot(monkeypatch: pytest.MonkeyPatch, rig: Rig) -> None:
+    """A slot is not used again after a failed transfer; the mover ends when a quarter is gone."""
+    rig.store.mover.sizes = SIZES._replace(slots=8)
+    process = await rig.begun()
+    places = set()
+    for number in range(2):
+        get = rig.store.get("name", 0, 9)
+        request = await process.asked()
+        assert isinstance(request, Get)
+        places.add(request.at)
+        assert not process.is_killed
+        process.say(Done(request.number, FAILED))
+        with pytest.raises(RemoteError, match="the transfer failed"):
+            await get
+        assert len(places) == number + 1
+    assert process.is_killed
+    with pytest.raises(RemoteError, match="may still write to too many slots"):
+        await rig.store.get("name", 0, 9)
+
+
+async def test_a_mover_that_does_not_answer_is_killed(rig: Rig) -> None:
+    """A request that is not answered in time fails, and the mover is killed, which is the fence."""
+    rig.store.mover.sizes = SIZES._replace(answer_s=0.05)
+    process = await rig.begun()
+    with pytest.raises(RemoteError, match=r"not answered for 0\.05 s"):
+        await rig.store.head("name")
+    assert process.is_killed
+
+
+async def test_a_mover_that_answers_slowly_is_left_alone(rig: Rig) -> None:
+    """It hangs only if no request of a kind is answered for too long, however many wait."""
+    rig.store.mover.sizes = SIZES._replace(answer_s=1000.0)
+    process = await rig.begun()
+    life = rig.store.mover.life()
+    heads = [asyncio.ensure_future(rig.store.head("name")) for _ in range(2)]
+    first, _ = [await process.asked() for _ in heads]
+    assert isinstance(first, Size)
+    begun_s = life._overdue["name"].when()
+    loop = asyncio.get_running_loop()
+    await asyncio.sleep(2 * time.get_clock_info("monotonic").resolution)
+    process.say(Done(first.number, 9))
+    assert (await heads[0]).size_bytes == 9
+    assert begun_s < life._overdue["name"].when() <= loop.time() + 1000.0
+    heads[1].cancel()
+
+
+@pytest.mark.parametrize("end", ["refused", "malformed", "closed"])
+async def test_the_end_of_a_mover_fails_what_waits(rig: Rig, end: str) -> None:
+    """A mover that refuses, breaks the protocol or goes away fails every request, with a reason."""
+    rig.store.mover.life()
+    process = rig.process
+    assert isinstance(await process.asked(), Begin)
+    waiting = [rig.store.get("name", 0, 9), asyncio.ensure_future(rig.store.head("name"))]
+    await settled()
+    if end == "refused":
+        process.say(Refused("no such device"))
+    elif end == "malformed":
+        process.theirs.send(b"\xc1\x00")
+    else:
+        process.theirs.close()
+    for each in waiting:
+        with pytest.raises(RemoteError) as failed:
+            await each
+        assert not failed.value.is_lasting
+        assert (end != "refused") or "no such device" in str(failed.value)
+    assert process.is_killed
+
+
+async def test_a_mover_that_cannot_start_is_started_less_and_less_often(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each failed start doubles the pause, within which requests fail at once."""
+    monkeypatch.setattr(movers, "PAUSE_S", 1000.0)
+    monkeypatch.setattr(movers, "PAUSE_MAX_S", 3000.0)
+    mover = rig.store.mover
+    for pause_s in (1000.0, 2000.0, 3000.0):
+        mover._not_before_s = 0.0
+        mover.life()
+        rig.process.say(Refused("no"))
+        await mover.life().ended
+        await settled()
+        assert pause_s - 100 < mover.pause_s <= pause_s
+        with pytest.raises(RemoteError, match="its mover is not there: no"):
+            mover.life()
+    assert mover.lives == 3
+
+
+async def test_a_put_whose_buffers_are_copied_lends_them_no_more(rig: Rig) -> None:
+    """A cancelled put returns once nothing reads its buffers; its slot waits for the answer."""
+    process = await rig.begun()
+    buffer = bytearray(b"x" * 100)
+    putting = asyncio.ensure_future(rig.store.put("name", [buffer, b"y"]))
+    request = await process.asked()
+    assert isinstance(request, Put)
+    assert request.size == 101
+    putting.cancel()
+    await asyncio.wait([putting])
+    assert putting.cancelled()
+    del putting
+    gc.collect()
+    buffer.clear()  # BufferError if somebody still holds it
+    process.say(Done(request.number, 0))
+
+
+class SlowClient:
+    """A store's client whose first read waits."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.reads: list[list[str]] = []
+
+    def get(self, names: list[str], at: list[int], sizes: list[int]) -> list[int]:
+        """Record the names."""
+        self.reads.append(names)
+        self.begun.set()
+        assert self.go.wait(PATIENCE_S)
+        return sizes
+
+
+def reads_of(gets: list[tuple[str, int]]) -> list[list[str]]:
+    """Return the names that each call reads if all of these gets wait while the first is read."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    client: Any = SlowClient()
+    serving = Serving(theirs, client)
+    serving.take(Get(0, gets[0][0], 0, gets[0][1]))
+    assert client.begun.wait(PATIENCE_S)
+    for number, (name, size) in enumerate(gets[1:], 1):
+        serving.take(Get(number, name, 0, size))
+    client.go.set()
+    ours.settimeout(PATIENCE_S)
+    ended = [TO_ENGINE.decode(ours.recv(PACKET_BYTES)) for _ in gets]
+    assert ended == [Done(number, size) for number, (_, size) in enumerate(gets)]
+    ours.close()
+    theirs.close()
+    return client.reads
+
+
+def test_a_call_reads_no_object_twice() -> None:
+    """Gets that wait are read together, in order, but one object is never twice in a call."""
+    names = ["first", "a", "b", "a", "c"]
+    reads = reads_of([(name, 9) for name in names])
+    assert reads == [["first"], ["a", "b"], ["a", "c"]]
+
+
+def test_a_call_reads_some_objects_or_bytes_only() -> None:
+    """Small objects are read together, up to a number; large ones are read one by one."""
+    small = [(f"small {number}", 9) for number in range(GETS_AT_ONCE + 3)]
+    reads = reads_of([("first", 9), *small])
+    assert [len(names) for names in reads] == [1, GETS_AT_ONCE, 3]
+    large = [(f"large {number}", size) for number, size in enumerate((1, 1, 2, 9))]
+    reads = reads_of([(name, size * BYTES_AT_ONCE // 2) for name, size in large])
+    assert [len(names) for names in reads] == [1, 1, 1, 1]
+    reads = reads_of([(name, BYTES_AT_ONCE // 2) for name, _ in large])
+    assert [len(names) for names in reads] == [1, 2, 1]

@@ -1,0 +1,254 @@
+"""Questions to a store that cannot be listed, and the hints that its answers make."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from random import Random
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+
+from flexkv.actors.supervisor import Supervisor
+from flexkv.common.errors import MissingBlockError, RemoteError
+from flexkv.common.terms import BlockNames, Positions, Route, Tier, Transfer
+from flexkv.index.hints import STORE, Hints
+from flexkv.io.remote.names import Pool
+from flexkv.io.remote.options import RemoteOptions
+from flexkv.io.remote.requests import Requests
+from flexkv.testing.virtual_time import run_virtual
+from flexkv.tiers.remote_asked import COUNTS_S, WAIT_S, AskingCatalogue, Inquiries
+from tests.remote_rigs import POOL, PROMPT, SPAN_BLOCKS, span_key
+
+G = SPAN_BLOCKS
+BLOCKS = 5 * G
+NOWHERE: frozenset[Tier] = frozenset()
+
+
+class AskedStore:
+    """A store that counts what it is asked."""
+
+    kind, where = "mooncake", "a store"
+
+    def __init__(self) -> None:
+        self.there: set[str] = set()
+        self.asked: list[int] = []
+        self.error: RemoteError | None = None
+        self.takes_s = 0.0
+
+    async def exist(self, names: Sequence[str]) -> list[bool]:
+        """Return which objects are there."""
+        self.asked.append(len(names))
+        await asyncio.sleep(self.takes_s)
+        if self.error is not None:
+            raise self.error
+        return [name in self.there for name in names]
+
+
+class CurrentPool:
+    """A pool that a test may change."""
+
+    def __init__(self) -> None:
+        self.current: Pool | None = POOL
+
+    async def joined(self) -> Pool:
+        """Return the pool."""
+        assert self.current is not None
+        return self.current
+
+
+class Rig:
+    """Inquiries over a store in memory."""
+
+    def __init__(self, pairs: int = 1000) -> None:
+        self.store, self.pool = AskedStore(), CurrentPool()
+        self.hints = Hints(pairs, G)
+        options = RemoteOptions(retries=0)
+        requests = Requests(cast("Any", self.store), options, Random(1))
+        self.inquiries = Inquiries(self.store, requests, self.pool, self.hints)
+        self.catalogue = AskingCatalogue(self.hints, self.inquiries)
+
+    def has(self, *spans: int) -> None:
+        """Make some spans of the prompt be all that the store has."""
+        self.store.there = {POOL.object_name(span_key(span)) for span in spans}
+
+    def known(self) -> list[int]:
+        """Return the spans of the prompt that hints name."""
+        return [span for span in range(5) if self.hints.known(STORE, span_key(span))[0]]
+
+    def far(self, first: int = 0, last: int = BLOCKS) -> int:
+        """Return how many blocks the catalogue promises."""
+        runs = self.catalogue.far(PROMPT[: 16 * (last + 1)], first, last, NOWHERE)
+        return sum(len(run.block_ids) for run in runs)
+
+
+def with_rig(work: Callable[[Rig], Awaitable[None]]) -> None:
+    """Do the work of a test while the inquiries run."""
+
+    async def main() -> None:
+        rig = Rig()
+        tasks = Supervisor(_raise)
+        await tasks.start()
+        tasks.keep("inquiries", rig.inquiries.run())
+        await work(rig)
+        await tasks.stop()
+
+    run_virtual(main())
+
+
+def _raise(error: BaseException) -> None:
+    raise AssertionError from error
+
+
+def test_what_no_hint_names_is_asked_for() -> None:
+    """A match waits for nothing; the next one knows what the store has, in one request."""
+
+    async def work(rig: Rig) -> None:
+        rig.has(0, 1, 2)
+        assert rig.far() == 0
+        await asyncio.sleep(0.01)
+        assert rig.far() == 3 * G
+        await asyncio.sleep(0.01)
+        assert rig.store.asked == [5]
+
+    with_rig(work)
+
+
+def test_an_answer_counts_for_some_seconds() -> None:
+    """Matches of one prompt ask once; later, what others have stored meanwhile is found."""
+
+    async def work(rig: Rig) -> None:
+        for _ in range(20):
+            assert rig.far() == 0
+            await asyncio.sleep(0.1)
+        assert rig.store.asked == [5]
+        rig.has(0)
+        await asyncio.sleep(COUNTS_S)
+        rig.far()
+        await asyncio.sleep(0.1)
+        assert rig.far() == G
+
+    with_rig(work)
+
+
+def test_only_whole_spans_behind_what_is_known_are_asked_for() -> None:
+    """Spans that hints name, or that the prompt does not fill, are in no question."""
+
+    async def work(rig: Rig) -> None:
+        rig.hints.note(STORE, span_key(0) + span_key(1))
+        assert rig.far(1, 4 * G + 1) == 2 * G - 1
+        await asyncio.sleep(0.01)
+        assert rig.store.asked == [2]
+        assert rig.far(4 * G + 1, BLOCKS - 1) == 0
+        await asyncio.sleep(0.01)
+        assert rig.store.asked == [2]
+
+    with_rig(work)
+
+
+def test_a_load_waits_for_the_answer() -> None:
+    """What a load may wait for ends with the answer; then hints have it."""
+
+    async def work(rig: Rig) -> None:
+        rig.has(0, 1)
+        rig.store.takes_s = WAIT_S / 2
+        answered = rig.inquiries.inquire(PROMPT, 0, BLOCKS)
+        assert answered is not None
+        await answered
+        assert rig.known() == [0, 1]
+
+    with_rig(work)
+
+
+def test_loads_do_not_wait_for_a_slow_store() -> None:
+    """The first load waits for a moment only, the others not at all, until the store answers."""
+
+    async def work(rig: Rig) -> None:
+        rig.store.takes_s = 1.0
+        begin_s = asyncio.get_running_loop().time()
+        first = rig.inquiries.inquire(PROMPT, 0, BLOCKS)
+        assert first is not None
+        await first
+        assert asyncio.get_running_loop().time() - begin_s == WAIT_S
+        assert rig.inquiries.inquire(PROMPT, G, BLOCKS) is None
+        rig.store.takes_s = 0.0
+        await asyncio.sleep(2 * COUNTS_S)
+        again = rig.inquiries.inquire(PROMPT, 0, BLOCKS)
+        assert again is not None
+        await again
+
+    with_rig(work)
+
+
+def test_loads_do_not_wait_for_a_store_that_fails() -> None:
+    """After an error nobody waits, and nothing is known."""
+
+    async def work(rig: Rig) -> None:
+        rig.store.error = RemoteError("a store", "exist", "broken")
+        rig.far()
+        await asyncio.sleep(0.01)
+        assert rig.inquiries.inquire(PROMPT, G, BLOCKS) is None
+        assert rig.known() == []
+
+    with_rig(work)
+
+
+def test_nobody_waits_without_a_pool() -> None:
+    """Before the store has answered at all, a load does not wait for it."""
+
+    async def work(rig: Rig) -> None:
+        rig.pool.current = None
+        assert Inquiries(
+            rig.store, cast("Any", SimpleNamespace()), rig.pool, rig.hints
+        ).inquire(PROMPT, 0, BLOCKS) is None  # fmt: skip
+        rig.pool.current = POOL
+
+    with_rig(work)
+
+
+def test_an_answer_about_a_pool_that_was_left_is_no_hint() -> None:
+    """A clear while the store is being asked: what was there before it is not noted."""
+
+    async def work(rig: Rig) -> None:
+        rig.has(0, 1)
+        rig.store.takes_s = 0.5
+        rig.far()
+        await asyncio.sleep(0.1)
+        rig.pool.current = Pool(POOL.description)
+        await asyncio.sleep(1)
+        assert rig.store.asked == [5]
+        assert rig.known() == []
+
+    with_rig(work)
+
+
+def test_a_missing_span_makes_the_others_doubtful() -> None:
+    """After a miss the store is asked at once for the rest, and hints of what is gone go."""
+
+    async def work(rig: Rig) -> None:
+        rig.hints.note(STORE, b"".join(map(span_key, range(5))))
+        rig.has(0, 3)
+        places = np.arange(BLOCKS - G)
+        names = BlockNames(PROMPT, Positions(G, BLOCKS - G))
+        route = Route(Tier.REMOTE, Tier.HOST)
+        lost = Transfer(1, 0, route, places * 0, places, names=names)
+        error = MissingBlockError(1, str(route), 1, "gone")
+        rig.catalogue.doubt(lost, error)
+        assert rig.known() == [0, 2, 3, 4]
+        await asyncio.sleep(0.01)
+        assert rig.known() == [0, 3]
+        assert rig.store.asked == [4]
+
+    with_rig(work)
+
+
+def test_a_tier_that_is_down_is_not_asked() -> None:
+    """A match that must avoid the tier asks nothing."""
+
+    async def work(rig: Rig) -> None:
+        assert rig.catalogue.far(PROMPT, 0, BLOCKS, {Tier.REMOTE}) == ()
+        await asyncio.sleep(0.01)
+        assert rig.store.asked == []
+
+    with_rig(work)
