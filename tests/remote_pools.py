@@ -30,9 +30,9 @@ def span_key(span: int) -> BlockKey:
     return _KEYS[(span + 1) * SPAN_BLOCKS]
 
 
-def leaf_key(position: int) -> BlockKey:
-    """Return the key of the leaf at a position of the prompt."""
-    return (np.frombuffer(_KEYS[1 + position], np.uint64) ^ leaf_salt(1)).tobytes()
+def leaf_key(position: int, group: int = 1) -> BlockKey:
+    """Return the key of a group's leaf at a position of the prompt."""
+    return (np.frombuffer(_KEYS[1 + position], np.uint64) ^ leaf_salt(group)).tobytes()
 
 
 def span_content(span: int) -> bytes:
@@ -44,9 +44,10 @@ def span_content(span: int) -> bytes:
     return _content(names, group=0, seed=span)
 
 
-def leaf_content(position: int) -> bytes:
-    """Return the right content of a leaf's object."""
-    return _content([BlockName(leaf_key(position), _KEYS[1 + position])], 1, 1000 + position)
+def leaf_content(position: int, group: int = 1) -> bytes:
+    """Return the right content of a leaf's object; leaves of all groups are equally large."""
+    names = [BlockName(leaf_key(position, group), _KEYS[1 + position])]
+    return _content(names, 1, 1000 + position)
 
 
 def _content(names: list[BlockName], group: int, seed: int) -> bytes:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from flexkv.common.errors import RemoteError
 from flexkv.io.remote.landing import OpenStore
@@ -214,5 +215,18 @@ def test_a_proof_needs_the_parent_of_a_leaf() -> None:
         other[parent_at] ^= 1
         assert "another parent" in prover.fault(leaf_key(3), bytes(other))
         assert "another span's" in prover.fault(leaf_key(4), leaf_content(3))
+    finally:
+        prover.close()
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_leaves_of_groups_with_equal_blocks_are_proved(group: int) -> None:
+    """The size of an object does not say of which group it is: its key and its parent's do."""
+    description = structs.replace(DESCRIPTION, block_bytes=(BLOCK_BYTES[0], *[BLOCK_BYTES[1]] * 2))
+    prover = SpanProver(description)
+    try:
+        fault = prover.fault(leaf_key(3, group), leaf_content(3, group))
+        assert ("another parent" in fault) == (group == 3), "there is no group 3"
+        assert prover.fault(leaf_key(3, group), flipped(leaf_content(3, group), 5)) != ""
     finally:
         prover.close()

@@ -143,9 +143,13 @@ class SpanProver:
 
     def fault(self, key: BlockKey, content: bytes) -> str:
         """Return what is wrong with the object of a span, or an empty text if it is right."""
-        group = self._group_of(len(content))
-        if group is None:
+        if not (groups := self._groups_of(len(content))):
             return f"it has {len(content)} bytes, which no span of this pool has"
+        faults = [self._fault_in(group, key, content) for group in groups]
+        return "" if "" in faults else faults[0]
+
+    def _fault_in(self, group: int, key: BlockKey, content: bytes) -> str:
+        """Return what is wrong with the object of a span of this KV group."""
         block_bytes = self._block_bytes[group]
         records = np.frombuffer(content, np.uint8).reshape(-1, block_bytes + SEAL_BYTES)
         seals = records[:, block_bytes:]
@@ -162,13 +166,15 @@ class SpanProver:
             return f"the bytes of its block {wrong[0]} are not those that were stored"
         return ""
 
-    def _group_of(self, nbytes: int) -> int | None:
-        """Return the KV group of an object by its size."""
+    def _groups_of(self, nbytes: int) -> list[int]:
+        """Return the KV groups that an object may be of by its size."""
         counts = [self._span_blocks] + [1] * (len(self._block_bytes) - 1)
-        for group, (count, size) in enumerate(zip(counts, self._block_bytes, strict=True)):
-            if nbytes == count * (size + SEAL_BYTES):
-                return group
-        return None
+        sizes = zip(counts, self._block_bytes, strict=True)
+        return [
+            group
+            for group, (count, size) in enumerate(sizes)
+            if nbytes == count * (size + SEAL_BYTES)
+        ]
 
     def _sums(self, blocks: NDArray[np.uint8], group: int) -> Sums:
         self._arena.array[: len(blocks), : blocks.shape[1]] = blocks
