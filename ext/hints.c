@@ -284,12 +284,15 @@ size_t hints_doubt(struct hints *hints, struct keys keys, unsigned holder, unsig
     return doubted;
 }
 
-void hints_know(struct hints *hints, struct keys keys, unsigned holder, uint8_t *known)
+void hints_know(struct hints *hints, struct keys keys, unsigned holder, bool usable,
+                uint8_t *known)
 {
-    for (size_t i = 0; i < keys.count; i++) {
-        const pair *place = pair_find(home_at(hints, keys, i), holder);
+    bool is_left_out = usable && hints->holders[holder].is_down;
 
-        known[i] = place && !is_dead(hints, *place);
+    for (size_t i = 0; i < keys.count; i++) {
+        pair *place = is_left_out ? NULL : pair_find(home_at(hints, keys, i), holder);
+
+        known[i] = place && !is_dead(hints, *place) && !(usable && is_doubted(hints, place));
     }
 }
 

@@ -70,8 +70,10 @@ size_t hints_note(struct hints *hints, struct keys keys, unsigned holder, unsign
 size_t hints_drop(struct hints *hints, struct keys keys, unsigned holder);
 size_t hints_doubt(struct hints *hints, struct keys keys, unsigned holder, unsigned ticks);
 
-/* Set a byte for each key: whether the holder is said to have it, in doubt or not. */
-void hints_know(struct hints *hints, struct keys keys, unsigned holder, uint8_t *known);
+/* Set a byte for each key: whether the holder is said to have it, in doubt or not; of usable ones,
+ * whether a run would name it. */
+void hints_know(struct hints *hints, struct keys keys, unsigned holder, bool usable,
+                uint8_t *known);
 
 /* Fill `found` with a pair for each span from that of block `first` up to that of block `last`,
  * exclusive, until one is unknown; return their number. `prompt` has the root and the keys of all

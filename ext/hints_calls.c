@@ -71,6 +71,7 @@ static CALL(hints_call_, doubt, Hints, 3, HOLDER, KEYS, INTEGER("ticks", 1, DOUB
 
 static PyObject *known(Hints *self, struct value *values)
 {
+    bool usable = values[2].object && values[2].integer;
     struct keys keys;
     PyObject *result;
 
@@ -78,12 +79,12 @@ static PyObject *known(Hints *self, struct value *values)
         return NULL;
     result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)keys.count);
     if (result)
-        hints_know(&self->hints, keys, (unsigned)values[0].integer,
+        hints_know(&self->hints, keys, (unsigned)values[0].integer, usable,
                    (uint8_t *)PyBytes_AsString(result));
     return result;
 }
 
-static CALL(hints_call_, known, Hints, 2, HOLDER, KEYS)
+static CALL(hints_call_, known, Hints, 2, HOLDER, KEYS, READ("usable", read_flag))
 
 static int found_take(Hints *self, size_t count)
 {

@@ -548,8 +548,11 @@ class Hints:
         Return how many of them it is said to have.
         """
 
-    def known(self, holder: int, keys: Memory) -> bytes:
-        """Return for each span whether a holder is said to have it, in doubt or not: bool[n]."""
+    def known(self, holder: int, keys: Memory, usable: bool = False) -> bytes:
+        """Return for each span whether a holder is said to have it, in doubt or not: bool[n].
+
+        With `usable`, spans in doubt and those of a holder that is down are left out.
+        """
 
     def run(self, keys: Memory, first: int, last: int, use: int = 3) -> bytes:
         """Return who has the blocks of a prompt from `first` on, up to `last`: int64[n].

@@ -107,6 +107,19 @@ class Flight:
         unfilled = any(isinstance(error, UnfilledError) for error in self.run.errors)
         return unfilled and not self.run.cancelled
 
+    @property
+    def lacks_far_blocks(self) -> bool:
+        """Return whether a load that brings all or nothing failed, and was to fetch far blocks.
+
+        The catalogue promises less by now, so a shorter prefix may be whole.
+        """
+        return self.planned.has_far and bool(self.run.errors) and not self.run.cancelled
+
+    @property
+    def may_be_planned_again(self) -> bool:
+        """Return whether blocks are missing that another plan may do without."""
+        return self.lacks_joined_blocks or self.lacks_far_blocks
+
     def unfed_op_ids(self) -> list[int]:
         """Return the ids of the ops that wait for layers to be written."""
         watch = self.request.watch

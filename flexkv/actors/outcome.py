@@ -14,10 +14,11 @@ def response_of(request: Request, planned: Planned, run: Run) -> KVResponse:
     """Return the response of a run whose answering ops are all over.
 
     A load of several KV groups that lacks any block counts as having moved nothing: a prefix is of
-    no use without what it needs of each group.
+    no use without what it needs of each group. A prefetch that lacks none counts as having moved
+    its whole prefix, even if it has brought only leaves.
     """
-    first = request.span.first_block
-    if request.operation is Operation.GET and not run.errors and not run.cancelled:
+    first, is_get = request.span.first_block, request.operation is Operation.GET
+    if (is_get or planned.is_whole) and not run.errors and not run.cancelled:
         # The common case: everything that was planned has been loaded.
         count = planned.found.last - first
         mask = np.zeros(request.token_count, np.bool_)

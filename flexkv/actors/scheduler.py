@@ -113,15 +113,18 @@ class Scheduler:
 
     # -- in -------------------------------------------------------------------------------------
 
-    def begin(self, request: Request, arrived_ns: int | None = None) -> Flight:
-        """Plan and launch a request; the returned flight may have its response already."""
+    def begin(self, request: Request, arrived_ns: int | None = None, near: bool = False) -> Flight:
+        """Plan and launch a request; the returned flight may have its response already.
+
+        For `near` see `Planner.plan`.
+        """
         begin_ns = self._observer.now_ns()
         if self._residency.timed:
             self._residency.tick(begin_ns // 1_000_000_000)
         run_id = self._next_run
         self._next_run += 1
         self.update_avoid()
-        planned = self._planner.plan(request, run_id)
+        planned = self._planner.plan(request, run_id, near)
         if self._persistence and request.operation is Operation.PUT:
             self._note_erased(planned.plan)
         if request.watch is not None:
@@ -135,8 +138,8 @@ class Scheduler:
         if self.behind is not None:
             if request.operation is Operation.PUT:
                 self.behind.planned(planned)
-            elif (here := planned.found.ready.get(Tier.HOST)) is not None:
-                self.behind.reused(here.block_ids)
+            elif len(here := planned.found.in_host):
+                self.behind.reused(here)
         self._take(flight, LaunchRun())
         return flight
 
@@ -461,7 +464,7 @@ class Scheduler:
 
     def _answer(self, flight: Flight) -> None:
         flight.answer(response_of(flight.request, flight.planned, flight.run))
-        if flight.taken is None and not flight.lacks_joined_blocks:  # else it may be planned again
+        if flight.taken is None and not flight.may_be_planned_again:
             self.tell(flight)
 
     def tell(self, flight: Flight) -> None:

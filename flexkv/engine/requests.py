@@ -16,7 +16,7 @@ from flexkv.engine.pins import Holds
 from flexkv.engine.runner import ALONE, RequestOwner, RequestRunner
 from flexkv.engine.tickets import PREPARED, RequestSpec, Ticket, nothing_moved
 from flexkv.engine.tracing import Tracing
-from flexkv.graph.far import SetApart, far_behind, set_apart
+from flexkv.graph.far import SetApart
 from flexkv.index.found import Found, PrefixMatch, prefix_match
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
@@ -168,24 +168,11 @@ class Requests:
         return self._core.planner.find(keys, first, drop)
 
     def find_with_far(self, keys: bytes, first: int = 0) -> SetApart:
-        """Return what `find` does, and how many blocks behind it are said to lie far, by tier.
-
-        With several KV groups nothing is far yet.
-        """
-        found, planner = self.find(keys, first), self._core.planner
-        if planner.groups > 1:
-            return SetApart(found, {})
-        avoid = planner.avoid.unreadable
-        far = far_behind(keys, found.last, self._core.residency, planner.catalogue, avoid)
-        return SetApart(found, far)
+        """Return where a prompt's blocks are, and what is far: see `Planner.find_with_far`."""
+        self._core.scheduler.update_avoid()
+        return self._core.planner.find_with_far(keys, first)
 
     def find_here(self, keys: bytes, first: int = 0, drop: int = 0) -> SetApart:
-        """Return what `find` does without blocks that are coming from far, and what is far behind.
-
-        With several KV groups nothing is far yet.
-        """
-        planner = self._core.planner
-        if planner.groups > 1:
-            return SetApart(self.find(keys, first, drop), {})
-        found, avoid = self.find(keys, first), planner.avoid.unreadable
-        return set_apart(keys, found, drop, self._core.residency, planner.catalogue, avoid)
+        """Return where a prompt's blocks are, and what is far: see `Planner.find_apart`."""
+        self._core.scheduler.update_avoid()
+        return self._core.planner.find_apart(keys, first, drop)

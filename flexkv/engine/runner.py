@@ -38,6 +38,9 @@ class RequestOwner(NamedTuple):
 
 ALONE = RequestOwner()
 
+AGAIN_MAX = 4
+"""How often a request is planned again because far blocks did not arrive; last without any."""
+
 
 class RequestRunner:
     """Runs the requests of one engine."""
@@ -83,11 +86,13 @@ class RequestRunner:
             flight = self._begin(request, arrived_ns, turn)
             if flight.response is None:
                 await flight.wait_answered()
-            if flight.lacks_joined_blocks:  # another request did not fill its blocks: plan anew
-                flight = self._begin(request, flight.arrived_ns, turn, flight.has_place)
+            again = 0
+            while flight.lacks_far_blocks if again else flight.may_be_planned_again:
+                again += 1
+                flight = self._begin(request, flight.arrived_ns, turn, flight.has_place, again)
                 await flight.wait_answered()
-                if flight.lacks_joined_blocks:
-                    self._scheduler.tell(flight)
+            if again and flight.may_be_planned_again:
+                self._scheduler.tell(flight)
         except asyncio.CancelledError:
             if flight is not None:
                 self._scheduler.cancel(flight)
@@ -111,12 +116,21 @@ class RequestRunner:
         return arrived_ns
 
     def _begin(
-        self, request: Request, arrived_ns: int | None, turn: RequestOwner, has_place: bool = True
-    ) -> Flight:
-        """Plan and launch a request; `has_place`: whether admission counts it."""
+        self, request: Request, arrived_ns: int | None, turn: RequestOwner, has_place: bool = True,
+        again: int = 0,
+    ) -> Flight:  # fmt: skip
+        """Plan and launch a request.
+
+        Args:
+            request: what is asked for.
+            arrived_ns: when it arrived; None: now.
+            turn: whose it is.
+            has_place: whether admission counts it.
+            again: how often it was planned before.
+        """
         if turn.check is not None:
             turn.check()
-        flight = self._scheduler.begin(request, arrived_ns)
+        flight = self._scheduler.begin(request, arrived_ns, near=again == AGAIN_MAX)
         flight.group, flight.has_place = turn.group, has_place
         if turn.begun is not None:
             turn.begun()

@@ -14,7 +14,7 @@ from flexkv.graph.compile import TEMPLATES_MAX, compile_shape
 from flexkv.graph.ops import CHUNKS_MAX, LEAF_CHUNKS_MAX, Leg, Shape
 from flexkv.graph.plan import LegFill, Plan, Template, even_bounds
 from flexkv.index.claims import Claims
-from flexkv.index.found import Placement
+from flexkv.index.found import Found, Placement
 from flexkv.index.keys import leaf_keys
 
 LOAD = Route(Tier.HOST, Tier.DEVICE)
@@ -41,6 +41,19 @@ class Avoid(NamedTuple):
     unwritable: frozenset[Tier] = frozenset()
     fillers: frozenset[int] = frozenset()
     """Ops that are filling host blocks and must not be waited for."""
+
+    def visible(self, found: Found, claims: Claims) -> Found:
+        """Return the part of a run of the chain that needs nothing that is to be avoided."""
+        if self is NOTHING_AVOIDED:
+            return found
+        for tier in self.unreadable & found.ready.keys():
+            found = found.before(found.ready[tier].positions.first)
+        if self.fillers and found.pending is not None:
+            fillers = claims.fillers(Tier.HOST, found.pending.block_ids)
+            stuck = np.flatnonzero(np.isin(fillers, list(self.fillers)))
+            if len(stuck):
+                found = found.before(found.pending.positions.at(int(stuck[0])))
+        return found
 
 
 NOTHING_AVOIDED = Avoid()

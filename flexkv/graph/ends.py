@@ -1,8 +1,9 @@
-"""Which leaves make up whole prefixes if there is not room for all leaves of a put."""
+"""Which prefixes are whole, by the leaves that there are, and which leaves some prefixes need."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from math import lcm
 from typing import NamedTuple
 
@@ -15,6 +16,47 @@ from flexkv.index.found import AlikeBlocks
 
 Marks = Mapping[int, NDArray[np.bool_]]
 """A set of leaves: for each group bool[n], whether it has the leaf of each of its own blocks."""
+
+
+class Needed(NamedTuple):
+    """Which of a KV group's own blocks each of some prefixes needs: from `first` up to `last`.
+
+    Both are int64[prefixes]; `last` is exclusive.
+    """
+
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+
+    def are_in(self, has: NDArray[np.bool_], begin: int = 0) -> NDArray[np.bool_]:
+        """Return which prefixes have all of them.
+
+        Args:
+            has: which of the group's own blocks are there, from `begin` on.
+            begin: no prefix needs any before this one.
+        """
+        count = self.last - self.first
+        are_in: NDArray[np.bool_] = _number(has, self.first - begin, self.last - begin) == count
+        return are_in
+
+
+def needed_by(rule: GroupRule, ends: NDArray[np.int64], before: int = 0) -> Needed:
+    """Return which of a group's own blocks prefixes need.
+
+    Args:
+        rule: the group's.
+        ends: where the prefixes end, in blocks of the chain: int64[prefixes].
+        before: blocks before this one of the chain are on the device.
+    """
+    last = ends // rule.ratio
+    most = int(last.max(initial=0))
+    first = _first_needed(rule, 1 << most.bit_length())[last]
+    return Needed(np.minimum(np.maximum(first, before // rule.ratio), last), last)
+
+
+@lru_cache(maxsize=256)
+def _first_needed(rule: GroupRule, count: int) -> NDArray[np.int64]:
+    """Return the first of its own blocks that a group needs of each prefix of 0 to `count`."""
+    return np.array([rule.needed(0, own * rule.ratio)[0] for own in range(count + 1)], np.int64)
 
 
 class Leaves(NamedTuple):
@@ -60,13 +102,11 @@ class WholeEnds:
         is_whole, is_lacking = np.ones(len(ends), np.bool_), np.zeros(len(ends), np.bool_)
         spans = {}
         for rule in rules:
-            first = np.array([rule.needed(0, end)[0] for end in ends.tolist()], np.int64)
-            last, count = ends // rule.ratio, blocks // rule.ratio
+            needed, count = needed_by(rule, ends), blocks // rule.ratio
             lacks = _marked(rule, count, new)
-            has = lacks | _marked(rule, count, there)
-            is_whole &= _number(has, first, last) == last - first
-            is_lacking |= _number(lacks, first, last) > 0
-            spans[rule.group] = first, last, count
+            is_whole &= needed.are_in(lacks | _marked(rule, count, there))
+            is_lacking |= _number(lacks, *needed) > 0
+            spans[rule.group] = *needed, count
         which = is_whole & is_lacking
         self._spans = {
             group: (first[which], last[which], count)

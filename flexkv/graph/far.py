@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from msgspec import structs
 
-from flexkv.common.request import Request
 from flexkv.common.terms import BLOCK_KEY_BYTES, Positions, Tier
 from flexkv.index.catalogue import Catalogue, FarRun
 from flexkv.index.claims import Holding
@@ -30,22 +29,28 @@ class Extended(NamedTuple):
 
 
 def with_far(
-    request: Request, found: Found, residency: Residency, catalogue: Catalogue, avoid: Set[Tier]
+    keys: bytes,
+    end: int,
+    found: Found,
+    residency: Residency,
+    catalogue: Catalogue,
+    avoid: Set[Tier],
 ) -> Extended:
     """Return what was found, and behind it the far blocks that host memory may take.
 
     Host memory takes a block that it lacks if the block before it is resident or coming.
 
     Args:
-        request: the load.
+        keys: root and keys of the prompt's blocks.
+        end: where the load ends.
         found: what it finds in this engine's own tiers, up to what is to be avoided.
         residency: where these blocks are.
         catalogue: what lies far.
         avoid: tiers that are down.
     """
-    keys, (first, end, *_), at = request.keys, request.span, found.last
+    at = found.last
     runs = catalogue.far(keys, at, end, avoid) if at < end else ()
-    above = residency.parent(keys, first) if runs and at == first else []
+    above = residency.parent(keys, at) if runs and at == found.first else []
     if not runs or above is None:
         return Extended(found)
     ready = dict(found.ready)
@@ -130,11 +135,19 @@ def _coming(found: Found, residency: Residency) -> tuple[Found, dict[Tier, int]]
     if begin is None:
         return found, {}
     here = found.before(pending.positions.at(begin))
-    far = dict[Tier, int]()
-    for source in sources[begin:]:
-        tier = Tier.HOST if source in own or source is None else source
-        far[tier] = far.get(tier, 0) + 1
-    for tier, placed in found.ready.items():
-        if behind := placed.block_count - placed.positions.number_before(here.last):
-            far[tier] = far.get(tier, 0) + behind
-    return here, far
+    return here, blocks_behind(found, here.last, residency)
+
+
+def blocks_behind(found: Found, first: int, residency: Residency) -> dict[Tier, int]:
+    """Return how many blocks of a run are at position `first` or behind it, by tier.
+
+    Those that are coming count where they come from; as of host memory if not from far.
+    """
+    behind = {tier: placed.behind(first).block_count for tier, placed in found.ready.items()}
+    if found.pending is not None:
+        own = {Tier.DEVICE, None, *residency.tiers}
+        coming = found.pending.behind(first).block_ids
+        for source in residency.claims.sources(Tier.HOST, coming):
+            tier = Tier.HOST if source in own or source is None else source
+            behind[tier] = behind.get(tier, 0) + 1
+    return {tier: count for tier, count in behind.items() if count}

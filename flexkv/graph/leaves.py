@@ -16,7 +16,10 @@ from flexkv.common.request import LeafBlocks, Operation, Request
 from flexkv.common.space import GroupRule
 from flexkv.common.terms import BLOCK_KEY_BYTES, Route, Tier
 from flexkv.graph.draft import NOTHING_AVOIDED, ONWARD, Avoid, Chunks, Draft, chunks_filled
+from flexkv.graph.far import Extended, SetApart, blocks_behind
+from flexkv.graph.far_prefixes import Bounds, FarPrefixes
 from flexkv.graph.ops import CHUNKS_MAX
+from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
 from flexkv.index.found import Found, LeafFound, Limits, Placement
 from flexkv.index.residency import ALL, READY, Residency
 
@@ -55,9 +58,15 @@ def prefix_of(request: Request) -> Prefix:
 class LeafFinder:
     """Finds the blocks that prefixes need of each KV group of a model."""
 
-    def __init__(self, residency: Residency, rules: tuple[GroupRule, ...]) -> None:
-        self._residency, self._rules = residency, rules
+    def __init__(
+        self,
+        residency: Residency,
+        rules: tuple[GroupRule, ...],
+        catalogue: Catalogue = NOTHING_IS_FAR,
+    ) -> None:
+        self._residency, self._rules, self._catalogue = residency, rules, catalogue
         self._alignment = lcm(*(rule.ratio for rule in self._rules))
+        self._far = FarPrefixes(residency, rules, catalogue)
 
     def find(
         self,
@@ -74,12 +83,67 @@ class LeafFinder:
             before: the prefix must end before this position.
             use: count a use of the blocks that are found.
         """
-        keys, first, last, drop, leaves = prefix
+        keys, first, last, drop, _ = prefix
         last = last if before is None else min(last, before - 1)
         keys = keys[: (max(0, last + drop) + 1) * BLOCK_KEY_BYTES]
-        device = None if leaves is None else self._device_blocks(leaves, max(0, last))
-        limits = Limits(avoid.unreadable, avoid.fillers, device)
+        limits = self._limits(prefix, avoid, last)
         return self._residency.reach(keys, first, use, drop, limits)
+
+    def find_with_far(
+        self,
+        prefix: Prefix,
+        avoid: Avoid = NOTHING_AVOIDED,
+        before: int | None = None,
+        use: bool = False,
+    ) -> Extended:
+        """Return the longest prefix that a load can bring, with blocks that are said to lie far.
+
+        Arguments are those of `find`; a use of far blocks is not counted.
+        """
+        return self._with_far(prefix, self.find(prefix, avoid, before, use), avoid, before)
+
+    def _with_far(
+        self, prefix: Prefix, found: Found, avoid: Avoid, before: int | None = None
+    ) -> Extended:
+        """Return what was found, or a longer prefix with blocks that are said to lie far."""
+        keys, first, last, drop, leaves = prefix
+        last = last if before is None else min(last, before - 1)
+        if self._catalogue.is_empty or last <= found.last:
+            return Extended(found)
+        chain = self._residency.run(keys, first, last + drop)
+        chain = avoid.visible(chain, self._residency.claims)
+        limits, bounds = self._limits(prefix, avoid, last), Bounds(keys, last, drop, leaves is None)
+        return self._far.longest(bounds, found, chain, limits)
+
+    def _limits(self, prefix: Prefix, avoid: Avoid, last: int) -> Limits:
+        """Return what a search up to `last` must not use."""
+        leaves = prefix.leaves
+        device = None if leaves is None else self._device_blocks(leaves, max(0, last))
+        return Limits(avoid.unreadable, avoid.fillers, device)
+
+    def find_apart(self, prefix: Prefix, avoid: Avoid) -> SetApart:
+        """Return the longest prefix without blocks that come from far, and what is far behind it.
+
+        Count a use of the blocks that are here or coming.
+        """
+        here = found = self.find(prefix, avoid, use=True)
+        pending = [each for each in (found.pending, *[of.pending for of in found.leaves]) if each]
+        if pending and (from_far := self._residency.claims.filling_from_others()):
+            fillers = avoid.fillers | from_far
+            here = self.find(prefix, avoid._replace(fillers=fillers))
+        far = self.far_behind(prefix, found, avoid, here.last)
+        return SetApart(here, far, found.last - here.last)
+
+    def far_behind(
+        self, prefix: Prefix, found: Found, avoid: Avoid, first: int | None = None
+    ) -> dict[Tier, int]:
+        """Return how many blocks of the chain a load would bring with what is far, by tier.
+
+        Those before position `first` do not count; by default those that were found do not.
+        """
+        first = found.last if first is None else first
+        whole = self._with_far(prefix, found, avoid).found
+        return blocks_behind(whole, first, self._residency) if whole.last > first else {}
 
     def _device_blocks(self, leaves: tuple[LeafBlocks, ...], last: int) -> NDArray[np.bool_]:
         """Return whether there is a device block for the leaf of each group at each position.
@@ -103,14 +167,14 @@ class LeafFinder:
         """
         below = [
             placed.block_count
-            for ready in (found.ready, *(leaves.ready for leaves in found.leaves))
+            for ready in (found.ready, found.dropped, *[of.ready for of in found.leaves])
             for tier, placed in ready.items()
             if tier is not Tier.HOST
         ]
         if below and not self._residency.make_room(Tier.HOST, request.keys, sum(below)):
             return sum(below)
         missing = self._load(request, LeafFound(0, found.ready, found.pending), draft)
-        for leaves in found.leaves:
+        for leaves in (*found.leaves, LeafFound(0, found.dropped)):
             missing = missing or self._load(request, leaves, draft)
         return missing
 
@@ -128,8 +192,11 @@ class LeafFinder:
             if len(host_ids) < positions.block_count:
                 return positions.block_count
             draft.reserved.append(host_ids)
-            ids = {tier: block_ids, Tier.HOST: host_ids}
-            draft.add((Route(tier, Tier.HOST), *onward), positions, ids, group=group)
+            ids, hops = {tier: block_ids, Tier.HOST: host_ids}, (Route(tier, Tier.HOST), *onward)
+            if group or tier in self._residency.tiers:
+                draft.add(hops, positions, ids, group=group)
+            else:
+                draft.add_far(hops, positions, ids, self._catalogue.span_blocks)
         return 0 if found.pending is None else self._wait(found.pending, onward, draft, group)
 
     def _wait(self, pending: Placement, onward: tuple[Route, ...], draft: Draft, group: int) -> int:

@@ -6,13 +6,11 @@ prefix that it can (get, prefetch) or as many leading blocks as there is room fo
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 from msgspec import structs
 
 from flexkv.common.errors import CapacityError, ClearedError
@@ -23,6 +21,7 @@ from flexkv.graph.draft import (
     NOTHING_AVOIDED,
     ONWARD,
     STORE,
+    Avoid,
     Chunks,
     Draft,
     Owed,
@@ -33,7 +32,7 @@ from flexkv.graph.draft import (
     template_of,
 )
 from flexkv.graph.ends import Leaves
-from flexkv.graph.far import with_far
+from flexkv.graph.far import Extended, SetApart, far_behind, set_apart, with_far
 from flexkv.graph.leaf_stores import LeafStores, Store
 from flexkv.graph.leaves import TOO_MANY, LeafFinder, Prefix, prefix_of
 from flexkv.graph.ops import CHUNKS_MAX
@@ -56,7 +55,9 @@ class Planned(NamedTuple):
     declined: tuple[tuple[Tier, int], ...] = ()
     """How many blocks each lower tier refuses as worth less than what it has."""
     is_whole: bool = False
-    """Whether a get moves everything found or nothing, since the model has several KV groups."""
+    """Whether a load moves everything found or nothing, since the model has several KV groups."""
+    has_far: bool = False
+    """Whether such a load fetches far blocks."""
 
 
 class Planner:
@@ -70,6 +71,7 @@ class Planner:
         rules: tuple[GroupRule, ...] = (),
     ) -> None:
         self._residency, self.tiers = residency, residency.tiers
+        self._far = frozenset(Tier) - {Tier.DEVICE, *self.tiers}
         self.limits = limits
         self.catalogue = catalogue
         self.avoid = NOTHING_AVOIDED
@@ -78,11 +80,14 @@ class Planner:
         self._lower = [(n, tier) for n, tier in enumerate(residency.tiers) if tier != Tier.HOST]
         self.groups = 1 + len(rules)
         """The number of KV groups of the model."""
-        self._leaves = LeafFinder(residency, rules) if rules else None
+        self._leaves = LeafFinder(residency, rules, catalogue) if rules else None
         self._leaf_stores = LeafStores(residency, rules)
 
-    def plan(self, request: Request, run_id: int) -> Planned:
-        """Plan a request and open its claims, which only the run's events end."""
+    def plan(self, request: Request, run_id: int, near: bool = False) -> Planned:
+        """Plan a request and open its claims, which only the run's events end.
+
+        With `near`, no far blocks are fetched for a model with several KV groups.
+        """
         if request.operation is Operation.PUT:
             draft = Draft(request, self.limits)
             shortfall = self._store(request, draft)
@@ -90,14 +95,16 @@ class Planner:
             plan, found = self._claimed(draft.plan(run_id)), Found(first, first, {})
             return Planned(plan, found, shortfall, tuple(draft.owed), tuple(draft.declined))
         if self._leaves is not None:
-            return self._plan_whole(self._leaves, request, run_id)
+            avoid = self.avoid
+            if near:
+                avoid = avoid._replace(unreadable=avoid.unreadable | self._far)
+            return self._plan_whole(self._leaves, request, run_id, avoid)
         first, drop = request.span.first_block, request.drop
-        found = self.visible(self._residency.find(request.keys, first, True, drop))
+        found = self._residency.find(request.keys, first, True, drop)
+        found = self.avoid.visible(found, self._residency.claims)
         above: Sequence[Holding] = ()
         if not self.catalogue.is_empty:
-            found, above = with_far(
-                request, found, self._residency, self.catalogue, self.avoid.unreadable
-            )
+            found, above = self._with_far(request, found, self.avoid.unreadable)
         if found.host_only:
             return Planned(self._claimed(self._from_host(request, found, run_id)), found, None)
         last, told = found.last, None
@@ -112,24 +119,35 @@ class Planner:
                 self._drop(draft)
             # Host blocks later in the run are pinned, and so hold places that blocks before them
             # lack: give up as many of them as extends the run furthest.
-            last = min(self._furthest(found, last), found.last - 1)
+            last = min(found.furthest(last), found.last - 1)
 
-    def _plan_whole(self, leaves: LeafFinder, request: Request, run_id: int) -> Planned:
+    def _plan_whole(
+        self, leaves: LeafFinder, request: Request, run_id: int, avoid: Avoid
+    ) -> Planned:
         """Plan a load that brings what it finds of every KV group, or nothing."""
-        found, told = leaves.find(prefix_of(request), self.avoid, use=True), None
+        found, above = leaves.find_with_far(prefix_of(request), avoid, use=True)
+        with self._residency.holding(above):
+            return self._plan_found(leaves, request, run_id, avoid, found)
+
+    def _plan_found(
+        self, leaves: LeafFinder, request: Request, run_id: int, avoid: Avoid, found: Found
+    ) -> Planned:
+        """Plan a load that brings all of what was found, or of the longest prefix that fits."""
+        told = None
         while True:
             draft = Draft(request, self.limits)
             with self._residency.holding(found.holdings):
                 lacks = leaves.load(request, found, draft)
                 if not lacks:
                     plan = self._claimed(draft.plan(run_id))
-                    return Planned(plan, found, told, is_whole=True)
+                    has_far = any(leg.origin in self._far for leg in plan.template.shape.legs)
+                    return Planned(plan, found, told, is_whole=True, has_far=has_far)
                 self._drop(draft)
             if lacks != TOO_MANY:
                 told = told or self._residency.shortfall(Tier.HOST, lacks)
-            found = self._shorter(leaves, request, found)
+            found = self._shorter(leaves, request, found, avoid)
 
-    def _shorter(self, leaves: LeafFinder, request: Request, found: Found) -> Found:
+    def _shorter(self, leaves: LeafFinder, request: Request, found: Found, avoid: Avoid) -> Found:
         """Return the longest prefix that host memory has room for, where it has none for `found`.
 
         The search goes down in steps that double, and from the first prefix that fits up again by
@@ -139,7 +157,7 @@ class Planner:
         fits, fails = found.first + 1, found.last
         while fits < fails:  # `best` is the longest that ends before `fits`
             before = max(fails - step + 1, (fits + fails + 1) // 2)
-            shorter = leaves.find(prefix, self.avoid, before)
+            shorter = leaves.find_with_far(prefix, avoid, before).found
             if shorter.last > best.last and not self._has_room(leaves, request, shorter, best):
                 fails = shorter.last
             else:
@@ -162,9 +180,27 @@ class Planner:
         that is the longest prefix for which every group has what it needs.
         """
         if self._leaves is None:
-            return self.visible(self._residency.find(keys, first, True, drop))
+            found = self._residency.find(keys, first, True, drop)
+            return self.avoid.visible(found, self._residency.claims)
         last = len(keys) // BLOCK_KEY_BYTES - 1 - drop
         return self._leaves.find(Prefix(keys, first, last, drop), self.avoid, use=True)
+
+    def find_apart(self, keys: bytes, first: int, drop: int) -> SetApart:
+        """Return what `find` does without blocks that come from far, and what is far behind it."""
+        if self._leaves is None:
+            found, unreadable = self.find(keys, first), self.avoid.unreadable
+            return set_apart(keys, found, drop, self._residency, self.catalogue, unreadable)
+        last = len(keys) // BLOCK_KEY_BYTES - 1 - drop
+        return self._leaves.find_apart(Prefix(keys, first, last, drop), self.avoid)
+
+    def find_with_far(self, keys: bytes, first: int) -> SetApart:
+        """Return what `find` does, and how many blocks behind it are said to lie far, by tier."""
+        found, avoid = self.find(keys, first), self.avoid
+        if self._leaves is None:
+            far = far_behind(keys, found.last, self._residency, self.catalogue, avoid.unreadable)
+            return SetApart(found, far)
+        prefix = Prefix(keys, first, len(keys) // BLOCK_KEY_BYTES - 1)
+        return SetApart(found, self._leaves.far_behind(prefix, found, avoid))
 
     def most_places(self, request: Request) -> int:
         """Return an upper bound, cheap to compute, of the host places that a request needs."""
@@ -199,48 +235,19 @@ class Planner:
     def peek(self, request: Request) -> Found:
         """Return what a load would find if all tiers were up, without planning it."""
         if self._leaves is not None:
-            return self._leaves.find(prefix_of(request))
+            return self._leaves.find_with_far(prefix_of(request)).found
         first, drop = request.span.first_block, request.drop
         found = self._residency.find(request.keys, first, drop=drop)
-        return with_far(request, found, self._residency, self.catalogue, frozenset()).found
+        return self._with_far(request, found, frozenset()).found
 
-    def visible(self, found: Found) -> Found:
-        """Return the part of a run that needs nothing that is to be avoided."""
-        avoid = self.avoid
-        if avoid is NOTHING_AVOIDED:
-            return found
-        for tier in avoid.unreadable & found.ready.keys():
-            found = found.before(found.ready[tier].positions.first)
-        if avoid.fillers and found.pending is not None:
-            fillers = self._residency.claims.fillers(Tier.HOST, found.pending.block_ids)
-            stuck = np.flatnonzero(np.isin(fillers, list(avoid.fillers)))
-            if len(stuck):
-                found = found.before(found.pending.positions.at(int(stuck[0])))
-        return found
+    def _with_far(self, request: Request, found: Found, avoid: frozenset[Tier]) -> Extended:
+        end = request.span.last_block
+        return with_far(request.keys, end, found, self._residency, self.catalogue, avoid)
 
     def _drop(self, draft: Draft) -> None:
         """Release the host places that a draft has reserved."""
         for ids in reversed(draft.reserved):
             self._residency.abort(Tier.HOST, ids)
-
-    def _furthest(self, found: Found, last: int) -> int:
-        """Return how far a run can reach if the host blocks behind its end give up their places.
-
-        Places were found for the blocks before `last`, while all host blocks of the run were kept.
-        """
-        host = found.ready.get(Tier.HOST)
-        places = sum(
-            placement.before(last).block_count
-            for tier, placement in found.ready.items()
-            if tier is not Tier.HOST
-        )
-        room = places + (host.block_count if host else 0)
-        pending = found.pending
-
-        def wanted(end: int) -> int:
-            return end - found.first - (pending.positions.number_before(end) if pending else 0)
-
-        return last + bisect_right(range(last + 1, found.last + 1), room, key=wanted)
 
     def _from_host(self, request: Request, found: Found, run_id: int) -> Plan:
         """Plan the common case: all blocks are in host memory, with nothing to reserve or await."""
@@ -454,7 +461,7 @@ class Planner:
         """
         tier, count = taken.tier, len(taken.host_ids)
         chunk_blocks = self.limits.chunk_blocks if tier in self.tiers else count
-        leg, bounds = chunked((Route(Tier.HOST, tier),), count, chunk_blocks)
+        leg, bounds = chunked((Route(Tier.HOST, tier),), count, chunk_blocks, taken.group)
         ids = {Tier.HOST: taken.host_ids, tier: taken.target_ids}
         fill = LegFill(taken.keys, Positions(0, count), ids, bounds)
         return self._claimed(Plan(template_of(Operation.PREFETCH, (leg,)), run_id, (fill,)))

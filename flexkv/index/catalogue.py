@@ -15,8 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from flexkv.common.errors import TransferError
-from flexkv.common.terms import BlockIds, BlockKey, Tier, Transfer
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, BlockKey, Tier, Transfer
 
 
 class FarRun(NamedTuple):
@@ -24,6 +26,20 @@ class FarRun(NamedTuple):
 
     `block_ids`, int64[n], mean something to the catalogue and the port of the tier only: transfers
     have them as their source ids.
+    """
+
+    tier: Tier
+    block_ids: BlockIds
+
+
+NOT_FAR = -1
+"""Stands in `FarLeaves.block_ids` for a leaf that no tier is said to have."""
+
+
+class FarLeaves(NamedTuple):
+    """Which of some leaves one tier is said to have.
+
+    `block_ids` is int64[leaves]: as in a `FarRun`, or NOT_FAR.
     """
 
     tier: Tier
@@ -62,6 +78,15 @@ class Catalogue(Protocol):
         """
         ...
 
+    def leaves(self, keys: bytes, avoid: Set[Tier]) -> FarLeaves:
+        """Return which leaves a tier is said to have; each is a span of its own.
+
+        Args:
+            keys: of the leaves, 16 bytes each.
+            avoid: tiers that are down.
+        """
+        ...
+
     def doubt(self, transfer: Transfer, error: TransferError) -> None:
         """Record that blocks did not arrive, and why: they should not be promised again at once.
 
@@ -94,6 +119,10 @@ class NothingIsFar:
     def far(self, keys: bytes, first: int, last: int, avoid: Set[Tier]) -> Sequence[FarRun]:
         """Return nothing."""
         return ()
+
+    def leaves(self, keys: bytes, avoid: Set[Tier]) -> FarLeaves:
+        """Return that none of the leaves is far."""
+        return FarLeaves(Tier.REMOTE, np.full(len(keys) // BLOCK_KEY_BYTES, NOT_FAR))
 
     def doubt(self, transfer: Transfer, error: TransferError) -> None:
         """Do nothing."""

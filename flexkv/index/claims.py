@@ -106,6 +106,11 @@ class Claims:
         claims = [self._open.get(op_id) for op_id in self.fillers(tier, block_ids).tolist()]
         return [None if claim is None else claim.source for claim in claims]
 
+    def filling_from_others(self) -> frozenset[int]:
+        """Return the ops that bring to host memory what is in none of this engine's tiers."""
+        own = {None, Tier.DEVICE, *self._number}
+        return frozenset([op_id for op_id, claim in self._open.items() if claim.source not in own])
+
     def of_owner(self, owner: int) -> int:
         """Return the number of open claims of an owner."""
         return self._owned.get(owner, 0)

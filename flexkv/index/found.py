@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
@@ -51,6 +52,11 @@ class Placement(msgspec.Struct, frozen=True):
         if count == self.positions.block_count:
             return self
         return Placement(self.positions.part(0, count), self.block_ids[:count])
+
+    def behind(self, first: int) -> Placement:
+        """Return the part from a position on."""
+        count, before = self.block_count, self.positions.number_before(first)
+        return Placement(self.positions.part(before, count), self.block_ids[before:])
 
 
 class AlikeBlocks(NamedTuple):
@@ -102,7 +108,8 @@ class LeafFound(msgspec.Struct, frozen=True):
 class Found(msgspec.Struct, frozen=True):
     """The resident run of a prompt from `first` to `last` (exclusive), by nearest tier.
 
-    For a load, `graph.far.with_far` adds what is said to lie far behind it.
+    For a load, `graph.far.with_far` adds what is said to lie far behind it, and with several KV
+    groups `graph.far_prefixes` what is said to lie far anywhere in the prefix.
 
     If the model has leaves, all that the prefix up to `last` needs of every KV group is there, or
     on its way to host memory.
@@ -118,6 +125,9 @@ class Found(msgspec.Struct, frozen=True):
     """The needed leaves from `first` on, without groups that need none."""
     chain: int = 0
     """Where the chain's run of ready blocks from `first` on ends, whatever leaves are there."""
+    dropped: dict[Tier, Placement] = {}
+    """Far blocks of the chain from `last` on, which a prefetch brings as well: see `Request.drop`.
+    """
 
     @property
     def host_only(self) -> bool:
@@ -126,6 +136,13 @@ class Found(msgspec.Struct, frozen=True):
         if (host.positions.block_count if host else 0) != self.last - self.first:
             return False
         return all(of.ready.keys() == {Tier.HOST} and not of.pending for of in self.leaves)
+
+    @property
+    def in_host(self) -> BlockIds:
+        """Return the places of the ready blocks in host memory, of the chain and of the leaves."""
+        ready = [self.ready, *[of.ready for of in self.leaves]]
+        ids = [each[Tier.HOST].block_ids for each in ready if Tier.HOST in each]
+        return ids[0] if len(ids) == 1 else np.concatenate(ids) if ids else np.zeros(0, np.int64)
 
     def before(self, last: int) -> Found:
         """Return the part of the run before a position.
@@ -145,6 +162,24 @@ class Found(msgspec.Struct, frozen=True):
             pending if pending and pending.block_count else None,
             chain=self.chain,
         )
+
+    def furthest(self, last: int) -> int:
+        """Return how far the run can reach if the host blocks behind its end give up their places.
+
+        Places were found for the blocks before `last`, while all host blocks of the run were kept.
+        """
+        host, pending = self.ready.get(Tier.HOST), self.pending
+        places = sum(
+            placement.before(last).block_count
+            for tier, placement in self.ready.items()
+            if tier is not Tier.HOST
+        )
+        room = places + (host.block_count if host else 0)
+
+        def wanted(end: int) -> int:
+            return end - self.first - (pending.positions.number_before(end) if pending else 0)
+
+        return last + bisect_right(range(last + 1, self.last + 1), room, key=wanted)
 
     @property
     def holdings(self) -> list[Holding]:
@@ -169,15 +204,23 @@ def prefix_match(
 
 
 class ReadySpan(NamedTuple):
-    """The consecutive blocks of a prompt that make up a span, all READY in one tier.
+    """The consecutive blocks of a prompt that make up a span, all READY in one tier; or a leaf.
 
     Attributes:
         block_ids: their places in that tier: int64[blocks].
-        keys: the key of the block before them, or the root, and then theirs: 16 bytes each.
+        keys: the key of the block before them, the root or, of a leaf, its parent's; then theirs:
+            16 bytes each.
+        group: their KV group.
     """
 
     block_ids: BlockIds
     keys: bytes
+    group: int = 0
+
+    @property
+    def block_count(self) -> int:
+        """Return the number of blocks."""
+        return len(self.block_ids)
 
     @property
     def key(self) -> BlockKey:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from flexkv import _ext
 from flexkv.common.errors import TransferError
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, BlockKey, Tier, Transfer
-from flexkv.index.catalogue import FarRun
+from flexkv.index.catalogue import NOT_FAR, FarLeaves, FarRun
 from flexkv.index.spans import rows_of, span_rows
 
 STORE: Final = 0
@@ -121,6 +121,10 @@ class Hints:
     def known(self, holder: int, keys: bytes) -> NDArray[np.bool_]:
         """Return which spans a holder is said to have, in doubt or not: bool[n]."""
         return np.frombuffer(self._table.known(holder, keys), np.bool_)
+
+    def usable(self, holder: int, keys: bytes) -> NDArray[np.bool_]:
+        """Return which spans a holder that is not down is said to have without a doubt: bool[n]."""
+        return np.frombuffer(self._table.known(holder, keys, True), np.bool_)
 
     def tick(self, now: int) -> None:
         """Set the time, in ticks; it must never go back."""
@@ -217,6 +221,13 @@ class HintedCatalogue:
         """
         return tier is Tier.REMOTE and bool(self._hints.known(STORE, key)[0])
 
+    def leaves(self, keys: bytes, avoid: Set[Tier]) -> FarLeaves:
+        """Return which leaves are said to be in the remote store; no other tier is looked up."""
+        ids = np.full(len(keys) // BLOCK_KEY_BYTES, NOT_FAR)
+        if Tier.REMOTE not in avoid:
+            ids[self._hints.usable(STORE, keys)] = STORE
+        return FarLeaves(Tier.REMOTE, ids)
+
     def clear(self, root: bytes | None) -> None:
         """Forget everything: hints do not say to which namespace a span belongs."""
         self._hints.clear()
@@ -239,7 +250,7 @@ class HintedCatalogue:
         """Yield the holders of a transfer's blocks, each with the keys of the spans."""
         assert transfer.names is not None, transfer
         keys, holders = rows_of(transfer.names.keys), holders_of(transfer.source_ids)
-        rows = span_rows(transfer.positions.array, self.span_blocks)
+        rows = span_rows(transfer.positions.array, 1 if transfer.group else self.span_blocks)
         for holder in np.unique(holders):
             mine = np.unique(rows[holders == holder])
             yield int(holder), keys[mine[mine < len(keys)]].tobytes()

@@ -200,6 +200,12 @@ def leaf_keys(keys: bytes, group: int) -> bytes:
     return keys[:BLOCK_KEY_BYTES] + words[1:].tobytes()
 
 
+def leaf_keys_at(keys: bytes, group: int, positions: NDArray[np.int64]) -> bytes:
+    """Return the keys of a group's leaves that end at some positions of a prompt, one by one."""
+    words = np.frombuffer(keys, np.uint64).reshape(-1, 2)
+    return (words[positions + 1] ^ leaf_salt(group)).tobytes()
+
+
 @lru_cache(GROUPS_MAX)
 def leaf_salt(group: int) -> NDArray[np.uint64]:
     """Return what a block's key is XORed with to get the key of its leaf: uint64[2]."""

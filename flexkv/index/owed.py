@@ -63,6 +63,8 @@ class Taken(NamedTuple):
     """The claim that keeps the blocks: settle it once the transfer has its own."""
     keys: bytes
     """A root of zeros, and the key of each block."""
+    group: int = 0
+    """The KV group of a span of a far tier. Other batches have blocks of any groups."""
 
 
 class EpochCounts:

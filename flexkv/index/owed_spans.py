@@ -2,6 +2,9 @@
 
     add ──▶ span, span, … (the oldest first, each once) ──take──▶ a transfer of one whole span
 
+A leaf is a span of its own. All leaves that host memory holds are owed, since it was given only
+those that some prefix needs.
+
 Spans that wait are not kept from eviction, since a far tier may be slow for long. The keys of a
 span's blocks show whether they were evicted when its turn comes. As for `OwedBlocks`, every block
 that is never written is counted in `given_up`, with the reason.
@@ -32,6 +35,7 @@ class OwedSpans:
     """The spans that one far tier is owed.
 
     Attributes:
+        blocks: how many wait.
         kept_blocks: 0, since none of them is kept from eviction.
         epochs: counts what is unfinished, by when it was owed.
         given_up: how many blocks will never be written, by the reason.
@@ -52,11 +56,7 @@ class OwedSpans:
         self._residency, self._span_blocks, self._is_far = residency, span_blocks, is_far
         self._waiting: dict[BlockKey, _Owed] = {}
         self._being_written: set[BlockKey] = set()
-
-    @property
-    def blocks(self) -> int:
-        """Return how many blocks wait."""
-        return len(self._waiting) * self._span_blocks
+        self.blocks = 0
 
     def add(
         self, host_ids: BlockIds, room_blocks: int, attempts: int = 0, epoch: int | None = None
@@ -72,14 +72,15 @@ class OwedSpans:
             epoch: the epoch in which they were first owed; None for the current one.
         """
         is_new = epoch is None
-        for span in self._residency.spans(Tier.HOST, host_ids, self._span_blocks):
+        for span in self._spans(host_ids):
             key = span.key
             if is_new and key in self._being_written:
                 continue
             if key not in self._waiting and not self._is_far(self.tier, key):
                 owed = _Owed(span, attempts, self.epochs.epoch if epoch is None else epoch)
                 self._waiting[key] = owed
-                self.epochs.add(owed.epoch, self._span_blocks)
+                self.blocks += span.block_count
+                self.epochs.add(owed.epoch, span.block_count)
 
     def take(self) -> Taken | None:
         """Remove the oldest span, and keep its blocks; None if they were evicted, or are far."""
@@ -92,10 +93,13 @@ class OwedSpans:
             self._drop(key)
             return None
         del self._waiting[key]
+        self.blocks -= span.block_count
         self._being_written.add(key)
         hold = self._residency.claims.hold(Holding(Tier.HOST, span.block_ids))
-        nowhere = np.zeros(self._span_blocks, np.int64)
-        return Taken(self.tier, span.block_ids, nowhere, attempts, epoch, hold, span.keys)
+        nowhere = np.zeros(span.block_count, np.int64)
+        return Taken(
+            self.tier, span.block_ids, nowhere, attempts, epoch, hold, span.keys, span.group
+        )
 
     def ended(self, taken: Taken) -> None:
         """Note that a taken span is now written, owed again, or given up."""
@@ -118,8 +122,30 @@ class OwedSpans:
 
     def _near_spans(self, first: int, last: int) -> dict[BlockKey, BlockIds]:
         """Return the spans that the tier lacks and that have blocks in a range of host places."""
-        near = self._residency.spans(Tier.HOST, np.arange(first, last), self._span_blocks)
+        near = self._spans(np.arange(first, last))
         return {span.key: span.block_ids for span in near if not self._is_far(self.tier, span.key)}
+
+    def _spans(self, host_ids: BlockIds) -> list[ReadySpan]:
+        """Return the whole spans to which blocks of host memory belong, and the leaves there."""
+        spans = self._residency.spans(Tier.HOST, host_ids, self._span_blocks)
+        if self._residency.groups > 1:
+            spans += self._leaves(host_ids)
+        return spans
+
+    def _leaves(self, host_ids: BlockIds) -> list[ReadySpan]:
+        """Return those of some blocks of host memory that are leaves and READY."""
+        records = self._residency.export(Tier.HOST, host_ids)
+        groups = np.ascontiguousarray(records[:, 2 * BLOCK_KEY_BYTES :]).view("<u4")[:, 0] >> 8
+        which = np.flatnonzero(groups)
+        return [
+            ReadySpan(
+                host_ids[at : at + 1],
+                record[BLOCK_KEY_BYTES : 2 * BLOCK_KEY_BYTES].tobytes()
+                + record[:BLOCK_KEY_BYTES].tobytes(),
+                int(groups[at]),
+            )
+            for at, record in zip(which.tolist(), records[which], strict=True)
+        ]
 
     def unkeep(self, block_count: int) -> None:
         """Do nothing: no block is kept."""
@@ -140,9 +166,11 @@ class OwedSpans:
 
     def _drop(self, key: BlockKey, reason: str | None = None) -> None:
         owed = self._waiting.pop(key)
-        self.epochs.add(owed.epoch, -self._span_blocks)
+        blocks = owed.span.block_count
+        self.blocks -= blocks
+        self.epochs.add(owed.epoch, -blocks)
         if reason is not None:
-            self.given_up[reason] += self._span_blocks
+            self.given_up[reason] += blocks
 
     def _is_here(self, span: ReadySpan) -> bool:
         """Return whether host memory still holds a span's blocks at the same places."""

@@ -163,10 +163,10 @@ class Residency:
         """
         if self.groups > 1:
             return self.reach(keys, first, use, drop)
-        found = self._run(keys, first, len(keys) // BLOCK_KEY_BYTES - 1, use)
+        found = self.run(keys, first, len(keys) // BLOCK_KEY_BYTES - 1, use)
         return found.before(max(first, found.last - drop)) if drop else found
 
-    def _run(self, keys: bytes, first: int, blocks: int, use: bool = False) -> Found:
+    def run(self, keys: bytes, first: int, blocks: int, use: bool = False) -> Found:
         """Return the longest resident run of the chain alone."""
         if blocks <= first:
             return Found(first, first, {}, chain=first)
@@ -225,7 +225,7 @@ class Residency:
         """
         if not first:
             return []
-        found = self._run(keys, first - 1, first)
+        found = self.run(keys, first - 1, first)
         if found.pending is not None:
             return []
         return found.holdings if found.ready else None

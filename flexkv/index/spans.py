@@ -1,7 +1,8 @@
 """Spans: the runs of blocks in which others hold, announce and send a prompt's blocks.
 
 A span is G consecutive blocks of a prompt, at positions nG to nG + G - 1. Its key is that of its
-last block. Keys are chained, so it also stands for every block before it.
+last block. Keys are chained, so it also stands for every block before it. A leaf is a span of its
+own, with its own key.
 
     positions   0 … G-1 │ G … 2G-1 │ …    blocks behind the last whole span are in none
     span            0   │     1    │
@@ -23,8 +24,14 @@ SPAN_TOKENS_MAX = 256
 """A span has no more, unless it is one block: nobody else holds what is behind the last span."""
 
 
-def span_blocks(stride_bytes: int, tokens_per_block: int) -> int:
-    """Return G, how many blocks a span has."""
+def span_blocks(stride_bytes: int, tokens_per_block: int, has_leaves: bool = False) -> int:
+    """Return G, how many blocks a span has.
+
+    It is 1 with several KV groups: prefixes are whole only at boundaries, and a state exists at one
+    boundary alone. If the chain's blocks before it were in no whole span, it would be of no use.
+    """
+    if has_leaves:
+        return 1
     wished = 1 << max(0, round(log2(SPAN_BYTES / stride_bytes)))
     return min(wished, max(1, SPAN_TOKENS_MAX // tokens_per_block))
 

@@ -221,7 +221,7 @@ class Client:
 
     def start(
         self, operation: Operation, keys: Keys, first: int, device_ids: BlockIds | None,
-        when_ready: bool = False, held: int = 0,
+        when_ready: bool = False,
     ) -> int:  # fmt: skip
         """Begin a request for the blocks from `first` on, and return its number.
 
@@ -231,10 +231,13 @@ class Client:
             first: the first block of the request.
             device_ids: int64, one for each block; None for a prefetch.
             when_ready: whether it waits until the agent of every rank has reported it as `ready`.
-            held: the number of the match whose hold ends when this request is planned.
         """
         member("operation", operation, Operation)
-        return self._start(operation, keys, first, device_ids, when_ready=when_ready, held=held)
+        return self._start(operation, keys, first, device_ids, when_ready=when_ready)
+
+    def prefetch(self, keys: Keys, first: int, held: int = 0, drop: int = 0) -> int:
+        """Begin to bring blocks to host memory; the hold of the match `held` ends then."""
+        return self._start(Operation.PREFETCH, keys, first, None, held=held, drop=drop)
 
     def get(
         self, keys: Keys, first: int, device_ids: BlockIds, held: int, when_ready: bool,
@@ -426,18 +429,13 @@ class Client:
         except OSError as error:
             self._lost(str(error))
             return
-        if has_taken:
-            self._reads_on()
+        if has_taken and self._is_behind:  # it may have got matches late: restart their timeouts
+            self._is_behind = False
+            self._awaited.restart()
         if line.unsent:
             self._is_behind = True
             if len(line.unsent) > UNSENT_BYTES_MAX:
                 self._lost(f"it left {len(line.unsent)} bytes unread")
-
-    def _reads_on(self) -> None:
-        """Restart the timeouts of matches if the server was behind: it may have got them late."""
-        if self._is_behind:
-            self._is_behind = False
-            self._awaited.restart()
 
     def _receive(self, wait_s: float) -> bool:
         """Process what arrives within `wait_s`; return whether something valid arrived."""

@@ -181,7 +181,9 @@ class Matched(Message, tag="matched", frozen=True):
     """How many blocks of the chain are ready, with or without the leaves that a prefix needs."""
     far: Mapping[str, Number] = {}
     """How many blocks behind those found could be had by a prefetch, by the tier where they are
-    said to be: see `Match.apart` and `Match.with_far`. None with several KV groups."""
+    said to be: see `Match.apart` and `Match.with_far`. With several KV groups, these are blocks of
+    the chain up to the end of a prefix that is whole then; if only leaves lie far, they may be in
+    host memory."""
     coming: Number = 0
     """How many of these are on their way already, or wait here for those before them."""
 

@@ -7,7 +7,7 @@ It stores whole spans. A span that is there already stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from itertools import takewhile
 from random import Random
 
@@ -18,12 +18,17 @@ from numpy.typing import NDArray
 from flexkv.actors.write_behind import ShipLimits
 from flexkv.common.errors import CorruptBlockError, MissingBlockError, TransferError
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey, Tier, Transfer
-from flexkv.index.catalogue import FarRun
-from flexkv.index.keys import block_keys
+from flexkv.index.catalogue import NOT_FAR, FarLeaves, FarRun
+from flexkv.index.keys import block_keys, key_list
 from flexkv.index.residency import PENDING, READY, Residency
 from flexkv.io.ports import Completion
 from flexkv.testing.fakes import FakePort, sums_of
 from flexkv.testing.faults import FaultPlan
+
+
+def _no_leaves(keys: bytes, blocks: int) -> list[BlockKey]:
+    """Return nothing."""
+    return []
 
 
 class FakeFar:
@@ -41,7 +46,7 @@ class FakeFar:
     """
 
     def __init__(
-        self, tier: Tier = Tier.REMOTE, blocks_max: int = 1024, span_blocks: int = 1
+        self, tier: Tier = Tier.REMOTE, blocks_max: int = 4096, span_blocks: int = 1
     ) -> None:
         self.tier, self.span_blocks, self.generation = tier, span_blocks, 0
         self.store = np.zeros((blocks_max, BLOCK_KEY_BYTES), np.uint8)
@@ -82,18 +87,31 @@ class FakeFar:
         self.store[self._row[key], -1] ^= 1
         self.damaged_blocks += 1
 
-    def live(self, random: Random, keys: bytes) -> None:
-        """At random, have others store, drop or damage blocks of a prompt, announced or not."""
+    def live(
+        self,
+        random: Random,
+        keys: bytes,
+        leaves: Callable[[bytes, int], list[BlockKey]] = _no_leaves,
+    ) -> None:
+        """At random, have others store, drop or damage blocks of a prompt, announced or not.
+
+        `leaves` returns the keys of all leaves that the first blocks of the prompt can have.
+        """
         prompt, chance = block_keys(keys), random.random()
         some = prompt[: random.randint(0, len(prompt))]
+        of_some, of_all = leaves(keys, len(some)), leaves(keys, len(prompt))
+        if of_some and random.random() < 0.3:
+            of_some = [key for key in of_some if random.random() < 0.8]
         if chance < 0.4:
-            self.hold(some)
+            self.hold([*some, *of_some])
         elif chance < 0.55:
-            self.held.difference_update(prompt[len(some) :])
+            self.held.difference_update(prompt[len(some) :], set(of_all).difference(of_some))
         elif chance < 0.6:
-            self.hinted.update(some)
-        elif chance < 0.65 and some and some[-1] in self.held:
-            self.damage(some[-1])
+            self.hinted.update(some, of_some)
+        elif chance < 0.65 and (
+            there := [key for key in (*some[-1:], *of_some[-1:]) if key in self.held]
+        ):
+            self.damage(there[-1])
 
     @property
     def ever_held(self) -> Set[BlockKey]:
@@ -127,16 +145,22 @@ class FakeFar:
         count = min(end, last) - first
         return [FarRun(self.tier, np.zeros(count, np.int64))] if count > 0 else ()
 
+    def leaves(self, keys: bytes, avoid: Set[Tier]) -> FarLeaves:
+        """Return which leaves the hints promise."""
+        usable = set() if self.tier in avoid else self.hinted
+        is_far = [key in usable for key in key_list(keys)]
+        return FarLeaves(self.tier, np.where(is_far, 0, NOT_FAR))
+
     def has(self, tier: Tier, key: BlockKey) -> bool:
         """Return whether the hints promise the span that ends with a block."""
         return tier is self.tier and key in self.hinted
 
     def doubt(self, transfer: Transfer, error: TransferError) -> None:
         """Drop the hint of the first span that did not arrive, or of all that may be gone."""
-        keys, size = transfer.block_keys, self.span_blocks
+        keys, size = transfer.block_keys, 1 if transfer.group else self.span_blocks
         assert transfer.names is not None
-        prompt, positions = block_keys(transfer.names.keys), transfer.positions
-        spans = range(positions.first // size, positions.at(len(keys) - 1) // size + 1)
+        prompt = block_keys(transfer.names.keys)
+        spans = dict.fromkeys([position // size for position in transfer.positions])
         ends = [prompt[(span + 1) * size - 1] for span in spans]
         self.doubts.append((keys, error))
         self.hinted.difference_update(ends if error.blames_tier else ends[:1])
@@ -205,7 +229,8 @@ class FarPort(FakePort):
 
     def _begin_to_store(self, transfer: Transfer) -> None:
         far, keys = self._far, transfer.block_keys
-        assert len(keys) == far.span_blocks, "a part of a span is stored"
+        span_blocks = 1 if transfer.group else far.span_blocks
+        assert len(keys) == span_blocks, "a part of a span is stored"
         assert transfer.positions.first == 0, transfer.positions
         self.storing[transfer.op_id] = transfer, far.generation
         # What is there already stays: its bytes go to a row of no block.

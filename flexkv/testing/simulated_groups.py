@@ -99,6 +99,18 @@ class SimulatedGroups:
         return range(max(begin, request.span.first_block // ratio), last)
 
 
+def slot_mapping(request: Request, slots: list[int]) -> NDArray[np.int64]:
+    """Return slots for the selected tokens; those outside whole blocks get any legal slot."""
+    span = request.span
+    mapping = np.zeros(span.last_token - span.first_token, np.int64)
+    skip = span.first_block * TOKENS_PER_BLOCK - span.first_token
+    for number, slot in enumerate(slots):
+        begin = skip + number * TOKENS_PER_BLOCK
+        first = slot * TOKENS_PER_BLOCK
+        mapping[begin : begin + TOKENS_PER_BLOCK] = range(first, first + TOKENS_PER_BLOCK)
+    return mapping
+
+
 class LeafSlots:
     """The device slots of one request's leaves.
 

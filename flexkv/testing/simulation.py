@@ -45,6 +45,7 @@ from flexkv.testing.simulated_groups import (
     LeafSlots,
     SimulatedGroups,
     random_model,
+    slot_mapping,
 )
 from flexkv.testing.simulated_layers import LayeredRequest
 from flexkv.testing.virtual_time import run_virtual
@@ -316,7 +317,8 @@ class Simulation:
         prompt = random.choice(self.prompts)
         if self.far is not None:
             self.far.residency = engine.residency
-            self.far.live(random, engine.requests.intake(Operation.PREFETCH, prompt).keys)
+            keys = engine.requests.intake(Operation.PREFETCH, prompt).keys
+            self.far.live(random, keys, self.groups.leaves_of)
         operation = random.choice(self.operations)
         mask = np.ones(len(prompt), np.bool_)
         begin = random.choice([0, 0, random.randint(0, len(prompt))])
@@ -328,7 +330,7 @@ class Simulation:
         if operation is Operation.PUT and self._put_since_clear is not None:
             self._put_since_clear |= self.groups.keys_of(request.keys)
         if operation is Operation.PREFETCH:
-            await self._perform(request, give_up_s)
+            await self._perform(self._behind_a_match(request), give_up_s)
             return
         if self.groups.spaces:
             request = self._to_a_boundary(request)
@@ -344,12 +346,22 @@ class Simulation:
         self.device[slots] = GARBAGE
         self.free_slots.extend(slots)
 
+    def _behind_a_match(self, request: Request) -> Request:
+        """Return a prefetch, or what an engine that is offered a match fetches behind that."""
+        if self.far is None or self.random.random() < 0.5:
+            return request
+        here, far, _ = self.engine.requests.find_here(request.keys)
+        last = min(here.last + sum(far.values()), request.span.last_block)
+        return request.narrowed(here.last, max(here.last, last))
+
     def _to_a_boundary(self, request: Request) -> Request:
-        """Return a get narrowed, mostly, to a prefix that a match finds; a put as it is."""
+        """Return a get narrowed, mostly, to a prefix that is here, or far; a put as it is."""
         first, last = request.span.first_block, request.span.last_block
         if request.operation is Operation.PUT or self.random.random() < 0.1:
             return request
         found = self.engine.find(request.keys, first)
+        if self.far is not None and self.random.random() < 0.5:
+            found = self.engine.planner.peek(structs.replace(request, device_ids=None))
         return request.narrowed(first, max(first, min(found.last, last)))
 
     def _disturb(self) -> None:
@@ -384,7 +396,7 @@ class Simulation:
                 self.device[slot] = content
             for slot, content in leaves.contents():
                 self.device[slot] = content
-        mapping = self._slot_mapping(request, slots)
+        mapping = slot_mapping(request, slots)
         ready = self.engine.requests.with_slots(
             request, [mapping, *leaves.mappings()] if self.groups.spaces else mapping
         )
@@ -428,18 +440,6 @@ class Simulation:
                 follower.cancel()
         if response is not None and not is_put:
             self.moved_blocks += layered.check(response, slots, contents)
-
-    @staticmethod
-    def _slot_mapping(request: Request, slots: list[int]) -> NDArray[np.int64]:
-        """Return slots for the selected tokens; those outside whole blocks get any legal slot."""
-        span = request.span
-        mapping = np.zeros(span.last_token - span.first_token, np.int64)
-        skip = span.first_block * TOKENS_PER_BLOCK - span.first_token
-        for number, slot in enumerate(slots):
-            begin = skip + number * TOKENS_PER_BLOCK
-            first = slot * TOKENS_PER_BLOCK
-            mapping[begin : begin + TOKENS_PER_BLOCK] = range(first, first + TOKENS_PER_BLOCK)
-        return mapping
 
     async def _perform(self, request: Request, give_up_s: float | None) -> KVResponse | None:
         try:

@@ -47,6 +47,8 @@ SPANS_MAX = 1 << 21
 """How many spans are remembered if the tier has no size: 20 MB."""
 SPARE_SPANS = 1024
 """How many more spans are remembered than the tier may hold: a pool can exceed its budget."""
+REQUESTS_MAX = 32
+"""The most spans being read, and being written, at once, however small they are."""
 DEADLINE_SHARE = 0.8
 """The share of `io_deadline_s` after which a transfer without any progress has ended, so that none
 counts as hung."""
@@ -83,14 +85,15 @@ class RemoteTier:
         cache, sizes = self._cache, self._sizes
         if not cache.has_remote:
             return None
-        if len(sizes.spaces) > 1:
-            why = "blocks of models with several KV groups are not kept there yet"
+        has_leaves = len(sizes.spaces) > 1
+        if has_leaves and self._is_asked:
+            why = "blocks of models with several KV groups are not kept in Mooncake Store yet"
             self._unavailable.lose_tier(Tier.REMOTE, why)
             return None
-        size = span_blocks(sizes.block_stride_bytes, cache.tokens_per_block)
+        size = span_blocks(sizes.block_stride_bytes, cache.tokens_per_block, has_leaves)
         span_bytes = size * sizes.block_stride_bytes
         read, write = (
-            max(1, int(window_mb * MB) // span_bytes)
+            min(REQUESTS_MAX, max(1, int(window_mb * MB) // span_bytes))
             for window_mb in (cache.remote_read_window_mb, cache.remote_write_window_mb)
         )
         options = RemoteOptions(

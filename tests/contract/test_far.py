@@ -24,8 +24,9 @@ from flexkv.common.terms import (
     Tier,
     Transfer,
 )
-from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
+from flexkv.index.catalogue import NOT_FAR, NOTHING_IS_FAR, Catalogue
 from flexkv.index.hints import STORE, HintedCatalogue, Hints
+from flexkv.index.keys import block_keys, leaf_keys
 from flexkv.io.ports import Completion, TransferPort
 from flexkv.testing.fake_far import FakeFar, FarPort
 from flexkv.testing.faults import FaultPlan
@@ -194,3 +195,44 @@ async def test_what_could_not_be_fetched_is_not_promised_at_once(rig: FarRig) ->
     fetch = fetch_of(rig, 4, BLOCKS, count())
     rig.catalogue.doubt(fetch, TransferError(0, "remote→host", BLOCKS, "planted"))
     assert [look(rig.catalogue, first) for first in (0, 4, 8)] == [4, 0, 0]
+
+
+# -- leaves -----------------------------------------------------------------------------------
+
+GROUP, AT = 2, np.array([1, 4, 5, 9])
+LEAVES = leaf_keys(PROMPT.tobytes(), GROUP)
+LEAF_KEYS = [block_keys(LEAVES)[at] for at in AT.tolist()]
+
+
+def leaves_of(rig: FarRig) -> list[bool]:
+    """Return which of the leaves the catalogue promises."""
+    _, ids = rig.catalogue.leaves(b"".join(LEAF_KEYS), NOBODY)
+    nothing = rig.catalogue.leaves(b"".join(LEAF_KEYS), frozenset({rig.tier})).block_ids
+    assert (nothing == NOT_FAR).all()
+    is_far: list[bool] = (ids != NOT_FAR).tolist()
+    return is_far
+
+
+@pytest.mark.parametrize("lost", [None, 0, 2])
+async def test_leaves_come_by_their_keys(rig: FarRig, lost: int | None) -> None:
+    """Each leaf is held by itself; one that is missing ends a transfer, and is promised no more."""
+    for key in (*KEYS, *LEAF_KEYS[1:]):
+        rig.hold(key)
+    assert leaves_of(rig) == [False, True, True, True]
+    rig.hold(LEAF_KEYS[0])
+    if lost is not None:
+        rig.drop(LEAF_KEYS[lost])
+    names = BlockNames(LEAVES, Positions(1, len(AT), AT))
+    _, ids = rig.catalogue.leaves(b"".join(LEAF_KEYS), NOBODY)
+    places, route = np.arange(len(AT)), Route(rig.tier, Tier.HOST)
+    fetch = Transfer(0, 0, route, ids, places, names=names, group=GROUP)
+    end = (await ends_of(rig, fetch))[0]
+    filled = len(AT) if lost is None else lost
+    there = [row.tobytes() for row in rig.host[:filled]]
+    assert there == LEAF_KEYS[:filled]
+    if lost is not None:
+        assert isinstance(end.error, MissingBlockError)
+        assert end.filled == filled
+        rig.catalogue.doubt(fetch.part(filled, len(AT)), end.error)
+        assert leaves_of(rig) == [number != lost for number in range(len(AT))]
+    assert look(rig.catalogue, 0) == BLOCKS

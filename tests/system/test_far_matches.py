@@ -110,7 +110,7 @@ def test_what_is_coming_from_far_is_not_offered(served: FarServer, instance: Ins
     instance.request(Operation.PUT, 0, range(HERE))
     served.hold(keys, 6)
     served.pass_transfers(0)
-    number = client.start(Operation.PREFETCH, keys, HERE, None)
+    number = client.prefetch(keys, HERE)
     eventually(lambda: matched(client, keys).coming)
     served.hold(keys)
     found = matched(client, keys, hold=True)
@@ -132,7 +132,7 @@ def test_blocks_of_the_last_hint_are_told_apart_while_they_come(
     client, keys = instance.client, instance.keys(0)
     served.hold(keys)
     served.pass_transfers(0)
-    number = client.start(Operation.PREFETCH, keys, 0, None)
+    number = client.prefetch(keys, 0)
     eventually(lambda: matched(client, keys).coming)
     served.call(served.far.hinted.clear)
     found = matched(client, keys)
@@ -150,7 +150,7 @@ def test_blocks_that_are_here_behind_coming_ones_are_counted_with_them(
     client, keys = instance.client, instance.keys(0)
     served.hold(keys, 5)
     served.pass_transfers(0)
-    number = client.start(Operation.PREFETCH, keys, 0, None)
+    number = client.prefetch(keys, 0)
     eventually(lambda: matched(client, keys).coming)
     assert instance.request(Operation.PUT, 0, range(BLOCKS)).moved == 3
     found = matched(client, keys)
@@ -198,7 +198,7 @@ def test_a_match_holds_nothing_that_is_far(served: FarServer, instance: Instance
     served.hold(keys)
     found = matched(client, keys, hold=True)
     eventually(lambda: not served.idle())
-    number = client.start(Operation.PREFETCH, keys, HERE, None, held=found.number)
+    number = client.prefetch(keys, HERE, found.number)
     assert instance.end_of(number).moved == 5
     eventually(served.idle)
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from flexkv.common.config import ModelConfig
-from flexkv.common.request import Operation
 from flexkv.integration.common import far_fetches as module
 from flexkv.integration.common.far_fetches import (
     FETCHES_MAX,
@@ -24,10 +23,12 @@ from flexkv.integration.common.kv_groups import KVGroups
 from flexkv.integration.common.request_transfers import RequestTransfers
 from flexkv.server.prompts import Prompt, PromptPart
 from flexkv.server.wire import PROTOCOL_VERSION, Done, Matched, Welcome
+from tests.unit.group_spaces import STATE, spaces_of
 from tests.unit.transfer_rig import HELD
 
 PER_BLOCK, BLOCKS, HERE = 4, 20, 3
 SPACES = ModelConfig(num_layers=1, num_kv_heads=1, head_size=8, dtype="float16").spaces(PER_BLOCK)
+SEVERAL = spaces_of((STATE, 0, 2 * PER_BLOCK))
 FAR = Matched(HELD, HERE, {"host": HERE}, far={"remote": 8})
 TIMEOUT_S = 2.0
 
@@ -41,14 +42,13 @@ class Client:
         )
         self.begun: dict[int, tuple[int, int, int]] = {}
         self.cancelled: list[int] = []
+        self.drops: list[int] = []
         self.sent = 0
 
-    def start(
-        self, operation: Operation, keys: PromptPart, first: int, ids: None, held: int
-    ) -> int:
+    def prefetch(self, keys: PromptPart, first: int, held: int, drop: int) -> int:
         """Begin a prefetch of the blocks from `first` on."""
-        assert (operation, ids) == (Operation.PREFETCH, None)
         self.begun[len(self.begun) + 1] = first, keys.blocks, held
+        self.drops.append(drop)
         return len(self.begun)
 
     def flush(self) -> None:
@@ -88,10 +88,10 @@ class Rig:
 
     def __init__(
         self, stop: StopRule = "timeout", drops: bool = False, host_blocks: int = 1000,
-        alignment: int = PER_BLOCK, timeout_s: float = TIMEOUT_S,
+        alignment: int = PER_BLOCK, timeout_s: float = TIMEOUT_S, several: bool = False,
     ) -> None:  # fmt: skip
         self.client, self.counts, self.costs = Client(host_blocks), Counter[str](), FakeCosts()
-        groups = KVGroups(SPACES, alignment, drops)
+        groups = KVGroups(SEVERAL if several else SPACES, alignment, drops)
         self.now_s = 100.0
         self.fetches = FarFetches(
             self.client,  # type: ignore[arg-type]
@@ -277,6 +277,14 @@ def test_a_fetch_ends_where_a_hit_can(rig: Rig) -> None:
     assert not rig.begin(asked("b"), Matched(HELD, 4, {}, far={"remote": 1})), "no longer hit"
     assert rig.begin(asked("c"), FAR, blocks=10)
     assert rig.client.begun[2] == (HERE, 10, HELD)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_the_end_of_a_prefix_of_several_groups_is_told(drops: bool) -> None:
+    """The server learns which of the blocks to fetch are to be dropped behind the prefix."""
+    rig = Rig(drops=drops, alignment=2 * PER_BLOCK, several=True)
+    assert rig.begin(asked(), Matched(HELD, 4, {}, far={"remote": 6}))
+    assert (rig.client.begun, rig.client.drops) == ({1: (4, 10 + drops, HELD)}, [int(drops)])
 
 
 def test_what_arrives_late_is_counted_and_learnt(rig: Rig) -> None:

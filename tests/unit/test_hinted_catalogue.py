@@ -14,8 +14,9 @@ from flexkv.common.errors import (
     UnfilledError,
 )
 from flexkv.common.terms import BlockNames, Positions, Route, Tier, Transfer
-from flexkv.index.catalogue import FarRun
+from flexkv.index.catalogue import NOT_FAR, FarRun
 from flexkv.index.hints import STORE, HintCounts, HintedCatalogue, Hints, holders_of, on_disk
+from flexkv.index.keys import block_keys, leaf_keys
 from flexkv.index.spans import span_keys
 
 BLOCKS, SPAN = 14, 4
@@ -191,3 +192,66 @@ def test_a_listing_drops_what_it_did_not_see() -> None:
     assert hints.known(STORE, span(0, 12)).tolist() == [False, False, True]
     assert hints.drop(STORE, span(8, 12)[:8], size=8) == 1
     assert not len(hints)
+
+
+# -- leaves -----------------------------------------------------------------------------------
+
+GROUP = 3
+LEAVES = leaf_keys(KEYS, GROUP)
+
+
+def leaf(*positions: int) -> bytes:
+    """Return the keys of some leaves."""
+    return b"".join(block_keys(LEAVES)[at] for at in positions)
+
+
+def leaves_at(hints: Hints, avoid: frozenset[Tier] = NOBODY) -> list[int]:
+    """Return the positions of the leaves that the catalogue promises."""
+    tier, ids = HintedCatalogue(hints).leaves(leaf(*range(BLOCKS)), avoid)
+    assert (tier, ids.dtype) == (Tier.REMOTE, np.int64)
+    assert set(ids.tolist()) <= {NOT_FAR, STORE}
+    return np.flatnonzero(ids != NOT_FAR).tolist()
+
+
+def fetch_leaves(*positions: int) -> Transfer:
+    """Return the transfer of some leaves from the store."""
+    at = np.array(positions)
+    names = BlockNames(LEAVES, Positions(positions[0], len(at), at))
+    ids, route = np.full(len(at), STORE), Route(Tier.REMOTE, Tier.HOST)
+    return Transfer(0, 0, route, ids, np.arange(len(at)), names=names, group=GROUP)
+
+
+def test_each_leaf_is_a_span_of_its_own() -> None:
+    """Leaves are known by their own keys, whatever is known of the chain."""
+    hints = hints_of(store=(0, 12))
+    assert leaves_at(hints) == []
+    hints.note(STORE, leaf(2, 3, 9))
+    assert leaves_at(hints) == [2, 3, 9]
+    assert leaves_at(hints, frozenset({Tier.REMOTE})) == []
+    hints.note(NODE, leaf(4))
+    assert leaves_at(hints, frozenset({Tier.PEER})) == [2, 3, 9]
+    hints.avoid(STORE, True)
+    assert leaves_at(hints) == []
+
+
+@pytest.mark.parametrize("arrived", range(3))
+def test_a_bad_leaf_is_dropped(arrived: int) -> None:
+    """The leaf that is missing is forgotten, and no other one; nor is a span of the chain."""
+    hints = hints_of(store=(0, 12))
+    hints.note(STORE, leaf(2, 3, 9))
+    transfer, error = fetch_leaves(2, 3, 9), MissingBlockError(0, "remote→host", 1)
+    HintedCatalogue(hints).doubt(transfer.part(arrived, 3), error)
+    assert leaves_at(hints) == [at for n, at in enumerate((2, 3, 9)) if n != arrived]
+    assert hints.known(STORE, span(0, 12)).all()
+
+
+def test_leaves_of_a_failing_tier_are_doubted_for_a_time() -> None:
+    """Leaves that a failing tier did not send are not promised again at once, but known still."""
+    hints = hints_of(store=(0, 12))
+    hints.note(STORE, leaf(2, 3, 9))
+    transfer, error = fetch_leaves(2, 3, 9), DeadlineError(0, "remote→host", 3)
+    HintedCatalogue(hints, doubt_ticks=5).doubt(transfer.part(1, 3), error)
+    assert leaves_at(hints) == [2]
+    assert hints.known(STORE, leaf(2, 3, 9)).all()
+    hints.tick(5)
+    assert leaves_at(hints) == [2, 3, 9]

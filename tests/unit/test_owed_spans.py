@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from flexkv.common.space import GroupRule, Kind
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey, Positions, Route, Tier
 from flexkv.graph.draft import ONWARD, chunked_by_span
+from flexkv.index.keys import leaf_keys
 from flexkv.index.owed import EVICTED, Taken
 from flexkv.index.owed_spans import OwedSpans
 from flexkv.index.residency import Residency
@@ -134,6 +136,63 @@ def test_spans_are_unwritten_until_the_tier_is_said_to_have_them() -> None:
     taken_from(tiers, owed)
     assert owed.count_unwritten(0, 8) == SPAN
     assert sum(owed.count_unwritten(place, place + 1) for place in range(8)) == SPAN
+
+
+STATE = 1
+
+
+def with_leaves() -> tuple[Residency, bytes]:
+    """Return host memory with three blocks of a chain and the states behind two of them."""
+    tiers = Residency({Tier.HOST: 8}, rules=(GroupRule(STATE, Kind.STATE, 0, 1, 1),))
+    prompt = keys(0, 1, 2)
+    filled(tiers, Tier.HOST, 0, 1, 2)
+    places = np.array([1, 2])
+    positions = Positions(1, 2, places)
+    tiers.commit(Tier.HOST, tiers.reserve(Tier.HOST, prompt, positions, group=STATE))
+    return tiers, leaf_keys(prompt, STATE)
+
+
+def test_each_leaf_is_owed_as_a_span_of_its_own() -> None:
+    """A leaf is taken alone, with its group, its own key and its parent's."""
+    tiers, leaves = with_leaves()
+    owed = owed_by(tiers)
+    owed.add(np.arange(8), 0)
+    assert owed.blocks == SPAN + 2
+    assert owed.epochs.left_of(owed.epochs.epoch) == SPAN + 2
+    taken = [owed.take() for _ in range(3)]
+    assert [each.group for each in taken if each] == [0, STATE, STATE]
+    parents = keys(0, 1, 2)
+    for at, each in zip((1, 2), taken[1:], strict=True):
+        assert each is not None
+        assert each.hold is not None
+        one = slice((at + 1) * BLOCK_KEY_BYTES, (at + 2) * BLOCK_KEY_BYTES)
+        assert (each.keys, len(each.host_ids)) == (parents[one] + leaves[one], 1)
+        tiers.claims.settle(each.hold, filled=False)
+        owed.ended(each)
+    assert owed.blocks == 0
+    assert owed.epochs.left_of(owed.epochs.epoch) == SPAN
+
+
+def test_leaves_that_the_tier_lacks_are_counted() -> None:
+    """Leaves count as unwritten, and as lacking, until the tier is known to have them."""
+    tiers, leaves = with_leaves()
+    far = {leaves[2 * BLOCK_KEY_BYTES : 3 * BLOCK_KEY_BYTES]}
+    owed = OwedSpans(tiers, Tier.REMOTE, SPAN, lambda tier, key: key in far)
+    assert owed.count_unwritten(0, 8) == len(owed.lacking(0, 8)) == SPAN + 1
+    owed.add(np.arange(8), 0)
+    assert (owed.count_unwritten(0, 8), len(owed.lacking(0, 8))) == (SPAN + 1, 0)
+
+
+def test_leaves_that_are_evicted_are_given_up() -> None:
+    """A leaf that host memory has dropped is counted as given up, and not written."""
+    tiers, _ = with_leaves()
+    owed = owed_by(tiers)
+    owed.add(np.arange(8), 0)
+    (found,) = tiers.survey(keys(0, 1, 2), 2, 3, False, STATE)
+    assert found.block_ids[0] is not None
+    tiers.forget(Tier.HOST, found.block_ids[0])
+    owed.drop_gone(EVICTED)
+    assert (owed.blocks, owed.given_up[EVICTED]) == (SPAN + 1, 1)
 
 
 @pytest.mark.parametrize("first", range(9))

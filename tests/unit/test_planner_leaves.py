@@ -246,8 +246,8 @@ def test_blocks_behind_a_hit_must_be_there_for_a_draft_model() -> None:
 
 
 @pytest.mark.parametrize("operation", [Operation.GET, Operation.PREFETCH])
-def test_far_tiers_are_not_asked_for_a_model_with_leaves(operation: Operation) -> None:
-    """Blocks that others are said to hold do not lengthen a prefix: others store no leaves."""
+def test_a_far_chain_without_leaves_is_of_no_use(operation: Operation) -> None:
+    """If others hold only blocks of the chain, a prefix is no longer than without them."""
     far = FakeFar()
     far.hold(block_keys(KEYS))
     tiers = index()
@@ -255,8 +255,8 @@ def test_far_tiers_are_not_asked_for_a_model_with_leaves(operation: Operation) -
     planner = Planner(tiers, LIMITS, far, RULES)
     made = asked(operation, {WINDOW: list(NUMBERS), STATE: list(NUMBERS), PAIR: [1, 3, 5, 7]})
     planned = planner.plan(made, 1)
-    assert (planned.found.last, planned.found.chain) == (4, 5)
-    assert (planner.peek(made).last, planner.find(KEYS).last, far.looks) == (4, 4, [])
+    assert (planned.found.last, planned.found.chain, planned.has_far) == (4, 5, False)
+    assert (planner.peek(made).last, planner.find(KEYS).last) == (4, 4)
     assert moved(planned, LOAD).keys() == ({0, 1, 2, 3} if operation is Operation.GET else set())
     settle(tiers, planned)
 

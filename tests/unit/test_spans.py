@@ -35,6 +35,11 @@ def test_a_span_is_about_16_mib(stride_bytes: int, tokens_per_block: int, blocks
     assert span_blocks(stride_bytes, tokens_per_block) == blocks
 
 
+def test_a_span_of_a_model_with_leaves_is_one_block() -> None:
+    """Any boundary can be the end of what is far, however small the blocks are."""
+    assert span_blocks(512, 16, has_leaves=True) == 1
+
+
 @given(
     blocks=st.integers(1, 5),
     count=st.integers(0, 30),

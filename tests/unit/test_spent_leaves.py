@@ -164,7 +164,7 @@ def hit_share(policy: str, blocks: int) -> float:
         hit += index.find(keys, use=True).last
         for group in range(3):
             first = _ext.needed(WINDOW, 16 * BLOCK, BLOCK, last * BLOCK)[0] if group else 0
-            with index.holding(index._run(keys, 0, last).holdings):
+            with index.holding(index.run(keys, 0, last).holdings):
                 told = index.survey(keys, first, last, False, group)
                 lacking = sorted(n for of in told if not any(of.states) for n in of.positions)
                 put(index, lacking, group, Tier.HOST, keys)

@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-from flexkv.common.request import Operation
 from flexkv.integration.common.costs import Costs
 from flexkv.integration.common.kv_groups import KVGroups
 from flexkv.integration.common.request_transfers import RequestTransfers, share_of
@@ -145,9 +144,9 @@ class FarFetches:
         if costs is not None and not costs.is_worth_fetching(by_tier, max(0, others), tokens):
             self._count("declined_far_blocks", far)
             return False
-        number = self._client.start(
-            Operation.PREFETCH, part_of(last), found.blocks, None, held=found.number
-        )
+        # A prefix of several KV groups is fetched whole, so its end must be known.
+        drop = last - end if groups.several else 0
+        number = self._client.prefetch(part_of(last), found.blocks, found.number, drop)
         self._client.flush()
         fetch = _Fetch(
             request.request_id, found.blocks, last, by_tier, ahead, not found.coming, number
