@@ -51,8 +51,15 @@ class Mooncake:
         self.port = free_port()
         self._segment_bytes = segment_bytes
         self._numbers = itertools.count()
+        self._start()
+
+    def _start(self) -> None:
         self.master = self._master()
-        self.memory = self._memory()
+        try:
+            self.memory = self._memory()
+        except BaseException:
+            self.kill_master()
+            raise
 
     @property
     def address(self) -> str:
@@ -87,14 +94,16 @@ class Mooncake:
             stderr=subprocess.DEVNULL,
         )
         assert memory.stdout is not None
-        assert memory.stdout.readline() == b"there 0\n", "no memory was added to the store"
+        if (said := memory.stdout.readline()) != b"there 0\n":
+            memory.kill()
+            memory.communicate()
+            raise AssertionError(f"no memory was added to the store: {said!r}")
         return memory
 
     def restart(self) -> None:
         """Kill the master and its memory, and start both anew, without objects."""
         self.close()
-        self.master = self._master()
-        self.memory = self._memory()
+        self._start()
 
     def kill_master(self) -> None:
         """Kill the master."""
