@@ -120,15 +120,16 @@ def test_a_get_loads_what_is_here_and_what_lies_far_behind_it() -> None:
     async def work(bench: Bench) -> None:
         await bench.perform(Operation.PUT, 3)
         bench.far.hold(bench.keys())
-        assert bench.engine.match(_tokens(0, BLOCKS)).tokens == 3 * TOKENS_PER_BLOCK
-        assert bench.far.looks == [], "a match asks for what is far"
+        found = bench.engine.match(_tokens(0, BLOCKS))
+        assert (found.tokens, bench.far.looks) == (3 * TOKENS_PER_BLOCK, [3])
+        assert sum(found.far_tokens_by_tier.values()) == 5 * TOKENS_PER_BLOCK
         first = await bench.perform(Operation.GET)
         assert (first.status, loaded(first), first.error) == (SUCCESS, 8, None)
-        assert bench.far.looks == [3]
+        assert bench.far.looks == [3, 3]
         assert bench.engine.match(_tokens(0, BLOCKS)).tokens == 8 * TOKENS_PER_BLOCK
         second = await bench.perform(Operation.GET)
         assert (second.status, loaded(second)) == (SUCCESS, 8)
-        assert bench.far.looks == [3], "what is here needs no look-up"
+        assert bench.far.looks == [3, 3], "what is here needs no look-up"
         assert bench.fetched() == [0, 0, 0, 1, 1, 1, 1, 1]
         told = bench.engine.statistics()
         assert told.hit_blocks == {"host": 3 + 8, "remote": 5}
