@@ -32,7 +32,8 @@ from flexkv.io.remote.store import Listed
 from flexkv.server.operator import command
 from flexkv.testing.tiny_model import make_tiny_model
 from flexkv.testing.vllm_serve import OWN, Served, VllmServe
-from tests.moto import PROGRAM, running
+from tests.moto import PROGRAM
+from tests.s3 import running
 
 SPAN_TOKENS, OWN_TOKENS = 256, 16
 """Tokens of a span, and those of a prompt behind its whole spans: less than a block."""
@@ -77,8 +78,8 @@ def _arms(folder: Path, stack: ExitStack) -> list[_Arm]:
     model = make_tiny_model(folder / "model", MODEL, "bfloat16")
     arms: list[_Arm] = []
     if PROGRAM.exists():
-        moto = stack.enter_context(running())
-        arms.append(_FlexKV("S3", folder, model, f"s3://{moto.new_bucket()}/kv", moto.custom))
+        s3 = stack.enter_context(running())
+        arms.append(_FlexKV("S3", folder, model, f"s3://{s3.new_bucket()}/kv", s3.custom))
     arms.append(_FlexKV("directory", folder, model, f"file://{folder}/shared", {}))
     if not lmcache.missing():
         arms.append(_LMCache("LMCache, directory", folder, model))

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from flexkv.observe.logs import forget_configuration
 
 pytest_plugins = [
-    "tests.warning_policy", "tests.vllm.support", "tests.moto", "tests.mooncake",
+    "tests.warning_policy", "tests.vllm.support", "tests.s3", "tests.mooncake",
     "tests.servers",
 ]  # fmt: skip
 

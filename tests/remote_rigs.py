@@ -61,8 +61,8 @@ def memory_store(_: Path, __: Servers, options: RemoteOptions) -> OpenStore:
 
 def s3_store(_: Path, servers: Servers, options: RemoteOptions) -> OpenStore:
     """Return an empty bucket of a real server."""
-    moto = servers.moto
-    return open_store(f"s3://{moto.new_bucket()}/some/prefix/", moto.custom, options)
+    s3 = servers.s3
+    return open_store(f"s3://{s3.new_bucket()}/some/prefix/", s3.custom, options)
 
 
 def directory_store(folder: Path, _: Servers, options: RemoteOptions) -> OpenStore:

@@ -7,17 +7,17 @@ from typing import NamedTuple
 import pytest
 
 from tests.mooncake import Mooncake
-from tests.moto import Moto
+from tests.s3 import S3Server
 
 
 class Servers(NamedTuple):
     """Servers that run as long as the session."""
 
-    moto: Moto
+    s3: S3Server
     mooncake: Mooncake
 
 
 @pytest.fixture(scope="session")
-def servers(moto: Moto, mooncake: Mooncake) -> Servers:
+def servers(s3: S3Server, mooncake: Mooncake) -> Servers:
     """Return the running servers."""
-    return Servers(moto, mooncake)
+    return Servers(s3, mooncake)

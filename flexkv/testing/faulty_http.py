@@ -46,6 +46,8 @@ class _Exchange(NamedTuple):
 
     request: Message
     ask: Callable[[Message], Awaitable[Message]]
+    get: Callable[[str, bytes], Awaitable[Message]]
+    """Asks for what is at a path, with the line of a range or none."""
     random: Random
     others: Sequence[str]
     """Paths of other objects."""
@@ -61,12 +63,23 @@ class FaultyProxy:
         met: how often each fault was used.
     """
 
-    def __init__(self, server_port: int, seed: int, faults: Sequence[str], share: float) -> None:
-        """Take the server's port on this machine, and what happens to its answers."""
+    def __init__(
+        self,
+        server_port: int,
+        seed: int,
+        faults: Sequence[str],
+        share: float,
+        signed: Callable[[str], str] = lambda path: path,
+    ) -> None:
+        """Take the server's port on this machine, and what happens to its answers.
+
+        `signed` returns the target of a request that gets what is at a path: a server that checks
+        signatures answers nothing else to requests that the proxy makes up.
+        """
         self.port = 0
         self.share, self.faults = share, list(faults)
         self.met: Counter[str] = Counter()
-        self._server_port, self._seed = server_port, seed
+        self._server_port, self._seed, self._signed = server_port, seed, signed
         self._before: Counter[tuple[str, str, bytes]] = Counter()
         self._paths: set[str] = set()
         self._listening: asyncio.Server | None = None
@@ -107,7 +120,7 @@ class FaultyProxy:
     async def _answer(self, request: Message, writer: asyncio.StreamWriter) -> bool:
         """Answer a request; return whether the connection can be used further."""
         fault = self._fault_of(request)
-        exchange = _Exchange(request, self._ask, *fault[1:])
+        exchange = _Exchange(request, self._ask, self._get, *fault[1:])
         response, keep = await FAULTS[fault[0]](exchange) if fault[0] else (
             await self._ask(request), True
         )  # fmt: skip
@@ -133,6 +146,11 @@ class FaultyProxy:
         if fault:
             self.met[fault] += 1
         return fault, random, others
+
+    async def _get(self, path: str, in_range: bytes) -> Message:
+        """Return the server's answer to a get that no client has asked for."""
+        line, host = f"GET {self._signed(path)} HTTP/1.1", f"Host: 127.0.0.1:{self._server_port}"
+        return await self._ask(Message(f"{line}\r\n{host}".encode() + in_range + _END, b""))
 
     async def _ask(self, request: Message) -> Message:
         """Return the server's answer."""
@@ -224,14 +242,15 @@ async def _other(at: _Exchange) -> _Answer:
     """Answer with the bytes of another object."""
     if at.request.method != "GET" or not at.others:
         return await at.ask(at.request), True
-    path = at.random.choice(at.others).encode()
-    head = at.request.head.replace(at.request.path.encode(), path, 1)
-    return await at.ask(Message(head, b"")), True
+    in_range = _RANGE.search(at.request.head)
+    return await at.get(at.random.choice(at.others), in_range[0] if in_range else b""), True
 
 
 async def _whole(at: _Exchange) -> _Answer:
     """Ignore the range, and answer 200 with all bytes."""
-    return await at.ask(Message(_RANGE.sub(b"", at.request.head), at.request.body)), True
+    if at.request.method != "GET" or not _RANGE.search(at.request.head):
+        return await at.ask(at.request), True
+    return await at.get(at.request.path, b""), True
 
 
 def _error(status: str, code: str) -> Message:

@@ -25,7 +25,6 @@ from flexkv.tiers.remote_gc.once import SinglePool, collect, shards_of
 from flexkv.tiers.remote_gc.removal import Removal
 from flexkv.tiers.remote_gc.rules import Limits, ShardListing
 from flexkv.tiers.remote_gc.touches import Touches
-from tests.moto import Moto
 from tests.remote_pools import (
     BLOCK_BYTES,
     DESCRIPTION,
@@ -36,19 +35,20 @@ from tests.remote_pools import (
     span_content,
     span_key,
 )
+from tests.s3 import S3Server
 
 OPTIONS = RemoteOptions()
-STORES: dict[str, Callable[[Path, Moto], OpenStore]] = {
+STORES: dict[str, Callable[[Path, S3Server], OpenStore]] = {
     "memory": lambda _, __: open_store("memory://", {}, OPTIONS),
-    "s3": lambda _, moto: open_store(f"s3://{moto.new_bucket()}/kv", moto.custom, OPTIONS),
+    "s3": lambda _, s3: open_store(f"s3://{s3.new_bucket()}/kv", s3.custom, OPTIONS),
     "directory": lambda folder, _: open_store(f"file://{folder}/kv", {}, OPTIONS),
 }
 
 
 @pytest.fixture(params=STORES.values(), ids=[*STORES])
-def requests(request: pytest.FixtureRequest, tmp_path: Path, moto: Moto) -> Iterator[Requests]:
+def requests(request: pytest.FixtureRequest, tmp_path: Path, s3: S3Server) -> Iterator[Requests]:
     """Yield the requests of each store, which is empty; close it afterwards."""
-    store = request.param(tmp_path, moto)
+    store = request.param(tmp_path, s3)
     yield Requests(store, OPTIONS)
     store.close()
 

@@ -118,10 +118,10 @@ def remote(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """Return the keys of an empty remote tier."""
     if request.param == "directory":
         return {"remote_cache_path": f"file://{tmp_path}/shared"}
-    moto = request.getfixturevalue("moto")
+    s3 = request.getfixturevalue("s3")
     return {
-        "remote_cache_path": f"s3://{moto.new_bucket()}/kv/",
-        "remote_config_custom": moto.custom,
+        "remote_cache_path": f"s3://{s3.new_bucket()}/kv/",
+        "remote_config_custom": s3.custom,
     }
 
 
@@ -233,11 +233,11 @@ async def test_an_engine_closes_while_its_store_is_silent() -> None:
     silent.close()
 
 
-async def test_a_shard_with_a_hostile_name_costs_only_its_own_spans(moto: Any) -> None:
+async def test_a_shard_with_a_hostile_name_costs_only_its_own_spans(s3: Any) -> None:
     """A name that the client refuses keeps no round from ending, and no engine from closing."""
-    bucket = moto.new_bucket()
+    bucket = s3.new_bucket()
     remote = {
-        "remote_cache_path": f"s3://{bucket}/kv/", "remote_config_custom": moto.custom,
+        "remote_cache_path": f"s3://{bucket}/kv/", "remote_config_custom": s3.custom,
         "remote_list_per_s": 1000.0,
     }  # fmt: skip
     async with Node(remote) as first:
@@ -246,7 +246,7 @@ async def test_a_shard_with_a_hostile_name_costs_only_its_own_spans(moto: Any) -
         assert isinstance(backend, LocalBackend)
         assert backend.remote.pool is not None
         pool = (await backend.remote.pool.joined()).name
-    moto.request("PUT", f"{bucket}/kv/{pool}/07//x")
+    s3.request("PUT", f"{bucket}/kv/{pool}/07//x")
     async with Node(remote) as second:
         await second.until(listed)
         assert await second.get(1) == WHOLE

@@ -15,12 +15,12 @@ from typing import Any, TypeAlias
 import pytest
 
 from flexkv.index.spans import SPAN_TOKENS_MAX
-from tests.moto import Moto, running
+from tests.s3 import S3Server, running
 
 from .conftest import Started, planned, wait_gone
 from .test_outputs import check_sound, moved
 
-Store: TypeAlias = tuple[Moto | None, dict[str, Any]]
+Store: TypeAlias = tuple[S3Server | None, dict[str, Any]]
 """An S3 server or None, and the keys of a remote tier."""
 BLOCK_TOKENS = 32
 SIZES: dict[str, Any] = {
@@ -47,12 +47,12 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     if request.param == "directory":
         yield None, {"remote_cache_path": f"file://{tmp_path}/shared"}
         return
-    with running() as moto:
+    with running() as s3:
         yield (
-            moto,
+            s3,
             {
-                "remote_cache_path": f"s3://{moto.new_bucket()}/kv/",
-                "remote_config_custom": moto.custom,
+                "remote_cache_path": f"s3://{s3.new_bucket()}/kv/",
+                "remote_config_custom": s3.custom,
             },
         )
 
@@ -89,14 +89,14 @@ def test_an_engine_fetches_what_another_stored_until_the_store_dies(
     without: dict[str, Any],
 ) -> None:
     """An engine without blocks hits all whole spans of another; it answers right when S3 dies."""
-    moto, remote = store
+    s3, remote = store
     first = engine("first", remote)
     told = first.answer()
     check_sound(told, without)
     spans = spans_of(SIZES["first_tokens"]) // BLOCK_TOKENS
     assert moved(told)["host→remote"] >= SIZES["conversations"] * spans
     end(first, told)
-    kills = {} if moto is None else {TURNS_WITH_STORE: moto.pid}
+    kills = {} if s3 is None else {TURNS_WITH_STORE: s3.pid}
     second = engine("second", remote, lists=True, kills=kills)
     told = second.answer()
     check_sound(told, without)
@@ -105,7 +105,7 @@ def test_an_engine_fetches_what_another_stored_until_the_store_dies(
     assert fetched["blocks"] >= SIZES["conversations"] * spans
     # Only a living store has more than the engine itself has kept.
     tokens = SIZES["first_tokens"] + SIZES["answer_tokens"] + SIZES["turn_tokens"]
-    if moto is None:
+    if s3 is None:
         assert set(told["cached"][1]) == {spans_of(tokens)}
         assert fetched["failed_ops"] == 0
     else:

@@ -28,7 +28,7 @@ from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.store import Listed
 
 if TYPE_CHECKING:
-    from obstore import GetOptions, GetResult
+    from obstore import GetOptions, GetResult, ObjectMeta
     from obstore.store import ObjectStore as Client
 
 T = TypeVar("T")
@@ -107,8 +107,7 @@ class ObjectStore:
 
     async def head(self, name: str) -> Listed:
         """Return an object's size and age."""
-        found = await self._done(obstore.head_async(self._client, name), "head")
-        return Listed(name, found["size"], found["last_modified"].timestamp())
+        return _listed(await self._done(obstore.head_async(self._client, name), "head"))
 
     async def pages(self, prefix: str) -> AsyncIterator[list[Listed]]:
         """Yield the objects whose names begin with `prefix`, which ends in a slash, by pages."""
@@ -116,14 +115,7 @@ class ObjectStore:
 
         async def following() -> list[Listed] | None:
             page = await anext(pages, None)
-            return (
-                None
-                if page is None
-                else [
-                    Listed(each["path"], each["size"], each["last_modified"].timestamp())
-                    for each in page
-                ]
-            )
+            return None if page is None else [_listed(each) for each in page]
 
         while page := await self._listed(following()):
             yield page
@@ -258,6 +250,11 @@ class _Chunks:
 def _future(awaitable: Any) -> asyncio.Future[Any]:
     """Return an awaitable of obstore's, all of which are futures."""
     return cast("asyncio.Future[Any]", awaitable)
+
+
+def _listed(found: ObjectMeta) -> Listed:
+    """Return an object with its time in whole seconds: a head's is, a listing's may be finer."""
+    return Listed(found["path"], found["size"], float(int(found["last_modified"].timestamp())))
 
 
 def _reason(raised: BaseException, text: str, status: str) -> str:
