@@ -15,9 +15,10 @@ LOCKED := install --quiet --no-deps --requirement
 TORCH_INDEX ?=
 APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
 TEST_APT_PACKAGES := fuse3 g++ chromium libibverbs1
+CEPH_APT_PACKAGES := ceph-mon ceph-osd radosgw
 MACHINE_APT_PACKAGES := xfsprogs btrfs-progs dosfstools e2fsprogs ntfs-3g
 
-.PHONY: help setup ext demo moto test test-system test-latest test-vllm test-vllm-code soak-vllm lock check \
+.PHONY: help setup ext demo moto test test-system test-s3 test-latest test-vllm test-vllm-code soak-vllm lock check \
 	lint types gpu mutants coverage sanitize bench soak wheel clean
 
 help:  ## List the targets
@@ -58,6 +59,11 @@ test: $(VENV)/.setup-dev $(MOTO_VENV)/.setup  ## Run the tests, on two cores; AR
 test-system: $(VENV)/.setup-dev  ## The tests that mount file systems and make cgroups: as root
 	scripts/system-packages $(MACHINE_APT_PACKAGES) || echo 'some tests need $(MACHINE_APT_PACKAGES)'
 	$(BIN)/python -m pytest tests/machine $(ARGS)
+
+test-s3: $(VENV)/.setup-dev  ## The tests of the remote tier on a real S3 server, Ceph's (240 MB to install)
+	scripts/system-packages $(CEPH_APT_PACKAGES)
+	S3_SERVER=rgw $(BIN)/python -m pytest -k 's3 or remote_faults or hostile or bucket' \
+		tests/contract/test_remote*.py tests/system/test_remote*.py $(ARGS)
 
 test-latest: $(MOTO_VENV)/.setup  ## The tests with the newest releases of everything, in a venv of their own
 	scripts/system-packages $(APT_PACKAGES) $(TEST_APT_PACKAGES)
@@ -117,11 +123,13 @@ sanitize: $(VENV)/.setup-dev  ## The extension's tests under ASan and UBSan
 bench: $(VENV)/.setup-dev  ## Benchmarks, side by side with their limits; ARGS="disk --repeats 5"
 	$(BIN)/python -m benchmarks $(ARGS)
 
-soak: $(VENV)/.setup-dev  ## Fresh simulations, long property tests, many crashes; about 30 minutes
+soak: $(VENV)/.setup-dev $(MOTO_VENV)/.setup  ## Fresh simulations, long property tests, many crashes and faults; about 35 minutes
 	SIMULATION_SEEDS=10000 POOL_SPANS=100000 POOL_SEEDS=3 SIMULATION_FIRST=$${SIMULATION_FIRST:-$$(date +%s)00} \
+	REMOTE_FAULTS=10000 REMOTE_FAULT_FIRST=$${REMOTE_FAULT_FIRST:-$$(date +%s)00} \
 	INDEX_OPERATIONS=120000 KILLS=200 DAMAGES=10000 POWER_LOSSES=1000 HYPOTHESIS_PROFILE=soak FUZZ_FRAMES=100000 FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
 	$(BIN)/python -m pytest -q tests/simulation tests/property tests/system/test_warm.py \
-	tests/system/test_crash.py tests/system/test_power_loss.py tests/system/test_fuzz.py
+	tests/system/test_crash.py tests/system/test_power_loss.py tests/system/test_fuzz.py \
+	tests/system/test_remote_faults.py
 
 wheel: $(VENV)/.setup  ## One abi3 wheel, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -76,14 +76,14 @@ class Cluster:
             )
         )
 
-    def start(self, access_key: str, secret_key: str) -> int:
+    def start(self, access_keys: Sequence[str], secret_key: str) -> int:
         """Start the programs and make a user; return the gateway's process once it answers."""
         self._start_monitor()
         self._start_osd()
-        self._run(
-            "radosgw-admin", "-n", "client.rgw", "user", "create", "--uid=tests",
-            "--display-name=tests", f"--access-key={access_key}", f"--secret-key={secret_key}",
-        )  # fmt: skip
+        user = "radosgw-admin", "-n", "client.rgw", "--uid=tests", f"--secret-key={secret_key}"
+        for number, key in enumerate(access_keys):
+            what = ("key", "create") if number else ("user", "create", "--display-name=tests")
+            self._run(*user, *what, f"--access-key={key}")
         gateway = self._serve("radosgw", "-n", "client.rgw")
         self._wait(gateway)
         return gateway.pid
@@ -162,11 +162,11 @@ def _free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def serving(access_key: str, secret_key: str) -> Iterator[tuple[int, int]]:
+def serving(access_keys: Sequence[str], secret_key: str) -> Iterator[tuple[int, int]]:
     """Start a cluster whose user has these keys; yield the gateway's port and process."""
     for program in PACKAGES:
         assert shutil.which(program), f"{program} is not installed: run `make test-s3`"
     with tempfile.TemporaryDirectory(prefix="flexkv-ceph-") as name, ExitStack() as stack:
         cluster = Cluster(Path(name), stack)
-        pid = cluster.start(access_key, secret_key)
+        pid = cluster.start(access_keys, secret_key)
         yield cluster.port, pid

@@ -19,7 +19,8 @@ from tests import ceph, moto
 
 KIND = os.environ.get("S3_SERVER", "moto")
 """Which server: "moto", which believes every signature, or "rgw", Ceph's gateway."""
-ACCESS_KEY, SECRET = "an-access-key", "a-secret-of-tests"
+ACCESS_KEY, NEW_ACCESS_KEY, SECRET = "an-access-key", "a-new-access-key", "a-secret-of-tests"
+"""Keys of the same user, which have the same secret."""
 SIGNED_FOR = timedelta(minutes=5)
 
 
@@ -86,8 +87,8 @@ class S3Server:
 def running() -> Iterator[S3Server]:
     """Start the server that `S3_SERVER` names on a free port, and stop it afterwards."""
     assert KIND in ("moto", "rgw"), f"S3_SERVER={KIND}"
-    serving = ceph.serving(ACCESS_KEY, SECRET) if KIND == "rgw" else moto.serving()
-    with serving as (port, pid):
+    keys = ACCESS_KEY, NEW_ACCESS_KEY
+    with (ceph.serving(keys, SECRET) if KIND == "rgw" else moto.serving()) as (port, pid):
         yield S3Server(port, pid)
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
 _RANGE = re.compile(rb"(?i)\r\nrange: *[^\r]*")
@@ -85,7 +85,7 @@ class FaultyProxy:
         self._listening: asyncio.Server | None = None
         self._serving: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
-    async def __aenter__(self) -> FaultyProxy:
+    async def __aenter__(self) -> Self:
         """Listen."""
         self._listening = await asyncio.start_server(self._begin, "127.0.0.1", 0)
         self.port = self._listening.sockets[0].getsockname()[1]
