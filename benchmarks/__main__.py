@@ -24,6 +24,7 @@ CASES = (
     "disk",
     "remote",
     "remote_beside",
+    "remote_s3",
     "mooncake",
     "survive",
     "neighbours",

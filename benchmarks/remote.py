@@ -128,25 +128,41 @@ class PortRig:
                 await self._woken.wait()
                 self._woken.clear()
 
-    def put_all(self) -> list[str]:
-        """Fill the host memory, store every span of it, and return the objects' names."""
+    def fill(self) -> None:
+        """Fill the host memory with bytes, and sum them."""
         random = np.random.default_rng(6)
         for block in self.arena.array:
             block[:] = np.frombuffer(random.bytes(BLOCK_BYTES), np.uint8)
         summer = PoolChecksummer(self.arena, sums=self.sums)
         summer.submit(0, np.arange(self.blocks), True)
         summer.close()
-        size, names, puts = SPAN_BLOCKS, [], []
+
+    def put_all(self) -> list[str]:
+        """Fill the host memory, store every span of it, and return the objects' names."""
+        self.fill()
+        self.runner.run(join_pool(self.requests.store, POOL))
+        self.put_again()
+        return self.names
+
+    @property
+    def names(self) -> list[str]:
+        """Return the objects' names."""
+        size = SPAN_BLOCKS
+        ends = range(size, self.blocks + 1, size)
+        return [POOL.object_name(self._keys[end].tobytes()) for end in ends]
+
+    def put_again(self) -> float:
+        """Store every span of host memory, and return the seconds that it takes."""
+        size, puts = SPAN_BLOCKS, []
         for first in range(0, self.blocks, size):
             keys = self._keys[first : first + size + 1].tobytes()
             places = np.arange(first, first + size)
             named = BlockNames(keys, Positions(0, size))
             route = Route(Tier.HOST, Tier.REMOTE)
             puts.append(Transfer(first, 0, route, places, places, names=named))
-            names.append(POOL.object_name(keys[-16:]))
-        self.runner.run(join_pool(self.requests.store, POOL))
+        begin = time.perf_counter()
         self.runner.run(self._run(puts))
-        return names
+        return time.perf_counter() - begin
 
     def get_all(self) -> float:
         """Read every span to host memory, and return the seconds that it takes."""

@@ -48,6 +48,8 @@ osd data = {folder}/osd$id
 keyring = {folder}/osd$id/keyring
 osd max object name len = 256
 [client.rgw]
+rgw gc obj min wait = 1
+rgw gc processor period = 1
 rgw frontends = beast endpoint=127.0.0.1:{port}
 """
 

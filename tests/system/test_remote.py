@@ -59,7 +59,7 @@ class Node:
 
     async def until(self, condition: Callable[[StoreStatistics], bool]) -> None:
         """Wait until the statistics of the store meet a condition."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while not condition(self.store):  # noqa: ASYNC110 -- the state of another engine
                 await asyncio.sleep(0.01)
 

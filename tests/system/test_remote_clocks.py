@@ -89,8 +89,8 @@ async def main(keys):
         await node.until(listed)
         if is_alone:
             await node.until(lambda store: store.collection.is_collector)
-        rounds = node.store.listed_rounds
-        await node.until(lambda store: store.listed_rounds > rounds + 1)
+            rounds = node.store.listed_rounds
+            await node.until(lambda store: store.listed_rounds > rounds + 1)
         store = node.store
         told = {"expired": store.collection.removed.expired, "spans": store.known_spans,
                 "is_collector": store.collection.is_collector, "time_s": time.time()}

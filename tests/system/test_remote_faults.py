@@ -41,10 +41,8 @@ WANTED = int(os.environ.get("REMOTE_FAULTS", "480"))
 """How many requests suffer a fault in all lives of a port."""
 LIVES = max(12, WANTED // 250)
 FIRST = int(os.environ.get("REMOTE_FAULT_FIRST", "0"))
-OPTIONS = RemoteOptions(deadline_s=2.0)
+OPTIONS = RemoteOptions(deadline_s=0.6)
 """For faults that only a deadline ends."""
-HASTY = RemoteOptions(deadline_s=0.6)
-"""For many of them."""
 PATIENT = RemoteOptions(deadline_s=20.0)
 Ways = tuple[PortRig, PortRig, FaultyProxy]
 SURVIVED = ("busy", "fail", "reset", "cut", "delay")
@@ -54,7 +52,7 @@ HURRIED = sorted(set(FAULTS) - {"hang"})
 @asynccontextmanager
 async def two_ways(s3: S3Server, seed: int, *faults: str) -> AsyncIterator[Ways]:
     """Yield a port to a new bucket, one to the same bucket through a proxy, and the proxy."""
-    options = HASTY if len(faults) == len(FAULTS) else OPTIONS if "hang" in faults else PATIENT
+    options = OPTIONS if "hang" in faults else PATIENT
     url = f"s3://{s3.new_bucket()}/kv"
     clean = PortRig(open_store(url, s3.custom, PATIENT), PATIENT)
     await join_pool(clean.requests.store, POOL)
@@ -109,13 +107,19 @@ async def test_no_fault_gives_wrong_bytes(s3: S3Server, seed: int, met: Counter[
         check(clean, whole, end)
         assert end.error is None or isinstance(end.error, MissingBlockError)
         await clean.store_spans(*range(SPANS))
-        for _ in range(100):  # the machine may be too slow for the short deadline
-            whole = spoiled.get(0, SPANS * G)
-            (end,) = await spoiled.run(whole)
-            check(spoiled, whole, end)
-            if end.error is None:
-                return
-        raise AssertionError("it did not recover by itself")
+        for span in range(SPANS):
+            await recover(spoiled, span)
+
+
+async def recover(rig: PortRig, span: int) -> None:
+    """Get a span; the machine may be too slow for the short deadline a few times."""
+    for _ in range(100):
+        get = rig.get(span * G, (span + 1) * G)
+        (end,) = await rig.run(get)
+        check(rig, get, end)
+        if end.error is None:
+            return
+    raise AssertionError("it did not recover by itself")
 
 
 async def suffer(rig: PortRig, random: Random) -> None:
@@ -161,7 +165,7 @@ async def put(rig: PortRig, span: int) -> None:
         ("whole", {RemoteError}),
         ("hang", {RemoteError}),
         ("miss", {MissingBlockError}),
-        ("other", {CorruptBlockError}),
+        ("other", {CorruptBlockError, MissingBlockError}),  # one of two may be deleted first
         ("flip", {CorruptBlockError}),
         ("shorten", {CorruptBlockError, RemoteError}),
     ],

@@ -29,6 +29,7 @@ from .test_remote import BLOCKS, SPAN, TOKENS, WHOLE, Node, listed, prompt
 ROOT = Path(__file__).parents[2]
 SPANS = WHOLE // SPAN
 PATIENT = RemoteOptions(deadline_s=30.0)
+PATIENCE_S = 180.0
 NAME = POOL.object_name(bytes(range(16)))
 PARTS = [b"a" * 3_000_000, b"b" * 64]
 WRITER = """
@@ -169,7 +170,7 @@ async def test_a_writer_that_is_killed_leaves_no_part_of_an_object(
         custom = json.dumps(bucket.server.custom_at(port))
         command = [sys.executable, "-c", WRITER, bucket.url, NAME, custom]
         with subprocess.Popen(command, cwd=ROOT) as writer:  # noqa: ASYNC220 -- begins, no more
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_S):
                 await is_full.wait()
             writer.kill()
     assert await bucket.names() == []
@@ -204,7 +205,7 @@ async def test_a_bucket_that_is_gone_and_back(bucket: Bucket) -> None:
 async def stored_again(node: Node, bucket: Bucket) -> None:
     """Put prompts until their spans are in the bucket, and get them from there."""
     seed, before = 100, set(await bucket.spans())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while len(set(await bucket.spans()) - before) < SPANS:
             seed += 1
             try:
