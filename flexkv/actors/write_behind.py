@@ -41,6 +41,9 @@ RETRY_S = 1.0
 """Time between two checks of whether a tier that is down is due for a trial."""
 LOAD_WAIT_S = 0.1
 """The longest that a load waits for room that owed blocks take."""
+SHIP_SHARE = 4
+"""Blocks on their way to a far tier, which stay in host memory, take at most host memory divided by
+this, or one span: a store that hangs must not keep all of it."""
 SCAN_BLOCKS = 1 << 16
 """Host places that are searched in one step for blocks that a lower tier lacks."""
 
@@ -249,7 +252,10 @@ class WriteBehind:
 
     def _pump(self, tier: Tier, queue: Queue) -> None:
         far, rate = self._limits.far.get(tier), self._rates.get(tier)
-        limit = self._limits.in_flight_blocks if far is None else far.in_flight_blocks
+        limit = self._limits.in_flight_blocks
+        if far is not None:
+            spans = max(1, self._host_places // SHIP_SHARE // far.span_blocks)
+            limit = min(far.in_flight_blocks, spans * far.span_blocks)
         now_s = asyncio.get_running_loop().time()
         while queue.blocks and self._in_flight[tier] < limit:
             if not self._may_write(tier):

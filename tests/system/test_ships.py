@@ -170,8 +170,12 @@ def test_a_write_that_fails_is_tried_again_and_then_given_up() -> None:
     on_bench(work, far, failure=1.0)
 
 
-def test_writes_in_flight_are_bounded_and_keep_nobody_waiting() -> None:
-    """Two spans at most are pinned for writing; a put that needs their room evicts the others."""
+@pytest.mark.parametrize(("host", "spans"), [(24, 1), (32, 2)])
+def test_writes_in_flight_are_bounded_and_keep_nobody_waiting(host: int, spans: int) -> None:
+    """Spans on their way are two at most, and take a quarter of host memory, or are one.
+
+    A put that needs the room of those that wait evicts them.
+    """
     far = new_far()
 
     async def work(bench: Bench) -> None:
@@ -179,15 +183,15 @@ def test_writes_in_flight_are_bounded_and_keep_nobody_waiting() -> None:
         for number in range(8):
             assert await bench.perform(Operation.PUT, number) == BLOCKS
             most = max(most, len(bench.port.storing))
-        assert most == 2
+        assert most == spans
         await bench.engine.flush()
         behind = bench.engine.statistics().write_behind["remote"]
         given_up = sum(behind.given_up_blocks.values())
         assert (behind.owed_blocks, behind.writing_blocks) == (0, 0)
         assert len(far.held) + given_up == 8 * 2 * SPAN
-        assert given_up
+        assert given_up or spans > 1  # one at a time is too slow for so many puts
 
-    on_bench(work, far, host=24)
+    on_bench(work, far, host=host)
 
 
 def test_nothing_from_before_a_clear_is_far_after_it() -> None:
