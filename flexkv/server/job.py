@@ -52,6 +52,7 @@ class Job:
         kept_bytes: what it counts against the bytes that a client may have under way.
         may_begin: set once it may be planned.
         over: set once no device touches its blocks any more.
+        is_fed: whether it reads layers as they are reported.
     """
 
     def __init__(
@@ -70,12 +71,12 @@ class Job:
         self.may_begin, self.over = asyncio.Event(), asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         self._starving: asyncio.TimerHandle | None = None
-        self._is_fed = start.by_layer and start.operation == Operation.PUT.label
+        self.is_fed = start.by_layer and start.operation == Operation.PUT.label
         self.reported()
 
     def reported(self) -> None:
         """Allow the request to begin if enough has been reported."""
-        needed = 1 if self._is_fed else self.num_layers
+        needed = 1 if self.is_fed else self.num_layers
         if not self.start.when_ready or self.reports.layers >= needed:
             self.may_begin.set()
 
@@ -119,11 +120,11 @@ class Job:
     @property
     def ready(self) -> int:
         """Return how many layers may be copied by now."""
-        return self.reports.layers if self._is_fed else self.num_layers
+        return self.reports.layers if self.is_fed else self.num_layers
 
     def expect(self, op_ids: Sequence[int]) -> None:
         """Tell the agents which copies will move a get."""
-        if not self._is_fed:
+        if not self.is_fed:
             self._tell(GetPlanned(self.start.number, tuple(op_ids)))
 
     def queued(self, rank: int, op_id: int, last: int, event: StreamEvent) -> None:

@@ -237,13 +237,15 @@ class Jobs:
         layers_max = self._engine.model.num_layers
         if layers is not None and layers > layers_max:
             raise ProtocolError(f"{layers} layers are written, the model has {layers_max}")
+        feeds = False
         for number in numbers:
             job = self._jobs.get(number)
             reports = self._reports_of(number) if job is None else job.reports
             reports.written(tp_rank, layers or layers_max)
             if job is not None:
                 job.reported()
-        if layers is not None:
+                feeds |= job.is_fed
+        if feeds:
             self._engine.nudge_device()
 
     def _reports_of(self, number: int) -> Reports:

@@ -395,7 +395,9 @@ def pair(settings: Settings, server: LaunchedServer) -> Iterator[Pair]:
     made.close()
 
 
-def test_an_agent_is_asked_for_the_layers_that_it_has_reported(pair: Pair) -> None:
+def test_an_agent_is_asked_for_the_layers_that_it_has_reported(
+    pair: Pair, settings: Settings
+) -> None:
     """Only a report of more layers has layers copied; a get's plan and end reach its agent."""
     pair.start(1, "put", when_ready=True)
     for layers, copied in ((1, [(0, 1)]), (3, [(1, 2), (2, 3)]), (2, []), (3, []), (4, [(3, 4)])):
@@ -404,6 +406,7 @@ def test_an_agent_is_asked_for_the_layers_that_it_has_reported(pair: Pair) -> No
             copy = pair.agent.hear(Copy)
             assert (copy.layers[1:], copy.to_device) == (bounds, False)
             pair.agent.say(Copied(copy.op_id))
+    command(settings.server_recv_port, "status")  # so the server rests when it hears of the others
     pair.agent.say(Ready((1,)))
     for layer in range(4, LAYERS):
         copy = pair.agent.hear(Copy)
