@@ -20,7 +20,9 @@ from typing import NamedTuple, Self
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
 _RANGE = re.compile(rb"(?i)\r\nrange: *[^\r]*")
 _END = b"\r\n\r\n"
-_HEAD_BYTES_MAX = 1 << 16
+_TURNS = 10
+"""Turns of the loop in which connections appear that were accepted before the listener closed, and
+in which transports end."""
 
 
 class Message(NamedTuple):
@@ -95,11 +97,12 @@ class FaultyProxy:
         """Cut every connection."""
         assert self._listening is not None
         self._listening.close()
-        for task, writer in self._serving.items():
-            task.cancel()
-            writer.transport.abort()  # a task that has not begun never does it
-        await asyncio.gather(*self._serving, return_exceptions=True)
-        await asyncio.sleep(0)  # the transports end in the loop's next turn
+        for _ in range(_TURNS):
+            for task, writer in self._serving.items():
+                task.cancel()
+                writer.transport.abort()  # a task that has not begun never does it
+            await asyncio.gather(*self._serving, return_exceptions=True)
+            await asyncio.sleep(0)
 
     def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
