@@ -6,5 +6,5 @@
 
 A library such as Mooncake may go on writing to the memory that it was given after it has reported
 a failure. So it is given the window only, never host memory. A slot of the window is used again
-only if the library cannot touch it any more; the end of the process proves that of all slots.
+only once the library cannot write to it any more. The end of the process proves that for all slots.
 """

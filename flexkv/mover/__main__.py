@@ -1,6 +1,6 @@
 """The mover's process: `python -m flexkv.mover SOCKET WINDOW PARENT`, started by `MoverLife`.
 
-With `--check` it says instead why it could not be used, or nothing.
+With `--check` it only tries to import Mooncake, and fails with the reason if that is impossible.
 """
 
 from __future__ import annotations

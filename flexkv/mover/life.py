@@ -3,9 +3,9 @@
     started ──Ready──▶ serves ──× it died, it hung, too many slots are spoiled──▶ ended
        └──Refused, silence──────────────────────────────────────────────────────▶
 
-The end of a life fails its requests. If no request of a kind (gets, puts, others) is answered for
-too long while some wait, the mover hangs: that ends the life, since only its end proves that it
-writes to no slot any more.
+When a life ends, its requests fail. If no request of a kind (gets, puts, others) is answered for
+too long while some wait, the mover hangs. Its process is killed then, since only the end of the
+process proves that it writes to no slot any more.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from flexkv.mover.wire import (
 from flexkv.process import forks
 
 READY_S = 120.0
-"""How long a mover may take until it is connected; a master that is away makes it wait."""
+"""How long a mover may take to connect; it waits for a master that is away."""
 END_S = 5.0
 """How long a mover may take to leave the store before it is killed."""
 SPOILED_SHARE = 4
-"""A life ends when so many of its slots are spoiled: one in four."""
+"""A life ends when one in so many of its slots is spoiled."""
 
 
 class MoverSizes(NamedTuple):
@@ -57,7 +57,7 @@ class MoverSizes(NamedTuple):
     Attributes:
         slots: objects on their way at once.
         slot_bytes: the bytes of the largest object.
-        answer_s: a mover that has answered no request of some kind for so long hangs.
+        answer_s: a mover hangs if requests of a kind have waited for so long without any answer.
     """
 
     slots: int
@@ -83,7 +83,7 @@ class MoverLife:
     """
 
     def __init__(self, config: StoreConfig, sizes: MoverSizes) -> None:
-        """Start the process; the running loop is the one that all calls come from.
+        """Start the process. All calls must come from the loop that runs now.
 
         Raises:
             OSError: it cannot be started.
@@ -153,8 +153,8 @@ class MoverLife:
 
         Args:
             make: returns the request with its number.
-            slot: what it uses. Unless it is a get that succeeds and somebody waits for it, the
-                slot is freed, or spoiled, when the answer comes.
+            slot: the slot that it uses. The answer to a request frees the slot, or spoils it; but
+                that of a get which has succeeded, and for which somebody waits, stays in use.
 
         Cancelling the future ends the wait, not the request.
         """
@@ -243,7 +243,7 @@ class MoverLife:
         return RemoteError(self._where, what, f"its mover is not there: {self.why}")
 
     def end(self, why: str) -> None:
-        """Kill the process, which is the fence, and fail all requests. Idempotent."""
+        """Kill the process, so that it writes no more, and fail all requests. Idempotent."""
         if self.why is not None:
             return
         self.why = why
@@ -320,7 +320,7 @@ def _started(window_fd: int, answer_s: float) -> tuple[socket.socket, subprocess
 
 
 def _defaults(answer_s: float) -> dict[str, str]:
-    """Return Mooncake's own limits, so that a peer that is gone fails before the mover hangs."""
+    """Return settings by which Mooncake gives up a silent peer before its mover counts as hung."""
     peer_s = str(max(1, int(answer_s / 2)))
     return {
         "MC_TCP_STATUS_TIMEOUT_SEC": peer_s,

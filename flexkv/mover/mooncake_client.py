@@ -16,7 +16,7 @@ class MooncakeClient:
     """A client of the store. Gets, puts and the other calls may have a thread each."""
 
     def __init__(self, config: StoreConfig, window: mmap.mmap) -> None:
-        """Connect, which waits for a master that does not answer.
+        """Connect; this waits while the master does not answer.
 
         Raises:
             ImportError: Mooncake, or a library that it needs, is not installed.
@@ -82,6 +82,6 @@ class MooncakeClient:
         return int(self._store.remove(name, True))
 
     def close(self) -> None:
-        """Leave the store, if this node has added memory to it, which is gone then."""
+        """Leave the store if this node has added memory to it; that memory is gone then."""
         if self._has_segment:
             self._store.close()

@@ -17,7 +17,7 @@ log = get_logger(__name__)
 PAUSE_S, PAUSE_MAX_S = 0.2, 30.0
 """The first and the longest pause before a mover is started again."""
 SOUND_S = 10.0
-"""A life that was connected for so long does not count as a failed start."""
+"""A life that was connected, and lasted for so long, does not count as a failed start."""
 
 
 class Mover:
@@ -25,6 +25,7 @@ class Mover:
 
     Attributes:
         where: names the store.
+        sizes: what each life has room for.
         lives: how many were started.
     """
 
@@ -37,10 +38,10 @@ class Mover:
         self._why, self._is_closed = "", False
 
     def life(self) -> MoverLife:
-        """Return the life that runs; one is started if that is due.
+        """Return the life that runs. If there is none, start one, unless the pause goes on.
 
         Raises:
-            RemoteError: it is not due yet, or no process can be started, or this is closed.
+            RemoteError: the pause is not over, no process can be started, or this is closed.
         """
         if self._life is not None and self._life.why is None:
             return self._life
@@ -79,7 +80,7 @@ class Mover:
 
     @property
     def pause_s(self) -> float:
-        """Return how long until a mover may be started."""
+        """Return how much of the pause is left before a mover may be started."""
         return max(0.0, self._not_before_s - asyncio.get_running_loop().time())
 
     def close(self) -> None:

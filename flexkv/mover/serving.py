@@ -1,8 +1,10 @@
 """The mover's side: takes requests from the engine, and has the store's client carry them out.
 
-main thread ──▶ gets ──▶ a thread, some at once     one get thread: several are slower, since
-            ──▶ puts ──▶ a thread                   the transport's cost is per batch and per
-            ──▶ names ─▶ a thread                   thread
+main thread ──▶ gets ──▶ a thread, several in one call
+            ──▶ puts ──▶ a thread
+            ──▶ names ─▶ a thread: whether objects exist, their sizes, removals
+
+Several threads for gets would be slower: ADR 17 has the figures.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ from flexkv.mover.wire import (
 )
 
 GETS_AT_ONCE, BYTES_AT_ONCE = 16, 16 << 20
-"""The most objects and bytes that one call reads. Small objects gain by it; large ones would only
-arrive later, and their copies to host memory with them."""
+"""The most objects, and bytes of room for them, of one call; a single get may have more. Small
+objects arrive faster together. Large ones come one by one, so that each is copied to host memory
+while the next arrives."""
 LEAVE_S = 2.0
 """How long leaving the store may take."""
 _PR_SET_PDEATHSIG = 1
@@ -97,9 +100,9 @@ class Serving:
                 self._names.put(request)
 
     def _batch(self) -> list[Get]:
-        """Return the gets for one call, after waiting for the first.
+        """Return the gets for one call; wait for the first.
 
-        It has no object twice: Mooncake would fill one place, and report success for both.
+        No object is among them twice: Mooncake would fill one place, and report success for both.
         """
         batch: dict[str, Get] = {}
         room = BYTES_AT_ONCE

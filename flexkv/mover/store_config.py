@@ -41,8 +41,8 @@ class StoreConfig(msgspec.Struct, frozen=True):
         device_name: the RDMA device; empty to choose one.
         segment_bytes: memory that this node adds to the store, for as long as its mover lives.
         buffer_bytes: memory that Mooncake uses for itself.
-        ssd_offload_path: where the segment's objects go when they are evicted; empty: nowhere.
-        tenant_id: whose objects they are.
+        ssd_offload_path: the directory to which the segment's objects are evicted; empty: none.
+        tenant_id: the tenant of the store to which the objects belong.
     """
 
     local_hostname: str
@@ -81,7 +81,7 @@ def load_store_config(path: str | None) -> StoreConfig:
 
 def _config(found: dict[str, Any]) -> StoreConfig:
     if unknown := found.keys() - _OTHERS - set(_TEXTS):
-        raise _wrong(min(unknown), found[min(unknown)], "is no key of Mooncake Store")
+        raise _wrong(min(unknown), found[min(unknown)], "is not a key of Mooncake Store")
     is_older = "master_addr" in found
     if is_older:
         found = {"master_server_address": found["master_addr"], **found}
@@ -112,7 +112,7 @@ def _text(found: dict[str, Any], name: str) -> str:
     defaults = {"metadata_server": P2P, "protocol": "tcp", "device_name": ""}
     value = found.get(name, defaults.get(name))
     if not isinstance(value, str) or (not value.strip() and name != "device_name"):
-        raise _wrong(name, value, "must be set to a text")
+        raise _wrong(name, value, "must be set to a string")
     return value.strip()
 
 

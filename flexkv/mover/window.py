@@ -38,13 +38,14 @@ class Window:
 
     Attributes:
         fd: a descriptor of it.
+        slots: how many there are.
         slot_bytes: the size of a slot.
-        nbytes: that of the window.
-        spoiled: how many slots are not used any more.
+        nbytes: the size of the window.
+        spoiled: how many slots are never used again.
     """
 
     def __init__(self, slots: int, slot_bytes: int, freed: Callable[[], None]) -> None:
-        """Map the memory; nothing is touched.
+        """Map the memory, of which no page is touched.
 
         Args:
             slots: how many slots.
@@ -68,7 +69,7 @@ class Window:
         self._lock = threading.Lock()
 
     def take(self) -> Slot | None:
-        """Return a free slot, or None: the last one that was freed, whose memory is at hand."""
+        """Return the free slot that was freed last, so that few pages are touched; or None."""
         with self._lock:
             return Slot(self, self._free.pop()) if self._free else None
 
@@ -82,7 +83,7 @@ class Window:
         return np.frombuffer(self._memory, np.uint8, size, at)
 
     def close(self) -> None:
-        """Close the descriptor. The memory goes with the last of its bytes in use."""
+        """Close the descriptor. The memory is unmapped once none of its bytes is used."""
         os.close(self.fd)
         self._freed = _nothing
         with suppress(BufferError):
@@ -109,7 +110,7 @@ class Slot:
         self.at = number * self.nbytes
 
     def free(self) -> None:
-        """Make it free for others. Idempotent."""
+        """Free it for others. Idempotent."""
         if self._is_held:
             self._is_held = False
             self._window._give(self._number)
@@ -128,7 +129,7 @@ class Slot:
             at += buffer.nbytes
 
     def body(self, first: int, last: int) -> NDArray[np.uint8]:
-        """Return bytes of the slot; it is free once nothing uses them any more."""
+        """Return bytes of the slot, which is freed once nothing refers to them any more."""
         body = self._window.bytes_of(self.at + first, last - first)
         ending: weakref.finalize[Any, Any] = weakref.finalize(body, self.free)
         ending.atexit = False

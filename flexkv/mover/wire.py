@@ -3,7 +3,7 @@
     engine ──▶ mover    Begin, once; then requests
     mover  ──▶ engine   Ready or Refused, once; then a Done or Found for each request, in any order
 
-Numbers below 0 in `Done` are Mooncake's error codes.
+Numbers below 0 in `Done` and `Found` are Mooncake's error codes.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Put(msgspec.Struct, frozen=True, tag="put", array_like=True):
 
 
 class Exist(msgspec.Struct, frozen=True, tag="exist", array_like=True):
-    """Which objects are there?"""
+    """Ask which objects are there."""
 
     number: int
     names: list[str]
 
 
 class Size(msgspec.Struct, frozen=True, tag="size", array_like=True):
-    """How many bytes has an object?"""
+    """Ask how many bytes an object has."""
 
     number: int
     name: str
@@ -81,14 +81,14 @@ class Refused(msgspec.Struct, frozen=True, tag="refused", array_like=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done", array_like=True):
-    """A request has ended: with the bytes of the object, 0, or an error code."""
+    """A request has ended: with the number of the object's bytes, 0, or an error code."""
 
     number: int
     code: int
 
 
 class Found(msgspec.Struct, frozen=True, tag="found", array_like=True):
-    """An `Exist` has ended: 1 for each object that is there, 0 for others, -1 if unknown."""
+    """An `Exist` has ended: 1 for an object that is there, 0 if it is not, an error if unknown."""
 
     number: int
     each: list[int]

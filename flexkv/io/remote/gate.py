@@ -1,7 +1,7 @@
 """Lets requests pass, as many at once as their limit allows; the others wait in turn.
 
-Callers start no more requests than the limit is. But it may fall while they are under way, and what
-has failed must not be asked for again by all at once then.
+Callers start no more requests than the limit allows. But the limit may fall while they are under
+way. If these requests fail, they must not all be repeated at once.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Gate:
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def enter(self, until: Until) -> None:
-        """Return once one more request may be in flight; it has to `leave`.
+        """Return once one more request may be in flight; the caller must `leave` at its end.
 
         Raises:
-            TimeoutError: that was not so in time.
+            TimeoutError: its turn did not come in time.
         """
         if self._inside < self.limit.now and not self._waiting:
             self._inside += 1

@@ -3,7 +3,7 @@
     a body      store ──▶ memory of its own ──copy threads: copy and sum──▶ arena
     a file      file ──▶ arena, seals aside ──copy threads: sum──▶
 
-A block of a body may lie in several chunks: to the copy threads it is a device block in as many
+A block of a body may lie in several chunks; the copy threads take it as a device block in as many
 pieces. Only our own threads write to the arena, and `close` waits for them. So neither a request
 that was given up nor a library can write there later.
 """

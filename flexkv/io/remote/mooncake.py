@@ -39,10 +39,10 @@ _CHECK_S = 60.0
 
 @functools.cache
 def check_installed() -> None:
-    """Check that a mover can use Mooncake.
+    """Check that a mover can load Mooncake.
 
     Raises:
-        BackendUnavailableError: it, or a library that it needs, is not installed.
+        BackendUnavailableError: Mooncake, or a library that it needs, is not installed.
     """
     command = [sys.executable, "-m", "flexkv.mover", "--check"]
     try:
@@ -66,7 +66,7 @@ class MooncakeStore:
 
     Attributes:
         mover: the mover.
-        prefix: what the names of its objects begin with, in the store.
+        prefix: what the names of all objects begin with, in the store.
     """
 
     kind = "mooncake"
@@ -89,7 +89,7 @@ class MooncakeStore:
     def get(self, name: str, first: int, last: int) -> Future[Sequence[Buffer]]:
         """Begin to read the bytes from `first` to `last` (exclusive) of an object, as one chunk.
 
-        The whole object is read. Only a fetch that begins inside of a span wants less.
+        Mooncake reads the whole object, even for a fetch that begins inside of a span.
         """
         answer: Future[Sequence[Buffer]] = asyncio.get_running_loop().create_future()
         try:
@@ -180,16 +180,16 @@ class MooncakeStore:
         return True
 
     def _unfinished(self) -> RemoteError:
-        """Return the error of a put while another one of the same object has not ended.
+        """Return the error of a put while another put of the same object has not ended.
 
-        The master forgets what killed puts have begun after a while, by default 30 s.
+        If that one was killed, the master forgets it after a while, 30 s by default.
         """
         error = RemoteError(self.where, "put", "another put of the object has not ended")
         error.blames_tier = False
         return error
 
     async def _filled(self, slot: Slot, views: list[memoryview]) -> None:
-        """Return once the buffers are copied, also if cancelled: they are lent until then."""
+        """Copy buffers to a slot. They are lent until then, so a cancelled call waits as well."""
         loop = asyncio.get_running_loop()
         filling = loop.run_in_executor(self._fillers, slot.fill, views)
         try:
@@ -240,7 +240,7 @@ class MooncakeStore:
         return Listed(name, code, 0.0)
 
     async def pages(self, prefix: str) -> AsyncIterator[list[Listed]]:
-        """Yield the generations of a pool, which count from 1 without gaps; else nothing."""
+        """Yield the generations of a pool, which have no gaps; for other prefixes yield nothing."""
         if not prefix.endswith(_GENERATIONS):
             return
         first, step = 1, 16
@@ -260,7 +260,7 @@ class MooncakeStore:
             raise self._error(code, "delete")
 
     async def touch(self, name: str) -> None:
-        """Do nothing but look: reads keep objects, by the store's own rule."""
+        """Check that an object is there. The store keeps what is read by a rule of its own."""
         await self.head(name)
 
     async def sweep(self, prefix: str, age_s: float) -> int:

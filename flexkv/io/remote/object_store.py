@@ -36,7 +36,7 @@ _Mode = Literal["create", "overwrite"]
 
 _PAGE = 1000
 _CHUNK_BYTES = 1 << 20
-"""The least size of a chunk of an answer, but for its last one."""
+"""The least size of each chunk of an answer but the last."""
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _BUSY = {"429", "503"}
@@ -70,7 +70,8 @@ class ObjectStore:
     def get(self, name: str, first: int, last: int) -> asyncio.Future[Sequence[Buffer]]:
         """Begin to read the bytes from `first` to `last` (exclusive) of an object, in chunks.
 
-        Large answers are not joined: that would take new memory for each, at half of the speed.
+        Chunks are not joined: that takes new memory for each answer, and was half as fast for large
+        ones (`python -m benchmarks remote`).
         """
         options: GetOptions = {"range": (first, last)}
         return _Chunks(_future(obstore.get_async(self._client, name, options=options))).all
@@ -248,12 +249,12 @@ class _Chunks:
 
 
 def _future(awaitable: Any) -> asyncio.Future[Any]:
-    """Return an awaitable of obstore's, all of which are futures."""
+    """Return an awaitable of obstore as what it is: a future."""
     return cast("asyncio.Future[Any]", awaitable)
 
 
 def _listed(found: ObjectMeta) -> Listed:
-    """Return an object with its time in whole seconds: a head's is, a listing's may be finer."""
+    """Return an object. Its time is in whole seconds, since a head has no finer one."""
     return Listed(found["path"], found["size"], float(int(found["last_modified"].timestamp())))
 
 

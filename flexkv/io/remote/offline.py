@@ -40,7 +40,7 @@ class FoundPool:
         pool: its names and description; None if it has no description that can be read.
         spans, nbytes: how many, and their bytes.
         oldest_s, newest_s: when spans were last modified.
-        latest: the latest generation that objects below this pool's name number.
+        latest: the latest generation that an object below this pool's name stands for.
     """
 
     name: str
@@ -53,7 +53,7 @@ class FoundPool:
 
     @property
     def blocks(self) -> int:
-        """Return how many blocks the spans have, if all are of the chain; 0 if that is unknown."""
+        """Return how many blocks the spans have; 0 if the pool has no description."""
         return 0 if self.pool is None else self.spans * self.pool.description.span_blocks
 
 

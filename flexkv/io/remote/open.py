@@ -44,7 +44,7 @@ def open_store(url: str, custom: Mapping[str, Any], options: RemoteOptions) -> O
 
 
 def open_mooncake(path: str | None, options: RemoteOptions, object_bytes: int) -> MooncakeStore:
-    """Return the Mooncake Store that a configuration file describes; nothing is started.
+    """Return the Mooncake Store that a configuration file describes; no mover is started.
 
     Args:
         path: the file: `mooncake_store_config_path`.

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RemoteOptions:
-    """Limits of requests; the configuration's keys of the remote tier set them.
+    """Limits of requests; an engine takes most of them from its configuration.
 
     Attributes:
-        deadline_s: a transfer has ended once nothing has moved for so long.
-        gets_max: most spans being read at once. Each takes its size of private memory until it is
-            copied from there, and as many more may be waiting for that.
-        puts_max: most spans being written at once.
+        deadline_s: a transfer ends once nothing has moved for so long.
+        gets_max: the most spans being read at once. Unless the store is a directory, the bytes of
+            each are in private memory until they are copied to host memory, and as many spans more
+            may be waiting for that.
+        puts_max: the most spans being written at once.
         retries: how often a request that failed is repeated.
-        hedged_share: the most gets that may be asked for twice because the first is slow.
+        hedged_share: the largest share of gets that are sent again because they are slow.
         copy_threads: threads that copy what arrived into host memory and sum it.
     """
 

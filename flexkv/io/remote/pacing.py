@@ -3,10 +3,9 @@
 A store that is overloaded says so (503, SlowDown). The number of requests in flight then halves,
 and grows by one for as many successes as it is (additive increase, multiplicative decrease).
 
-Where the way to a store is slow, requests share it, and each takes the longer the more there are.
-So the number is lowered as well if they take long, until each takes no longer than it should. If
-one is late, it is lowered to 1, as after a time-out of TCP. Then only the first requests can be
-late on a way that is only slow.
+Where the way to a store is slow, requests share it: the more there are, the longer each takes. So
+the number is also lowered while requests take too long, and to 1 after one that was late, as TCP
+does after a time-out. So on a way that is only slow, none but the first requests can be late.
 
 Of many requests a few take far longer than the others. One that has taken longer than 95 of 100
 others of its size is *hedged*: it is sent a second time, and the first answer counts. At most a

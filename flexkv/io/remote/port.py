@@ -1,14 +1,15 @@
 """The port of the remote tier: transfers between the arena and objects of a store, by span.
 
     transfer ─▶ parts, one for each span ─▶ gets │ puts ─▶ tasks, a bounded number ─▶ completion
-                                            (order of arrival; a put waits while a get does)
+                                            (in order of arrival; one put at a time while gets wait)
 
-A part has a deadline. While it waits for its turn, that counts from the last part of its direction
-that has moved. So a transfer of many parts over a slow way has the time that it needs. If no part
-moves until the deadline, all end, those that wait included: the port keeps no places of host memory
-for a store that does not answer. A part under way has ended after a few deadlines, whatever others
-do, since its requests are as many as its tries, and each has its time. Only a directory whose file
-system hangs can be late: until the kernel ends a read, that may write to the arena.
+Each part has a deadline, which every request that succeeds in the same direction puts off. So a
+transfer of many parts over a slow way has the time that it needs. If none succeeds until the
+deadline, all parts end, those that wait included: the port keeps no places of host memory for a
+store that does not answer. A part under way ends after a few deadlines at the latest, whatever
+others do, since it has a limited number of tries, and each try has its own limit of time. Only in a
+directory whose file system hangs can it end later: a read may write to the arena until the kernel
+ends it.
 
 A get fills the blocks before the first one that did not arrive. What has not been asked for behind
 such a gap is not asked for any more.
@@ -87,8 +88,9 @@ class _Job:
 
     Attributes:
         submitted_s: when it came.
-        ends: of each part that has ended.
-        running: of each part under way, what stops it.
+        clears: how often the pool had been left by then.
+        ends: how each part that is over has ended.
+        running: what stops each part that is under way.
         gap: the first part that did not arrive whole.
         is_stopped: whether nobody waits for it any more.
     """
@@ -205,7 +207,7 @@ class RemotePort:
         self.spawn(f"remote {'get' if is_inbound else 'put'}", work)
 
     def _until(self, job: _Job, is_inbound: bool) -> Until:
-        """Return when a part must have ended that starts now."""
+        """Return the deadline of a part that starts now."""
         limit = self.requests.gets if is_inbound else self.requests.puts
         patience_s = self._options.deadline_s
         until = Until(job.submitted_s + patience_s, lambda: limit.moved_s + patience_s)

@@ -4,9 +4,9 @@
     get    try 1 ──────────────×   try 2 ──────×   try 3 ────────────────────────┤
                └ hedge ────────×      half of the time that is left, the last try all of it
 
-A store repeats nothing itself, so these are all requests that it gets. Gets and puts keep to their
-limits with each try. A request that has not ended in time lowers the limit, and once only one may
-be in flight, that one gets all the time that is left.
+A store repeats nothing itself, so these are all requests that it gets. Each try of a get or put
+keeps to the limit of its direction. One that has not ended in time lowers the limit to a single
+request, which may then take all the time that is left.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Requests:
     def __init__(
         self, store: OpenStore, options: RemoteOptions, random: Random | None = None
     ) -> None:
-        """Take a store, which stays the caller's, and what pauses are drawn from."""
+        """Take a store, which the caller closes, and what pauses are drawn from."""
         self.store = store
         slow_s = SLOW_SHARE * options.deadline_s
         self.gets, self.puts = Limit(options.gets_max, slow_s), Limit(options.puts_max, slow_s)
@@ -273,7 +273,7 @@ class Requests:
             raise
 
     def _late(self, kind: str, until: Until, given_s: float) -> RemoteError:
-        """Return the error of a request that has not ended in time; unless stopped, it counts."""
+        """Return the error of a request that was late; count it unless nobody waits any more."""
         if not until.is_stopped:
             self.counting.failures[kind] += 1
             if (gate := self._gates.get(kind)) is not None:

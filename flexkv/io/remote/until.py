@@ -23,7 +23,7 @@ class Until:
     """
 
     def __init__(self, deadline_s: float, put_off_s: Callable[[], float] = _never) -> None:
-        """Set the deadline, by the loop's clock; `put_off_s` returns a later one, if there is."""
+        """Set the deadline, by the loop's clock; `put_off_s` may return a later one."""
         self.is_stopped, self.since_s = False, -math.inf
         self._deadline_s, self._put_off_s = deadline_s, put_off_s
         self._waits: set[asyncio.Timeout] = set()
