@@ -70,7 +70,7 @@ size_t hints_note(struct hints *hints, struct keys keys, unsigned holder, unsign
 size_t hints_drop(struct hints *hints, struct keys keys, unsigned holder);
 size_t hints_doubt(struct hints *hints, struct keys keys, unsigned holder, unsigned ticks);
 
-/* Set a byte for each key: whether the holder is said to have it, in doubt or not; of usable ones,
+/* Set a byte for each key: whether the holder is said to have it, in doubt or not; with `usable`,
  * whether a run would name it. */
 void hints_know(struct hints *hints, struct keys keys, unsigned holder, bool usable,
                 uint8_t *known);

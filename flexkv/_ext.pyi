@@ -416,7 +416,7 @@ class BlockIndex:
     ) -> bytes:
         """Return the places of `source` in a range whose READY blocks `target` lacks.
 
-        With `unwritten`, it also lacks the blocks for which it has only a RESERVED place.
+        With `unwritten`, blocks for which it has only a RESERVED place count as lacking.
         """
 
     def lease(self, tier: int, ids: Memory, op_id: int) -> None:

@@ -84,8 +84,8 @@ class TransferActor:
     """Runs the transfers of one device or tier through its port.
 
     Attributes:
-        waiting_since_s: returns since when a transfer at the port has made no progress; None if
-            the port does not know, and only ends are progress.
+        waiting_since_s: returns since when a transfer at the port has made no progress. None if
+            the port does not know: then only the end of a transfer counts as progress.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class TransferActor:
             self.recall(op_id)
 
     def oldest_s(self) -> float:
-        """Return for how long some piece has made no progress, at most; 0 if there is none."""
+        """Return the longest time without progress of any piece in flight; 0 without pieces."""
         if self.waiting_since_s is not None:
             return self._now_s() - min(
                 map(self.waiting_since_s, self._pieces), default=self._now_s()

@@ -109,9 +109,9 @@ class Flight:
 
     @property
     def lacks_far_blocks(self) -> bool:
-        """Return whether a load that brings all or nothing failed, and was to fetch far blocks.
+        """Return whether this was to fetch far blocks, had to bring all or nothing, and failed.
 
-        The catalogue promises less by now, so a shorter prefix may be whole.
+        The catalogue promises less by now, so another plan may bring a shorter prefix.
         """
         return self.planned.has_far and bool(self.run.errors) and not self.run.cancelled
 

@@ -56,7 +56,7 @@ class Breaker:
         return self.health is not Health.UP and not self._is_lost
 
     def try_now(self, now_s: float) -> None:
-        """Make a direction that is DOWN due for a trial: there is reason to think it works."""
+        """Make a direction that is DOWN due for a trial, since it seems to work again."""
         self._down_until_s = min(self._down_until_s, now_s)
 
     def begun(self, now_s: float) -> None:

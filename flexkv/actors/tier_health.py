@@ -131,7 +131,7 @@ class TierHealth:
         )
 
     def try_now(self, tier: Tier) -> None:
-        """Let the next op of each direction of a tier be a trial, if the direction is down."""
+        """Make the next op of each direction that is down a trial."""
         now_s = asyncio.get_running_loop().time()
         for inbound in (True, False):
             self.breaker(tier, inbound).try_now(now_s)

@@ -42,8 +42,8 @@ RETRY_S = 1.0
 LOAD_WAIT_S = 0.1
 """The longest that a load waits for room that owed blocks take."""
 SHIP_SHARE = 4
-"""Blocks on their way to a far tier, which stay in host memory, take at most host memory divided by
-this, or one span: a store that hangs must not keep all of it."""
+"""Blocks on their way to a far tier stay in host memory. They take at most host memory divided by
+this, or one span, so that a store that hangs leaves room for others."""
 SCAN_BLOCKS = 1 << 16
 """Host places that are searched in one step for blocks that a lower tier lacks."""
 
@@ -421,7 +421,7 @@ class WriteBehind:
                 await asyncio.sleep(0)
 
     async def left_blocks(self) -> dict[str, int]:
-        """Return, by tier name, how many READY blocks of host memory are not READY there.
+        """Return, by tier name, how many READY blocks of host memory are not READY in the tier.
 
         Those that it is owed, and those for which a put has only reserved a place, count too. Of a
         far tier only whole spans count, and only those that it is owed if it takes reused blocks

@@ -1,6 +1,6 @@
-"""Bounds how fast a far tier is written to, which may cost others their share of a network.
+"""Bounds how fast a far tier is written to, so that others keep their share of the network.
 
-    ship ──span──▶ the next one not before its bytes have passed at the rate
+    ship ──span──▶ the next one begins once the span's bytes could have passed at the rate
 
 In any interval of T seconds, ships of at most `rate x T` blocks and one span more begin.
 """
@@ -17,7 +17,7 @@ class WriteRate:
         self._next_s = 0.0
 
     def wait_s(self, now_s: float) -> float:
-        """Return how long the next span has to wait; 0 if it may go now."""
+        """Return how long the next span has to wait; 0 if it may begin now."""
         return max(0.0, self._next_s - now_s)
 
     def began(self, block_count: int, now_s: float) -> None:

@@ -133,10 +133,10 @@ class Core:
                 supervisor.keep(name, work)
 
     def inquire(self, request: Request) -> Awaitable[None] | None:
-        """Ask far tiers what they have behind the blocks that a load finds, if nobody knows.
+        """Ask a far tier what it has behind the blocks that a load finds, if that is unknown.
 
         Returns:
-            What ends with the answers, or soon; None if there is nothing to wait for.
+            What ends with the answer, or after a moment; None if there is nothing to wait for.
         """
         if request.operation is Operation.PUT or not self._inquiries:
             return None

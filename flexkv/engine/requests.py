@@ -157,7 +157,10 @@ class Requests:
     # -- matches --------------------------------------------------------------------------------
 
     def match(self, token_ids: Any, namespace: Namespace) -> PrefixMatch:
-        """Return how much of a prompt is resident. No I/O; it changes only the blocks' recency."""
+        """Return how much of a prompt is resident, and how much behind that is said to be far.
+
+        It waits for nothing, and changes only the blocks' recency.
+        """
         request = self.intake(Operation.PREFETCH, token_ids, None, namespace)
         found, far, _ = self.find_with_far(request.keys)
         return prefix_match(found, self._core.residency.tiers, request.tokens_per_block, far)

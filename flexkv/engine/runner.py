@@ -39,7 +39,7 @@ class RequestOwner(NamedTuple):
 ALONE = RequestOwner()
 
 AGAIN_MAX = 4
-"""How often a request is planned again because far blocks did not arrive; last without any."""
+"""How often a request is planned again because far blocks did not arrive; at last without any."""
 
 
 class RequestRunner:
@@ -55,7 +55,7 @@ class RequestRunner:
     ) -> None:
         """Take the parts of an engine; a request that hangs leaves `admission` early.
 
-        `inquire` asks far tiers for what a load may find there: see `Core.inquire`.
+        `inquire` asks a far tier what a load may find there: see `Core.inquire`.
         """
         self._behind, self._inquire = behind, inquire
         self.admission = admission
@@ -107,7 +107,7 @@ class RequestRunner:
             use.leave()
 
     async def _informed(self, request: Request, arrived_ns: int | None) -> int | None:
-        """Wait until far tiers have said what they have; return when the request arrived."""
+        """Wait a moment for what a far tier says that it has; return when the request arrived."""
         if (answered := self._inquire(request)) is None:
             return arrived_ns
         if arrived_ns is None:

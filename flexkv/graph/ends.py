@@ -1,4 +1,4 @@
-"""Which prefixes are whole, by the leaves that there are, and which leaves some prefixes need."""
+"""Which prefixes are whole with the leaves that there are, and which leaves prefixes need."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Needed(NamedTuple):
     last: NDArray[np.int64]
 
     def are_in(self, has: NDArray[np.bool_], begin: int = 0) -> NDArray[np.bool_]:
-        """Return which prefixes have all of them.
+        """Return which prefixes have all blocks that they need.
 
         Args:
             has: which of the group's own blocks are there, from `begin` on.
-            begin: no prefix needs any before this one.
+            begin: the first block that any prefix needs, or one before it.
         """
         count = self.last - self.first
         are_in: NDArray[np.bool_] = _number(has, self.first - begin, self.last - begin) == count

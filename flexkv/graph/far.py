@@ -141,7 +141,7 @@ def _coming(found: Found, residency: Residency) -> tuple[Found, dict[Tier, int]]
 def blocks_behind(found: Found, first: int, residency: Residency) -> dict[Tier, int]:
     """Return how many blocks of a run are at position `first` or behind it, by tier.
 
-    Those that are coming count where they come from; as of host memory if not from far.
+    Blocks that are coming from far count for the tier that sends them, others for host memory.
     """
     behind = {tier: placed.behind(first).block_count for tier, placed in found.ready.items()}
     if found.pending is not None:

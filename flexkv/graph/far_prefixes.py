@@ -4,7 +4,7 @@
     a group's leaves  · · ■ ■ · · · · ■ ■ □ □ · · · □ □ · · · □     ■ here  □ far  · nowhere
     whole prefixes          ▲           ▲ ▲ ▲         ▲             if each needs two leaves
 
-The longest one for which each group has all that it needs, here or far, is what a load brings.
+A load brings the longest prefix for which all that each group needs is here or far.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from flexkv.index.keys import leaf_keys_at
 from flexkv.index.residency import ABSENT, READY, Residency
 
 _COMING, _NOWHERE, _UNUSABLE = -1, -2, -3
-"""Where a leaf is if not in a tier: on its way to host memory; nowhere here, so that it may be far;
-and where host memory cannot get it from."""
+"""Where a leaf is if no tier has it for this load: on its way to host memory; in no tier here, so
+that it may be far; or where this load cannot use it."""
 
 
 class Bounds(NamedTuple):
@@ -52,7 +52,7 @@ class _Leaves(NamedTuple):
 
     Attributes:
         rule: the group's.
-        begin: the number of the first of them among the group's own blocks.
+        begin: the number of the first one among the group's own blocks.
         tiers: int64[n], the nearest usable tier of each, or one of the numbers above.
         block_ids: int64[n], their places, or what the catalogue calls them.
     """
@@ -157,9 +157,9 @@ class FarPrefixes:
         return _Leaves(rule, begin, tiers, ids)
 
     def _usable(self, alike: AlikeBlocks, limits: Limits) -> tuple[NDArray[np.int64], BlockIds]:
-        """Return from where leaves that are alike can be loaded, and their places there.
+        """Return the tiers from which leaves that are alike can be loaded, and their places there.
 
-        As for `Residency.reach`: what host memory has a place for comes from no other tier.
+        As in `Residency.reach`, a leaf with a place in host memory comes from no other tier.
         """
         states, positions, block_ids = alike
         tiers = np.full(positions.block_count, _NOWHERE)

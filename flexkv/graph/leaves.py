@@ -137,9 +137,9 @@ class LeafFinder:
     def far_behind(
         self, prefix: Prefix, found: Found, avoid: Avoid, first: int | None = None
     ) -> dict[Tier, int]:
-        """Return how many blocks of the chain a load would bring with what is far, by tier.
+        """Return how many blocks of the chain a load brings with what is far, by tier.
 
-        Those before position `first` do not count; by default those that were found do not.
+        Blocks before position `first` do not count; by default, those that were found do not.
         """
         first = found.last if first is None else first
         whole = self._with_far(prefix, found, avoid).found

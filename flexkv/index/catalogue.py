@@ -39,7 +39,7 @@ NOT_FAR = -1
 class FarLeaves(NamedTuple):
     """Which of some leaves one tier is said to have.
 
-    `block_ids` is int64[leaves]: as in a `FarRun`, or NOT_FAR.
+    `block_ids` is int64[leaves]: for each as in a `FarRun`, or NOT_FAR.
     """
 
     tier: Tier

@@ -107,7 +107,7 @@ class Claims:
         return [None if claim is None else claim.source for claim in claims]
 
     def filling_from_others(self) -> frozenset[int]:
-        """Return the ops that bring to host memory what is in none of this engine's tiers."""
+        """Return the ops that fill host memory from tiers which are not this engine's own."""
         own = {None, Tier.DEVICE, *self._number}
         return frozenset([op_id for op_id, claim in self._open.items() if claim.source not in own])
 

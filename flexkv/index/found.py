@@ -19,7 +19,7 @@ class PrefixMatch(msgspec.Struct, frozen=True):
 
     `tokens` includes `pending_tokens`: those being filled right now, which a get waits for. It does
     not include `far_tokens_by_tier`: those behind them that a far tier is said to have. A get
-    fetches these, too, as far as they are there.
+    fetches these, too, as far as they are really there.
     """
 
     tokens: int
@@ -126,8 +126,7 @@ class Found(msgspec.Struct, frozen=True):
     chain: int = 0
     """Where the chain's run of ready blocks from `first` on ends, whatever leaves are there."""
     dropped: dict[Tier, Placement] = {}
-    """Far blocks of the chain from `last` on, which a prefetch brings as well: see `Request.drop`.
-    """
+    """Far blocks of the chain from `last` on. A prefetch brings them, too: see `Request.drop`."""
 
     @property
     def host_only(self) -> bool:
@@ -208,8 +207,8 @@ class ReadySpan(NamedTuple):
 
     Attributes:
         block_ids: their places in that tier: int64[blocks].
-        keys: the key of the block before them, the root or, of a leaf, its parent's; then theirs:
-            16 bytes each.
+        keys: the key of the block before them (or the root; for a leaf, its parent's), and then
+            their own: 16 bytes each.
         group: their KV group.
     """
 

@@ -123,7 +123,7 @@ class Hints:
         return np.frombuffer(self._table.known(holder, keys), np.bool_)
 
     def usable(self, holder: int, keys: bytes) -> NDArray[np.bool_]:
-        """Return which spans a holder that is not down is said to have without a doubt: bool[n]."""
+        """Return which spans are not doubted of a holder that is not down: bool[n]."""
         return np.frombuffer(self._table.known(holder, keys, True), np.bool_)
 
     def tick(self, now: int) -> None:

@@ -201,7 +201,7 @@ def leaf_keys(keys: bytes, group: int) -> bytes:
 
 
 def leaf_keys_at(keys: bytes, group: int, positions: NDArray[np.int64]) -> bytes:
-    """Return the keys of a group's leaves that end at some positions of a prompt, one by one."""
+    """Return the keys of a group's leaves at some positions of a prompt."""
     words = np.frombuffer(keys, np.uint64).reshape(-1, 2)
     return (words[positions + 1] ^ leaf_salt(group)).tobytes()
 

@@ -2,8 +2,8 @@
 
     add ──▶ span, span, … (the oldest first, each once) ──take──▶ a transfer of one whole span
 
-A leaf is a span of its own. All leaves that host memory holds are owed, since it was given only
-those that some prefix needs.
+A leaf is a span of its own. All leaves in host memory are owed, since it takes only those that some
+prefix needs.
 
 Spans that wait are not kept from eviction, since a far tier may be slow for long. The keys of a
 span's blocks show whether they were evicted when its turn comes. As for `OwedBlocks`, every block
@@ -133,7 +133,7 @@ class OwedSpans:
         return spans
 
     def _leaves(self, host_ids: BlockIds) -> list[ReadySpan]:
-        """Return those of some blocks of host memory that are leaves and READY."""
+        """Return the leaves among some blocks of host memory, if they are READY."""
         records = self._residency.export(Tier.HOST, host_ids)
         groups = np.ascontiguousarray(records[:, 2 * BLOCK_KEY_BYTES :]).view("<u4")[:, 0] >> 8
         which = np.flatnonzero(groups)

@@ -385,7 +385,7 @@ class Residency:
     ) -> BlockIds:
         """Return the places of `source` in a range whose READY blocks `target` lacks.
 
-        With `unwritten`, it also lacks the blocks for which it has only a RESERVED place.
+        With `unwritten`, blocks for which it has only a RESERVED place count as lacking.
         """
         numbers = self._number
         blob = self._table.lacking(numbers[source], numbers[target], first, last, unwritten)

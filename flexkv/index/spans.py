@@ -27,8 +27,8 @@ SPAN_TOKENS_MAX = 256
 def span_blocks(stride_bytes: int, tokens_per_block: int, has_leaves: bool = False) -> int:
     """Return G, how many blocks a span has.
 
-    It is 1 with several KV groups: prefixes are whole only at boundaries, and a state exists at one
-    boundary alone. If the chain's blocks before it were in no whole span, it would be of no use.
+    It is 1 with several KV groups: prefixes are whole only at boundaries, and a state belongs to
+    one boundary. It would be of no use if the chain's blocks before it were in no whole span.
     """
     if has_leaves:
         return 1

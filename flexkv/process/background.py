@@ -3,8 +3,8 @@
 Copying and checksumming for the remote tier can keep every CPU busy. Requests that need only host
 memory must not wait for that, so these threads get a CPU only if no other thread wants it, or a
 small share beside those that do. The kernel gives a thread the nice value of the thread that starts
-it. So whatever starts threads is called in a thread that has been nice first; that works for
-threads of libraries, too.
+it. So whatever starts threads is called in a thread whose nice value was raised before; that works
+for threads of libraries, too.
 
 Source: sched(7), "The nice value"; setpriority(2).
 """
@@ -22,16 +22,16 @@ from flexkv.process.workers import Workers
 T = TypeVar("T")
 
 NICER_BY, NICE_MAX = 10, 19
-"""A thread that is nicer by 10 gets a tenth of the CPU time beside one that is not."""
+"""A thread that is nicer by 10 gets about a tenth of the CPU time beside one that is not."""
 
 
 def in_background(make: Callable[[], T]) -> T:
     """Return what `make` returns; the threads that it starts yield to all others.
 
-    If the kernel refuses the nice value, they are as all others.
+    If the kernel refuses the nice value, they compete as all others do.
 
     Raises:
-        OSError: a thread cannot be started; and what `make` raises.
+        OSError: a thread cannot be started. What `make` raises is raised, too.
     """
 
     def run() -> T:

@@ -171,8 +171,8 @@ class Client:
     ) -> int:  # fmt: skip
         """Send a match (see `match`); return its number for `answer`, `release`.
 
-        For a part of a prompt, only the keys that the server lacks are sent. `far` is `apart` or
-        `with_far`, to count what lies far: see `Match`.
+        For a part of a prompt, only the keys that the server lacks are sent. `far` takes `apart` or
+        `with_far`, which count what lies far: see `Match`.
         """
         part = self._part_of(keys)
         message = Match(self.number(), part.keys, first, hold, tell, part.prompt, part.known,

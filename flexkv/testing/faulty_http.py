@@ -49,7 +49,7 @@ class _Exchange(NamedTuple):
     request: Message
     ask: Callable[[Message], Awaitable[Message]]
     get: Callable[[str, bytes], Awaitable[Message]]
-    """Asks for what is at a path, with the line of a range or none."""
+    """Asks for what is at a path, with the header of a range or without one."""
     random: Random
     others: Sequence[str]
     """Paths of other objects."""

@@ -114,7 +114,7 @@ class Outcome:
         missed: reads of spans that were not there any more.
         too_soon: of each span that was deleted although it was read lately, how long before.
         raced: spans that were read in the moment in which they were deleted.
-        orphaned: those whose reader was killed in the second in which it would have touched them.
+        orphaned: deleted spans whose reader was killed before it could touch them.
         again: touches of a span that was touched within half of the touch age before.
         fill: the number of spans, as a part of the budget, now and then.
         collectors: how many engines had the lease at once, at most.

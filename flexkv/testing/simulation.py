@@ -347,7 +347,7 @@ class Simulation:
         self.free_slots.extend(slots)
 
     def _behind_a_match(self, request: Request) -> Request:
-        """Return a prefetch, or what an engine that is offered a match fetches behind that."""
+        """Return a prefetch, at times narrowed to what an engine would fetch behind a match."""
         if self.far is None or self.random.random() < 0.5:
             return request
         here, far, _ = self.engine.requests.find_here(request.keys)

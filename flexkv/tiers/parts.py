@@ -96,9 +96,9 @@ class TierHooks(NamedTuple):
     """Starts a task, which has a name, for a client that is asynchronous; it must end by itself,
     and an exception from it ends the engine."""
     is_failing: Callable[[], bool]
-    """Whether the tier is not used now, because its I/O failed."""
+    """Returns whether the tier is not used now, because its I/O failed."""
     try_now: Callable[[], None]
-    """Lets the next request try a tier that is not used, because it seems to work again."""
+    """Makes the next request a trial of a tier that is not used, since it seems to work again."""
 
 
 class StoreStatistics(msgspec.Struct, frozen=True):
@@ -157,9 +157,9 @@ class TierParts:
             hardware may go on with them.
         waiting_since_s: see `TransferActor`.
         store: returns what a far tier knows of its store; None for other tiers.
-        inquire: asks a far tier which blocks of a prompt it has from a position on, up to another,
-            if its catalogue does not know, and returns what ends with the answer, or soon; None if
-            there is nothing to wait for. None for tiers that are not asked.
+        inquire: asks a far tier which blocks of a prompt it has between two positions, if its
+            catalogue does not know. It returns what ends with the answer, or after a moment
+            without it; None if there is nothing to wait for. None for tiers that are not asked.
     """
 
     tier: Tier

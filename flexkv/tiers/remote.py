@@ -50,8 +50,8 @@ SPARE_SPANS = 1024
 REQUESTS_MAX = 32
 """The most spans being read, and being written, at once, however small they are."""
 DEADLINE_SHARE = 0.8
-"""The share of `io_deadline_s` after which a transfer without any progress has ended, so that none
-counts as hung."""
+"""The share of `io_deadline_s` after which a transfer without progress ends, so that none counts as
+hung."""
 
 
 class RemoteTier:
@@ -76,7 +76,7 @@ class RemoteTier:
         Args:
             arena: the host memory.
             sums: of its blocks: uint64[blocks].
-            undo: gets what releases the adapters.
+            undo: takes a callback that closes the port.
 
         Raises:
             ConfigError: the address or an option is wrong.
@@ -143,7 +143,7 @@ class RemoteTier:
         return open_store(address, cache.remote_config_custom.get_secret_value(), options)
 
     def _listed(self, requests: Requests, hints: Hints) -> _Known:
-        """Return how a store is known that can be listed."""
+        """Return how an engine knows what a store has that can be listed."""
         cache, pool = self._cache, self.pool
         assert pool is not None
         blocks = cache.num_remote_blocks
@@ -170,7 +170,7 @@ class RemoteTier:
         )
 
     def _asked(self, requests: Requests, hints: Hints) -> _Known:
-        """Return how a Mooncake Store is known."""
+        """Return how an engine knows what a Mooncake Store has."""
         store, pool = requests.store, self.pool
         assert isinstance(store, MooncakeStore)
         assert pool is not None
@@ -197,13 +197,13 @@ class RemoteTier:
 
 
 class _Known(NamedTuple):
-    """What makes known which spans a store has.
+    """How an engine knows which spans a store has.
 
     Attributes:
-        catalogue: says so.
-        news: learns what the port has found out.
-        work: returns tasks that learn it from the store.
-        counts: how often the pool was listed, what was collected and touched.
+        catalogue: says which.
+        news: takes what the port has learnt of them.
+        work: returns the tasks that learn it from the store.
+        counts: returns how often the pool was listed, and what was collected and touched.
         inquire: see `TierParts`.
     """
 

@@ -1,11 +1,11 @@
-"""Hints of a store that cannot be listed: it is asked for the continuation of prompts.
+"""Hints of a store that cannot be listed: it is asked for the spans of prompts.
 
     a match or load ends, and no hint says what follows ──▶ Inquiries: is it there? ──▶ hints
     a fetch misses a span ───────────────────────▶ Inquiries: are the others there? ──▶ hints
 
-A match waits for nothing: the next one knows. A load waits for the answer, but only for a moment.
-Spans that this engine has stored are known without asking. The answer to a question counts for some
-seconds, so a prompt that is asked for again and again, or matched in every step, costs little.
+A match does not wait for the answer: the next match knows it. A load waits, but only for a moment.
+Spans that this engine has stored are known without a question. An answer counts for some seconds,
+so a prompt that is matched in every step costs little.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ ANSWER_S = 2.0
 WAIT_S = 0.1
 """How long a load waits for an answer. It loads what is known by then."""
 COUNTS_S = 5.0
-"""How long an answer counts. A span that others store meanwhile is found after that."""
+"""How long an answer counts. Spans that others store within that time are found after it."""
 SPANS_MAX = 1000
 """The most spans of one question; a longer prompt is asked for in parts."""
 WAITING_MAX = 256
 """The most questions that wait to be asked."""
 ANSWERED_MAX = 1 << 14
-"""How many questions are remembered that were asked lately."""
+"""How many answered questions are remembered."""
 
 
 class AskedStore(Protocol):
@@ -61,7 +61,7 @@ class CurrentPool(Protocol):
 
 
 class _Question(NamedTuple):
-    """Which of some consecutive spans of a prompt are there?
+    """A question to the store: which of some consecutive spans of a prompt are there.
 
     Attributes:
         keys: root and keys of the prompt's blocks.
@@ -88,7 +88,7 @@ class Inquiries:
         """Take the store, its requests, the pool in use, and its hints; nothing is sent."""
         self._store, self._requests, self._pool, self._hints = store, requests, pool, hints
         self._waiting: OrderedDict[BlockKey, _Question] = OrderedDict()
-        """By the first span of each; those that are being asked included."""
+        """Questions without an answer, by the first span of each."""
         self._answered_s: OrderedDict[BlockKey, float] = OrderedDict()
         self._bell = Bell()
         self._is_slow = False
@@ -103,10 +103,10 @@ class Inquiries:
             keys: root and keys of the prompt's blocks.
             first: where what is known ends.
             last: where the prompt ends, exclusive.
-            is_new: whether earlier answers do not count.
+            is_new: whether to ask even if there was an answer lately.
 
         Returns:
-            What is done once the answer is there; None if there is nothing to wait for.
+            A future that is done once the answer is there; None if there is none to wait for.
         """
         size = self._hints.span_blocks
         ends = range((first // size + 1) * size, last + 1, size)[:SPANS_MAX]
@@ -125,9 +125,9 @@ class Inquiries:
         return question.answered
 
     def inquire(self, keys: bytes, first: int, last: int) -> Awaitable[None] | None:
-        """Ask as `about` does; return what ends with the answer, or soon.
+        """Ask as `about` does; return what ends with the answer, or after a moment without it.
 
-        Loads do not wait for a store that is slow, or that is not there.
+        Loads do not wait for a store that is slow, or that has not answered yet.
         """
         answered = self.about(keys, first, last)
         if answered is None or self._is_slow or self._pool.current is None:
@@ -149,7 +149,7 @@ class Inquiries:
                     there = await self._ask(pool, questions)
                 except RemoteError as error:
                     self._is_slow = True
-                    log.warning("remote_store_not_asked", error=str(error))
+                    log.warning("remote_question_failed", error=str(error))
                     self._end(questions, frozenset())
                 else:
                     self._end(questions, there)
@@ -182,7 +182,7 @@ class Inquiries:
         return there
 
     def _end(self, questions: Sequence[_Question], there: Set[BlockKey]) -> None:
-        """Remember that questions were asked, also about what follows the spans that are there."""
+        """Remember questions as answered, also the one that would follow the spans found there."""
         now_s = asyncio.get_running_loop().time()
         for question in questions:
             spans = question.spans
@@ -225,7 +225,7 @@ class AskingCatalogue(HintedCatalogue):
         return runs
 
     def doubt(self, transfer: Transfer, error: TransferError) -> None:
-        """Drop the span that is missing, and ask for those behind it: all may be gone."""
+        """Drop the span that is missing, and ask for all that was to come: it may be gone, too."""
         super().doubt(transfer, error)
         if error.is_miss and transfer.names is not None:
             positions = transfer.positions.array

@@ -9,11 +9,11 @@ A clear makes an engine leave its pool for a new one, since others may go on sto
 cleared. Engines that start later join the latest generation; running ones do not follow. What older
 generations hold is garbage.
 
-The store alone cannot tell engines whether two clears belong together. If they do not, one engine
-still computes what the other has just cleared, and they must not share. So whoever clears several
-engines says that: he *offers* a generation first (`flexkv remote clear`), and then clears them. An
-engine that is cleared soon after an offer, by the store's clock, takes that generation, unless it
-has used it before. So every engine in it was cleared, or started, after it was offered.
+Engines do not know whether their clears belong together. If they do not, one engine still computes
+what another has just cleared, and the two must not share. So whoever clears several engines that go
+on sharing first *offers* a generation (`flexkv remote clear`). An engine that is cleared soon after
+an offer, by the store's clock, takes that generation, unless it has used it before. So every engine
+in it was cleared or started after the offer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ANSWER_S = 10.0
 RENEW_S = 3600.0
 """How often it is checked that the object of the generation in use is still there."""
 OFFER = b"offered\n"
-"""The content of the object of a generation that is offered to engines which are cleared."""
+"""The content of the object of an offered generation."""
 OFFER_S = 600.0
 """How long a generation is on offer."""
 WRITTEN_S = 10.0
@@ -104,9 +104,9 @@ class SharedPool:
                 return
 
     async def _try_to_join(self) -> None:
-        """Join the pool, after a clear that of a generation which is new or on offer.
+        """Join the pool; after a clear, that of a new generation or of the one on offer.
 
-        Return without a pool if another clear, or another generation, came meanwhile.
+        It returns without a pool if another clear or another generation came meanwhile.
 
         Raises:
             RemoteError: the store failed.

@@ -1,10 +1,10 @@
 """Asks a store that has stopped answering whether it answers again, so that it is used soon after.
 
-    tier down ──▶ asked once a second ──no answer──▶ silent ──an answer──▶ tier on trial at once
+    tier down ──▶ asked each second ──no answer──▶ silent ──an answer──▶ the next request is a trial
 
-The pause before the next trial of a tier doubles with each one that fails, and a trial is the fetch
-of somebody's prompt. A question costs neither. A store that answers questions all the time, and
-fails other requests, gets its trials after the pauses only.
+A trial is the fetch of somebody's prompt, and if it fails, the pause before the next one doubles. A
+question costs nobody anything. A store that answers all questions, and fails other requests, gets
+its trials after the pauses only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ANSWER_S = 2.0
 
 
 class TierState(NamedTuple):
-    """What the probe asks of the tier's health, and reports to it."""
+    """What the probe learns from the tier's health, and reports to it."""
 
     is_failing: Callable[[], bool]
     """Whether the tier is not used now, because its I/O failed."""
@@ -35,7 +35,7 @@ class TierState(NamedTuple):
 
 
 class Probe:
-    """The questions to the store of one tier."""
+    """Asks the store of one tier whether it answers."""
 
     def __init__(self, requests: Requests, pool: SharedPool) -> None:
         self._requests, self._pool = requests, pool

@@ -144,7 +144,7 @@ class FarFetches:
         if costs is not None and not costs.is_worth_fetching(by_tier, max(0, others), tokens):
             self._count("declined_far_blocks", far)
             return False
-        # A prefix of several KV groups is fetched whole, so its end must be known.
+        # With several KV groups a prefix is fetched whole, so the server must know where it ends.
         drop = last - end if groups.several else 0
         number = self._client.prefetch(part_of(last), found.blocks, found.number, drop)
         self._client.flush()
