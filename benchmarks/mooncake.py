@@ -1,9 +1,9 @@
 """Reads of the remote tier from a Mooncake Store against Mooncake's own `batch_get_into`.
 
-A block has 2 MiB, a span 8 of them. The port's reads go through the mover, and are checked and in
-the arena with their sums. Those of a plain client end in its registered memory, unchecked: all
-objects in one call, or one object in each call. All are of the same objects, which are in the
-memory of another process; the transport is TCP.
+A block has 2 MiB, a span 8 of them. The port's reads go through the mover, and end when blocks are
+in the arena, checked, with their sums. Those of a plain client end in its registered memory,
+unchecked: all objects in one call, or one object in each call. All read the same objects, which are
+in the memory of another process; the transport is TCP.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flexkv.io.remote.options import RemoteOptions
 from tests.mooncake import Mooncake, running
 
 OPTIONS = RemoteOptions(deadline_s=120.0, gets_max=15, puts_max=3, hedged_share=0.0)
-"""The defaults of an engine with such spans."""
+"""As many gets and puts at once as an engine makes by default with such spans."""
 
 
 def measure(options: Options) -> Figures:

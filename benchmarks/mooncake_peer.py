@@ -1,7 +1,7 @@
 """Mooncake's own client, for `benchmarks.mooncake`: a process that reads objects when it is asked.
 
-Each line of its input is a number of objects for each call. For each it reads all objects, and
-prints the seconds that it took, and those of CPU.
+Each line of its input is the number of objects for each call. For each line it reads all objects,
+and prints the seconds that this took, and the seconds of CPU.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Limit: the same gets while the remote tier is idle; a second idle slice beside each shows the noise.
 Flat out, far prompts are fetched all the time, more than host memory holds, and new prompts are put
 and shipped as fast as the store takes them. The stores are a directory, and a server in memory that
-speaks S3. The server yields to the engine, since it would run on another machine. It hangs when its
-process is stopped; fetches and ships go on being asked for then. Once it goes on, far prompts are
-asked for until one arrives.
+speaks S3. The server yields to the engine, since it would run on another machine. It hangs while
+its process is stopped; fetches and ships are asked for all the same. Once it goes on, far prompts
+are asked for until one arrives.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FAR, FAR_BLOCKS = 24, 2 * SPAN_BLOCKS
 PAUSE_S = 4e-3
 """Between two gets, so that others run, too."""
 HOST_BLOCKS = 352
-"""So many that what is fetched and shipped does not displace what is hot."""
+"""Enough for what is fetched and shipped not to displace what is hot."""
 WARMING = 20
 """Gets that are not counted, once work beside them begins."""
 FETCHES, OWED_MAX = 3, 6 * FAR_BLOCKS
@@ -91,7 +91,7 @@ class _Rig:
         took_s = time.perf_counter() - begin_s
         if response.return_mask.all():
             return took_s
-        # It was displaced, as it is if blocks are small. That is no hit.
+        # It was displaced, as happens if blocks are small, so this was no hit.
         await self._manager.put(tokens, self._hot_slots)
         return await self._get()
 

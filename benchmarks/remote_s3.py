@@ -116,7 +116,7 @@ class _Plain:
         return [f"{mode}/{name}" for name in self._names]
 
     def afresh(self, names: list[str], put: Callable[[], float]) -> Callable[[], float]:
-        """Return a put before which the objects of the last round are deleted."""
+        """Return a put that first deletes the objects of the last round; only the put is timed."""
 
         def deleted_and_put() -> float:
             obstore.delete(self._client, names)
@@ -181,7 +181,7 @@ class _Plain:
 
 @contextmanager
 def _boto3(settings: list[Any]) -> Iterator[Callable[[str], float]]:
-    """Yield what lets boto3 get or put every object, and returns the seconds that it takes."""
+    """Yield a function that has boto3 get or put every object, and returns the seconds it took."""
     command = [str(PROGRAM / "bin/python"), "-c", BOTO3]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:

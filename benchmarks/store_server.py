@@ -1,4 +1,4 @@
-"""A fast S3 server in memory, in a process of its own, whose client may be measured beside it.
+"""A fast S3 server in memory, in a process of its own, so that its client can be measured alone.
 
     python -m benchmarks.store_server KEPT
 
@@ -27,7 +27,7 @@ from xml.sax.saxutils import escape
 from flexkv.process.background import NICER_BY
 
 SPAN_BYTES_MIN = 1 << 12
-"""What has fewer bytes is no span, and kept in any case."""
+"""Anything smaller is no span, and is kept in any case."""
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 _NOTHING = memoryview(b"")
 _WRITTEN = "2026-01-01T00:00:00.000Z"

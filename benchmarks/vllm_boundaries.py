@@ -1,11 +1,11 @@
-"""What more boundaries win for models with state layers: hit tokens against bytes stored.
+"""What more boundaries bring for models with state layers: hit tokens against bytes stored.
 
-A prefix of such models can be hit only where their states were kept. vLLM keeps them at the end of
-a prompt, and with `--prefix-cache-retention-interval` once in each interval of tokens, too. Some
+A prefix of such a model can be hit only where its states were kept. vLLM keeps them at the end of a
+prompt, and with `--prefix-cache-retention-interval` once in each interval of tokens, too. Some
 prompts of these conversations continue the last one. Others go back: they part from it somewhere in
 its second half, as when a user edits a message. The device cache is emptied before each turn, so
-all hits are FlexKV's. Both figures are relative to those of an interval of one block, where every
-block boundary can be hit. Needs vLLM in this Python: `scripts/vllm-venv`.
+all hits are FlexKV's. Both figures are relative to those of an interval of one block, with which
+every block boundary can be hit. Needs vLLM in this Python: `scripts/vllm-venv`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def measure(options: Options) -> Figures:
 
 
 def _told(folder: Path, work: Any, *arguments: Any) -> Any:
-    """Return what a generator yields first, in a process of its own."""
+    """Run a generator in a process of its own, and return what it yields first."""
     from tests.vllm.fork import Forked
 
     process = Forked(folder / "log", work, *arguments)

@@ -1,12 +1,15 @@
 """Time to the first token of a prefix that another `vllm serve` has computed, through a store.
 
-One engine computes 6,000-token prompts, and ends. Another one, with host memory of its own that is
-empty, is asked for them: first they come from the store, then from its host memory. The bar for the
-former is the latter and 1.3 times what plain reads of the same objects take, as many at once. Their
-first 5,888 tokens are whole spans, and hits in both. Others have 6,000 tokens: the last 96 of their
-blocks are hits in host memory only, as a store has whole spans, so the engine computes them. The
-stores are an S3 server (moto) and a directory, both on this machine. LMCache, where it is
-installed, has a directory: its S3 client reaches only servers that give each bucket a host name.
+One engine computes prompts, and ends. Another one, with host memory of its own that is empty, is
+asked for them: first they come from the store, then from its host memory. The bar for the former is
+the latter and 1.3 times what plain reads of the same objects take, as many at once. Most prompts
+have 5,904 tokens: 5,888 in whole spans, which are hits in both, and 16 that are always computed.
+Two have 6,000 ("cut spans"). A store has whole spans only, so 112 tokens of these are computed at
+first, and 16 once host memory has their blocks.
+
+The stores are an S3 server (moto, or Ceph's with `S3_SERVER=rgw`) and a directory, both on this
+machine. LMCache, where it is installed, has a directory: its S3 client reaches only servers that
+give each bucket a host name.
 Needs vLLM in this Python: `scripts/vllm-venv`.
 """
 
@@ -36,7 +39,7 @@ from tests.moto import PROGRAM
 from tests.s3 import running
 
 SPAN_TOKENS, OWN_TOKENS = 256, 16
-"""Tokens of a span, and those of a prompt behind its whole spans: less than a block."""
+"""Tokens of a span, and tokens of a prompt behind its whole spans: fewer than in a block."""
 CUT = "cut spans, "
 """Begins the names of figures of prompts that end within a span."""
 CUT_PROMPTS = 2
@@ -139,7 +142,7 @@ class _Arm:
             yield
 
     def ask(self, number: int, prompt: list[int], kind: str | None) -> None:
-        """Ask for a prompt that is in the store, and once more; None: it is not counted."""
+        """Ask for a prompt that is in the store, and once more; without a kind do not count it."""
         engine = self._engine
         took = {}
         for source in ("store", "host"):

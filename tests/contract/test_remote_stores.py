@@ -105,7 +105,7 @@ async def test_a_head_says_how_large(store: OpenStore) -> None:
 
 
 async def test_a_listing_says_what_a_head_says(listed_store: OpenStore) -> None:
-    """An object has one size and one time."""
+    """A listing and a head report the same size and the same time of an object."""
     await listed_store.put(NAME, [WHOLE])
     assert [await listed_store.head(NAME)] == await listed(listed_store, POOL.shard(0))
 

@@ -1,8 +1,8 @@
 """Engines that are cleared share a generation if it was offered, and never one with older KV.
 
 Each engine has an *era*: what its blocks are computed with. A clear of an engine begins another
-era there. In a pool that an engine reads there must be blocks of its own era only. A failure names
-its seed: `GENERATIONS_FIRST=seed GENERATIONS_SEEDS=1 pytest …` replays it.
+era there. A pool that an engine reads must have blocks of its own era only. A failure names its
+seed: `GENERATIONS_FIRST=seed GENERATIONS_SEEDS=1 pytest …` replays it.
 """
 
 from __future__ import annotations

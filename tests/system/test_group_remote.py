@@ -155,7 +155,7 @@ def lose(path: Path, fault: str) -> None:
 async def test_a_block_that_does_not_arrive_cuts_the_answer(
     tmp_path: Path, group: int, fault: str
 ) -> None:
-    """The prefix comes that is whole without that block, with right bytes; its hint is dropped."""
+    """A prefix that is whole without the block comes, with right bytes; its hint is dropped."""
     at = needed(END)[group][-1]
     expected = max([end for end in PREFIXES if at not in needed(end)[group]], default=0)
     async with pair(tmp_path) as (first, second):
@@ -177,7 +177,7 @@ async def test_a_block_that_does_not_arrive_cuts_the_answer(
 
 
 async def test_wrong_hints_cost_no_hit_of_what_is_here(tmp_path: Path) -> None:
-    """A get that far blocks fail again and again loads in the end what host memory has."""
+    """A get whose far blocks fail again and again finally loads what host memory has."""
     long, here = np.arange(5000, 5080), 16
     async with engine(tmp_path) as first:
         await first.put(long)
@@ -259,7 +259,7 @@ async def test_the_commands_know_leaves(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_mooncake_store_has_no_leaves_yet(tmp_path: Path) -> None:
-    """An engine whose blocks a Mooncake Store cannot keep runs without it, and says why."""
+    """An engine of a model with several KV groups runs without a Mooncake Store, and says why."""
     settings = tmp_path / "mooncake.json"
     settings.write_text("{}")
     cache = cache_config(

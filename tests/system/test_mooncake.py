@@ -93,7 +93,7 @@ async def test_what_was_cleared_does_not_come_back(remote: dict[str, Any]) -> No
 async def test_a_store_that_was_restarted_empty_is_used_again(
     remote: dict[str, Any], tmp_path: Path
 ) -> None:
-    """What is gone is computed, all its hints go at once, and the store takes blocks again."""
+    """What is gone is not loaded, all its hints go at once, and the store takes blocks again."""
     with running() as own:
         remote["mooncake_store_config_path"] = own.file(tmp_path)
         async with Node(remote) as node:
@@ -229,7 +229,7 @@ async def test_a_mover_that_is_killed_fails_its_requests_at_once(
 
 
 async def test_a_put_beside_one_that_has_not_ended_fails(rigged: Rigged) -> None:
-    """It is not said to be stored, since the other put may fail; the tier is not to blame."""
+    """The span is not reported as stored, since the other put may fail; no tier is blamed."""
     rig = rigged.rig
     await rig.fill(*((G + each, 20 + each) for each in range(G)))
     name = rigged.store.prefix + POOL.object_name(span_key(1))
@@ -285,7 +285,7 @@ async def test_a_full_store_asks_for_fewer_puts(own: Mooncake, tmp_path: Path) -
 
 
 async def test_the_mover_ends_with_its_engine(rigged: Rigged) -> None:
-    """A mover whose engine closes its end is gone once that has returned."""
+    """When the engine has closed its store, the mover is gone."""
     pid = rigged.pid
     rigged.store.close()
     with pytest.raises(ProcessLookupError):
@@ -308,7 +308,7 @@ asyncio.run(main())
 
 
 def test_the_mover_of_an_engine_that_is_killed_ends(tmp_path: Path, mooncake: Mooncake) -> None:
-    """Nobody is left behind by an engine that could not close anything."""
+    """An engine that could not close anything leaves no mover behind."""
     command = [sys.executable, "-c", _ENGINE, mooncake.file(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as engine:
         assert engine.stdout is not None
@@ -322,7 +322,7 @@ def test_the_mover_of_an_engine_that_is_killed_ends(tmp_path: Path, mooncake: Mo
 
 
 def test_doctor_tries_the_store(tmp_path: Path, mooncake: Mooncake) -> None:
-    """It says how fast the store is, and that commands which list it have nothing to list."""
+    """`flexkv doctor` says how fast the store is; commands that list stores refuse it."""
     cache = CacheConfig(
         use_mooncake_store_backend=True, mooncake_store_config_path=mooncake.file(tmp_path)
     )

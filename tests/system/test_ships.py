@@ -172,7 +172,7 @@ def test_a_write_that_fails_is_tried_again_and_then_given_up() -> None:
 
 @pytest.mark.parametrize(("host", "spans"), [(24, 1), (32, 2)])
 def test_writes_in_flight_are_bounded_and_keep_nobody_waiting(host: int, spans: int) -> None:
-    """Spans on their way are two at most, and take a quarter of host memory, or are one.
+    """At most two spans are on their way; they take a quarter of host memory, or there is one.
 
     A put that needs the room of those that wait evicts them.
     """
@@ -256,7 +256,7 @@ def test_clearing_one_tier_leaves_what_is_far() -> None:
 
 @pytest.mark.parametrize("spans_per_s", [2.0, 50.0])
 def test_ships_keep_to_their_rate(spans_per_s: float) -> None:
-    """In any time at most the rate and one span more begin, and none waits longer than for that.
+    """In any interval what the rate allows begins, and one span more; none waits needlessly long.
 
     What waits counts as owed, and a flush waits for all of it.
     """

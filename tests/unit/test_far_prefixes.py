@@ -1,4 +1,4 @@
-"""Which prefixes of a model with several KV groups a load brings, if some of their blocks are far.
+"""Tests which prefixes of a model with several KV groups a load brings, if some blocks are far.
 
 The right answer is found by trying every prefix, block by block.
 """
@@ -37,7 +37,7 @@ BLOCKS = 8
 KEYS = keys(*range(BLOCKS))
 FETCH = Route(Tier.REMOTE, Tier.HOST)
 Of = dict[int, list[int]]
-"""Positions in the chain of blocks, by group."""
+"""The positions, in the chain, of some blocks of each group."""
 
 
 def held(of: Of, prompt: bytes = KEYS) -> list[bytes]:
@@ -198,7 +198,7 @@ def prefix_of(case: Case) -> Prefix:
 
 @pytest.mark.parametrize("seed", range(400))
 def test_the_longest_whole_prefix_is_found(seed: int) -> None:
-    """No longer prefix is whole; of the one that is found each block is named once, where it is."""
+    """No longer prefix is whole, and each block of the one found is named once, where it is."""
     case, tiers, far = random_case(Random(seed))
     finder, avoid = LeafFinder(tiers, case.rules, far), Avoid(unreadable=case.down)
     near = LeafFinder(tiers, case.rules, NOTHING_IS_FAR).find(prefix_of(case), avoid)
@@ -245,7 +245,7 @@ def plan(tiers: Residency, far: FakeFar, operation: Operation, near: bool = Fals
 
 @pytest.mark.parametrize("operation", [Operation.GET, Operation.PREFETCH])
 def test_a_load_fetches_far_leaves_beside_the_far_chain(operation: Operation) -> None:
-    """Blocks of each group come from far that are not here; others come from where they are."""
+    """Blocks of any group that are not here come from far, others from where they are."""
     tiers, far = index({0: [0, 1, 2], WINDOW: [2], STATE: [2]}), far_with(EVERY)
     planned = plan(tiers, far, operation)
     assert moved(planned, FETCH) == {0: [3, 4, 5, 6, 7], WINDOW: [6, 7], STATE: [7]}
@@ -318,7 +318,7 @@ def test_no_chunk_of_the_far_chain_divides_a_span() -> None:
 
 @pytest.mark.parametrize("group", [0, WINDOW, STATE])
 def test_what_hangs_on_its_way_is_not_waited_for(group: int) -> None:
-    """A block that an op to be avoided is filling is fetched by no other: a shorter prefix is."""
+    """A prefix ends before a block that a hung op is filling; no other op fetches the block."""
     here = {of: [at for at in some if at < 4] for of, some in EVERY.items()}
     tiers, far = index(here | {0: list(range(4 if group == 0 else 6))}), far_with(EVERY)
     ids = tiers.reserve(Tier.HOST, KEYS, Positions(4 if group == 0 else 5, 1), group=group)

@@ -85,7 +85,7 @@ def test_one_end_does_not_bring_back_what_hangs() -> None:
 
 
 def test_a_direction_that_is_down_can_be_tried_at_once() -> None:
-    """It is due for one trial then; a failure of that doubles the pause as ever."""
+    """`try_now` makes a direction due for one trial; if that fails, the pause doubles as ever."""
     breaker = down()
     assert not breaker.usable(0.1)
     assert breaker.is_failing
@@ -101,7 +101,7 @@ def test_a_direction_that_is_down_can_be_tried_at_once() -> None:
 
 
 def test_what_is_lost_or_hangs_cannot_be_tried() -> None:
-    """Neither a direction that is lost nor one that hangs is used because of it."""
+    """`try_now` brings back neither a direction that is lost nor one that hangs."""
     lost, hung = down(), Breaker()
     lost.lose()
     hung.hung()

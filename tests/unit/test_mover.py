@@ -1,4 +1,4 @@
-"""The engine's side of a mover, whose process the tests play, and the queue of the mover's side."""
+"""Tests of a mover: its engine's side, while the tests play the process, and its queue of gets."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ async def test_the_end_of_a_mover_fails_what_waits(rig: Rig, end: str) -> None:
 async def test_a_mover_that_cannot_start_is_started_less_and_less_often(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each failed start doubles the pause, within which requests fail at once."""
+    """Each failed start doubles the pause; requests during the pause fail at once."""
     monkeypatch.setattr(movers, "PAUSE_S", 1000.0)
     monkeypatch.setattr(movers, "PAUSE_MAX_S", 3000.0)
     mover = rig.store.mover

@@ -46,7 +46,7 @@ def test_nothing_is_owed_after_a_clear() -> None:
 
 
 def test_blocks_are_unwritten_until_the_tier_has_them() -> None:
-    """Whether it is owed them, has a place for them, or another put has it: they are not there."""
+    """Blocks that a tier is owed, or for which it has only a place, count as unwritten."""
     tiers = residency(host=6, disk=6)
     owed = OwedBlocks(tiers, Tier.DISK, batch_blocks_max=4)
     owed.add(filled(tiers, Tier.HOST, *range(4)), room_blocks=4)

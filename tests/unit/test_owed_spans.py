@@ -127,7 +127,7 @@ def test_what_lacks_is_found_by_place() -> None:
 
 
 def test_spans_are_unwritten_until_the_tier_is_said_to_have_them() -> None:
-    """Spans that it is owed, and those on their way, count as well, each block once."""
+    """Spans that the tier is owed, and spans on their way, count as well, each block once."""
     tiers = residency(host=8)
     ids, prompt = filled(tiers, Tier.HOST, *range(5)), keys(*range(5))
     owed = owed_by(tiers, prompt[2 * BLOCK_KEY_BYTES : 3 * BLOCK_KEY_BYTES])

@@ -208,7 +208,7 @@ def test_nobody_waits_without_a_pool() -> None:
 
 
 def test_an_answer_about_a_pool_that_was_left_is_no_hint() -> None:
-    """A clear while the store is being asked: what was there before it is not noted."""
+    """If a clear comes while the store is being asked, what was there before is not noted."""
 
     async def work(rig: Rig) -> None:
         rig.has(0, 1)

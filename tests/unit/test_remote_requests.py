@@ -276,7 +276,7 @@ def test_a_busy_store_gets_fewer_requests() -> None:
 
 
 def test_slow_answers_lower_the_limit_until_they_are_not() -> None:
-    """It falls in proportion, once for those that were in flight together; one is always left."""
+    """The limit falls in proportion, once for requests in flight together, and never below one."""
     limit = Limit(8, slow_s=2.0)
     limit.succeeded(100.0, 4.0)
     limit.succeeded(101.0, 4.0)
@@ -295,7 +295,7 @@ def test_slow_answers_lower_the_limit_until_they_are_not() -> None:
 
 
 def test_a_late_answer_lowers_the_limit_to_one() -> None:
-    """What has not ended in time is asked for again alone, however many were in flight."""
+    """A request that was late is repeated alone, however many were in flight."""
     limit = Limit(8)
     limit.was_late()
     assert limit.is_lowest
