@@ -167,7 +167,9 @@ class KVManager:
     # -- async form -----------------------------------------------------------------------------
 
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
-        """Return how much of a prompt is resident. No I/O; it changes only the blocks' recency.
+        """Return how much of a prompt is resident, and how much behind that is said to be far.
+
+        It waits for no I/O, and changes only the blocks' recency.
 
         Args:
             token_ids: integer[tokens], numpy, torch or list.

@@ -20,7 +20,7 @@ from tests import ceph, moto
 KIND = os.environ.get("S3_SERVER", "moto")
 """Which server: "moto", which believes every signature, or "rgw", Ceph's gateway."""
 ACCESS_KEY, NEW_ACCESS_KEY, SECRET = "an-access-key", "a-new-access-key", "a-secret-of-tests"
-"""Keys of the same user, which have the same secret."""
+"""Access keys of the same user, with the same secret."""
 SIGNED_FOR = timedelta(minutes=5)
 
 
@@ -69,7 +69,7 @@ class S3Server:
         return f"{url.path}?{url.query}"
 
     def _signed_url(self, method: Literal["GET", "PUT", "DELETE"], path: str) -> str:
-        """Return a URL with a signature, for any path: only its last part is the client's key."""
+        """Return a signed URL for any path; the client takes only its last part for the key."""
         folder, _, name = path.rpartition("/")
         client = S3Store(
             "any",

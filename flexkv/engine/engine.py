@@ -342,7 +342,7 @@ class Engine:
         return self._checked.prepare(spec)
 
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
-        """Return how much of a prompt is resident. No I/O; it changes only the blocks' recency."""
+        """Return how much of a prompt is resident, and how much behind that is said to be far."""
         return self._checked.match(token_ids, namespace)
 
     def find(self, keys: bytes, first: int = 0, drop: int = 0) -> Found:

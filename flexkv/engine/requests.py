@@ -159,7 +159,7 @@ class Requests:
     def match(self, token_ids: Any, namespace: Namespace) -> PrefixMatch:
         """Return how much of a prompt is resident, and how much behind that is said to be far.
 
-        It waits for nothing, and changes only the blocks' recency.
+        It waits for no I/O, and changes only the blocks' recency.
         """
         request = self.intake(Operation.PREFETCH, token_ids, None, namespace)
         found, far, _ = self.find_with_far(request.keys)

@@ -128,7 +128,7 @@ class Door(Protocol):
         ...
 
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
-        """Return how much of a prompt is resident."""
+        """Return how much of a prompt is resident, and how much behind that is said to be far."""
         ...
 
     def statistics(self) -> Statistics:

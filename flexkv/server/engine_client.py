@@ -291,7 +291,7 @@ class EngineClient:
         return ticket.with_request(request)
 
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
-        """Return how much of a prompt is resident; nothing if the server does not answer."""
+        """Return how much of a prompt is resident or far; nothing if the server does not answer."""
         request = self._request(RequestSpec(Operation.PREFETCH, token_ids, namespace=namespace))
         matched = self._client.result(self._client.ask(request.keys, with_far=True))
         self.receive()

@@ -170,7 +170,7 @@ async def test_a_block_that_does_not_arrive_cuts_the_answer(
         assert store.known_spans == known - 1
         assert not path.exists()  # what is wrong is deleted
         assert store.requests.deleted == (fault != "missing")
-        # It is not asked for again, and the engine that has it stores it again.
+        # The second engine does not ask for it again; the first one, which has it, stores it again.
         failed = second.manager.statistics().routes["remote→host"].failed_ops
         assert moved_end(await second.get(PROMPT, places)) == expected
         assert second.manager.statistics().routes["remote→host"].failed_ops == failed

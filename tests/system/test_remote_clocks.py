@@ -116,7 +116,7 @@ def reads_wall_clock(path: Path) -> bool:
 
 
 def test_what_is_shared_does_not_depend_on_the_time_of_day() -> None:
-    """Few modules read it, for what concerns no other engine; nothing of the remote tier does."""
+    """Few modules read it, for what concerns no other engine; none of the remote tier does."""
     package = ROOT / "flexkv"
     found = {str(path.relative_to(package)) for path in package.rglob("*.py")
              if reads_wall_clock(path)}  # fmt: skip
@@ -211,7 +211,7 @@ async def test_an_engine_whose_clock_is_off_deletes_what_is_old(
 async def test_engines_whose_clocks_differ_share_a_bucket(
     tmp_path: Path, library: Path, s3: S3Server, signs: list[int]
 ) -> None:
-    """One loads what the other has stored; of both, one collects; nothing is too old."""
+    """One loads what the other has stored, one of the two collects, and nothing is too old."""
     keys = {
         "remote_cache_path": f"s3://{s3.new_bucket()}/kv", "remote_config_custom": s3.custom,
         "remote_list_per_s": 1000, "remote_ttl_s": TTL_S,

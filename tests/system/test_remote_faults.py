@@ -36,7 +36,7 @@ from tests.s3 import S3Server
 
 G, SPANS = SPAN_BLOCKS, 5
 PLACES = HOST_BLOCKS - G
-"""Those that gets bring blocks to; puts take them from the others."""
+"""The places to which gets bring blocks; puts take theirs from the others."""
 WANTED = int(os.environ.get("REMOTE_FAULTS", "480"))
 """How many requests suffer a fault in all lives of a port."""
 LIVES = max(12, WANTED // 250)
@@ -192,7 +192,7 @@ async def test_a_fault_of_every_answer(s3: S3Server, fault: str, errors: set[typ
 
 
 async def test_a_put_whose_answer_is_lost_is_done(s3: S3Server) -> None:
-    """It is repeated, finds its own object, and succeeds."""
+    """The put is repeated, finds its own object, and succeeds."""
     async with two_ways(s3, 1, "lose") as (clean, spoiled, proxy):
         proxy.share = 1.0
         await put(spoiled, 0)

@@ -97,7 +97,7 @@ async def test_engines_that_ship_the_same_spans_make_one_object_each(bucket: Buc
 
 
 async def test_reads_while_an_engine_collects(bucket: Bucket) -> None:
-    """While what a budget has no room for is deleted, engines get right bytes, or fewer."""
+    """While spans over the budget are deleted, engines get right bytes, or fewer."""
     prompts, deleted = range(6), 4
     async with Node(bucket.keys()) as writer:
         for seed in prompts:
@@ -143,7 +143,7 @@ async def test_what_a_match_offers_is_there(bucket: Bucket) -> None:
 
 @asynccontextmanager
 async def narrow(port: int, let_through: int) -> AsyncIterator[tuple[int, asyncio.Event]]:
-    """Yield a port that passes on so many bytes to a server's, and what is set after them."""
+    """Yield a port that passes so many bytes on to a server, and an event set after them."""
     is_full = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -165,7 +165,7 @@ async def narrow(port: int, let_through: int) -> AsyncIterator[tuple[int, asynci
 async def test_a_writer_that_is_killed_leaves_no_part_of_an_object(
     bucket: Bucket, let_through: int
 ) -> None:
-    """Wherever in a put it is killed, there is no object, and another engine can create it."""
+    """Wherever in a put a writer is killed, no object appears, and others can create it."""
     async with narrow(bucket.server.port, let_through) as (port, is_full):
         custom = json.dumps(bucket.server.custom_at(port))
         command = [sys.executable, "-c", WRITER, bucket.url, NAME, custom]
@@ -218,7 +218,7 @@ async def stored_again(node: Node, bucket: Bucket) -> None:
 
 
 class Gate(FaultyProxy):
-    """A proxy that answers as a server does to which all but one access key have expired.
+    """A proxy that answers like a server for which all access keys but one have expired.
 
     Attributes:
         accepted: the access key that is still good.
@@ -233,7 +233,7 @@ class Gate(FaultyProxy):
 
 @asynccontextmanager
 async def instance_role(keys: list[str]) -> AsyncIterator[int]:
-    """Yield the port of a metadata service, whose role has the last of some access keys."""
+    """Yield the port of a metadata service whose role has the last of some access keys."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         path = (await reader.readuntil(b"\r\n\r\n")).split(b" ", 2)[1].decode()

@@ -101,7 +101,7 @@ def test_blocks_land_whole_however_the_answer_is_cut(host: HostBlocks, at: list[
 
 @pytest.mark.parametrize("nbytes", [0, 1, BLOCK_BYTES, RECORD_BYTES - 1, RECORD_BYTES, 1_100_000])
 def test_only_whole_records_of_a_short_answer_land(host: HostBlocks, nbytes: int) -> None:
-    """An answer that ends within a record brings those before it; one that is too long, no more."""
+    """Only whole records land of an answer that is too short, and no more of one too long."""
     got, seals, blocks, _ = landed(host, chunks_of(CONTENT[:nbytes], [nbytes // 2]))
     count = nbytes // RECORD_BYTES
     assert (got, len(seals)) == (nbytes, count * SEAL_BYTES)

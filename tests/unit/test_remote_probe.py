@@ -1,4 +1,4 @@
-"""A store that answers again is used again soon, on a virtual clock."""
+"""Tests on a virtual clock that a store which answers again is soon used again."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Rig:
         return asyncio.get_running_loop().time()
 
     async def head(self, name: str) -> Listed:
-        """Answer, hang or fail; without the object there, too, it is an answer."""
+        """Answer, hang or fail; that there is no such object is an answer, too."""
         self.asked_s.append(self.now_s)
         if self._silent_s[0] <= self.now_s < self._silent_s[1]:
             if self._hangs:
@@ -75,7 +75,7 @@ class Rig:
 @pytest.mark.parametrize("hangs", [True, False])
 @pytest.mark.parametrize("answers_s", [20.0, 60.3, 61.1, 62.9])
 def test_a_store_that_answers_again_is_tried_soon(answers_s: float, hangs: bool) -> None:
-    """However long it was silent, one trial follows within some seconds, and no trial before."""
+    """However long a store was silent, one trial follows its answer within seconds, none before."""
     rig = Rig((5.0, answers_s), (9.0, 1e9), hangs)
     rig.run(answers_s + 50)
     (tried_s,) = rig.tried_s
