@@ -35,7 +35,7 @@ PAUSE_S = 4e-3
 HOST_BLOCKS = 352
 """Enough for what is fetched and shipped not to displace what is hot."""
 WARMING = 20
-"""Gets that are not counted, once work beside them begins."""
+"""How many gets are not counted after work beside them has begun."""
 FETCHES, OWED_MAX = 3, 6 * FAR_BLOCKS
 """Prompts being fetched at once, and owed blocks above which no more prompts are put."""
 PATIENCE_S = 60.0

@@ -198,7 +198,7 @@ def prefix_of(case: Case) -> Prefix:
 
 @pytest.mark.parametrize("seed", range(400))
 def test_the_longest_whole_prefix_is_found(seed: int) -> None:
-    """No longer prefix is whole, and each block of the one found is named once, where it is."""
+    """What is found is the longest whole prefix, and names each of its blocks once, where it is."""
     case, tiers, far = random_case(Random(seed))
     finder, avoid = LeafFinder(tiers, case.rules, far), Avoid(unreadable=case.down)
     near = LeafFinder(tiers, case.rules, NOTHING_IS_FAR).find(prefix_of(case), avoid)

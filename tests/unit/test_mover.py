@@ -167,7 +167,7 @@ async def test_a_get_that_is_given_up_keeps_its_slot_until_the_answer(rig: Rig) 
 
 @pytest.mark.parametrize("code", [NOT_FOUND, NO_SPACE, NO_MASTER])
 async def test_a_clean_error_frees_the_slot(rig: Rig, code: int) -> None:
-    """After an error without a transfer, the slot is used again, however often that happens."""
+    """After an error that moved nothing, the slot is used again, however often that happens."""
     process = await rig.begun()
     for _ in range(9):
         get = rig.store.get("name", 0, 9)
@@ -200,7 +200,7 @@ async def test_a_failed_transfer_spoils_its_slot(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_a_mover_that_does_not_answer_is_killed(rig: Rig) -> None:
-    """A request that is not answered in time fails, and the mover is killed, which is the fence."""
+    """A request that is not answered in time fails, and its mover is killed."""
     rig.store.mover.sizes = SIZES._replace(answer_s=0.05)
     process = await rig.begun()
     with pytest.raises(RemoteError, match=r"not answered for 0\.05 s"):
@@ -209,7 +209,7 @@ async def test_a_mover_that_does_not_answer_is_killed(rig: Rig) -> None:
 
 
 async def test_a_mover_that_answers_slowly_is_left_alone(rig: Rig) -> None:
-    """It hangs only if no request of a kind is answered for too long, however many wait."""
+    """A mover hangs only if no request of a kind is answered for too long, however many wait."""
     rig.store.mover.sizes = SIZES._replace(answer_s=1000.0)
     process = await rig.begun()
     life = rig.store.mover.life()

@@ -116,7 +116,7 @@ class SlowWay:
         return asyncio.get_running_loop().create_task(get())
 
     def landing(self, requests: Requests, host: HostBlocks, copier: Copier) -> Landing:
-        """Return what brings spans from here, without threads."""
+        """Return a landing that brings spans from here without threads."""
         return _Landing(self, requests, host)
 
     def error_of(self, raised: BaseException, what: str) -> BaseException:
@@ -304,7 +304,7 @@ def test_a_part_that_stalls_in_the_middle_ends_though_others_move() -> None:
 
 
 def test_a_part_whose_tries_all_stall_ends_though_others_move() -> None:
-    """Progress of others puts its deadline off, but gives it no more tries."""
+    """Progress of other parts puts a part's deadline off, but gives it no more tries."""
     way = SlowWay(0.02 * DEADLINE_S)
     bad = "the object of span 0"
 

@@ -141,7 +141,7 @@ class DirectoryStore:
         return await self._run("name", "get", (self._root / name).read_bytes)
 
     def landing(self, requests: Requests, host: HostBlocks, copier: Copier) -> Landing:
-        """Return what brings spans from here."""
+        """Return the landing that brings spans from here."""
         return FileLanding(self, requests, host, copier)
 
     # -- names ----------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class OpenStore(Store, Protocol):
     """A store that knows how its bytes get into the arena."""
 
     def landing(self, requests: Requests, host: HostBlocks, copier: Copier) -> Landing:
-        """Return what brings spans from it."""
+        """Return the landing that brings spans from it."""
         ...
 
 

@@ -212,7 +212,7 @@ class MooncakeStore:
         return bytes(body)
 
     def landing(self, requests: Requests, host: HostBlocks, copier: Copier) -> Landing:
-        """Return what brings spans from here."""
+        """Return the landing that brings spans from here."""
         return BodyLanding(self, requests, host, copier)
 
     # -- names ----------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ class ObjectStore:
         return await self._done(read(), "get")
 
     def landing(self, requests: Requests, host: HostBlocks, copier: Copier) -> Landing:
-        """Return what brings spans from here."""
+        """Return the landing that brings spans from here."""
         return BodyLanding(self, requests, host, copier)
 
     # -- names ----------------------------------------------------------------------------------
