@@ -97,7 +97,7 @@ class FaultyProxy:
         """Cut every connection."""
         assert self._listening is not None
         self._listening.close()
-        for _ in range(_TURNS):
+        for _turn in range(_TURNS):
             for task, writer in self._serving.items():
                 task.cancel()
                 writer.transport.abort()  # a task that has not begun never does it
