@@ -25,7 +25,6 @@ from flexkv.tiers.remote_gc.once import Collected, collect, shards_of
 from flexkv.tiers.remote_gc.removal import Removal
 from flexkv.tiers.remote_gc.rules import Limits
 from flexkv.tiers.remote_gc.turns import REQUEST_S, Pacer, side_by_side
-from flexkv.tiers.remote_pool import OFFER
 
 remote = typer.Typer(
     no_args_is_help=True,
@@ -263,7 +262,6 @@ def clear(
     """Begin a new generation of pools: engines that start from now on find nothing.
 
     Engines that run go on with the generation that they use, until they are restarted or cleared.
-    Those that are cleared within ten minutes use the new one, and share it.
     Older generations are deleted by engines of the latest, or now with --delete.
     """
     cache = load_settings().cache_config
@@ -285,11 +283,11 @@ async def _bases(session: Session, wanted: str) -> Bases:
 
 
 async def _cleared(session: Session, cache: CacheConfig, pools: Bases, delete: bool) -> int:
-    """Offer new generations, and delete the pools' spans if wanted; return how many."""
+    """Begin new generations, and delete the pools' spans if wanted; return how many."""
     for base in {base_of(pool).name: base_of(pool) for _, pool in pools}.values():
         latest = max(await numbers_in(session.requests, base.generations), default=0)
         number = latest + 1
-        while not await session.requests.store.put(f"{base.generations}{number}", [OFFER]):
+        while not await session.requests.store.put(f"{base.generations}{number}", [b"\n"]):
             number += 1  # another one has begun it meanwhile
     if not delete:
         return 0

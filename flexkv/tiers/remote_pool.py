@@ -2,24 +2,16 @@
 
     opened ──▶ which generation is the latest? ──▶ join its pool ──▶ reads and writes
                          (asked again until the store answers)
-    clear  ──▶ nothing is read or written ──▶ begin a later generation, ──▶ join its pool
-                                              or take the one on offer
+    clear  ──▶ nothing is read or written ──▶ begin a later generation ──▶ join its pool
 
 A clear makes an engine leave its pool for a new one, since others may go on storing what it has
 cleared. Engines that start later join the latest generation; running ones do not follow. What older
 generations hold is garbage.
-
-Engines do not know whether their clears belong together. If they do not, one engine still computes
-what another has just cleared, and the two must not share. So whoever clears several engines that go
-on sharing first *offers* a generation (`flexkv remote clear`). An engine that is cleared soon after
-an offer, by the store's clock, takes that generation, unless it has used it before. So every engine
-in it was cleared or started after the offer.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Callable
 
 import msgspec
@@ -43,10 +35,6 @@ ANSWER_S = 10.0
 """How long the store may take to answer all requests of one attempt."""
 RENEW_S = 3600.0
 """How often it is checked that the object of the generation in use is still there."""
-OFFER = b"offered\n"
-"""The content of the object of an offered generation."""
-OFFER_S = 600.0
-"""How long a generation is on offer."""
 WRITTEN_S = 10.0
 """How long `written` waits for a new generation."""
 
@@ -70,7 +58,7 @@ class SharedPool:
         self.lose: Callable[[str], None] = _not_open
         self.base = Pool(description)
         self._store = store
-        self._is_new_wanted, self._used = False, -1
+        self._is_new_wanted = False
         self._bell = Bell()
         self._waiters: list[asyncio.Future[None]] = []
         self._failed: RemoteError | None = None
@@ -104,26 +92,21 @@ class SharedPool:
                 return
 
     async def _try_to_join(self) -> None:
-        """Join the pool; after a clear, that of a new generation or of the one on offer.
-
-        It returns without a pool if another clear or another generation came meanwhile.
+        """Join the pool, of a new generation after a clear; return without one if another came.
 
         Raises:
             RemoteError: the store failed.
             ConfigError: something else is in the pool's place.
         """
         is_new, clears = self._is_new_wanted, self.clears
-        generation, since_s = await self._latest()
-        if is_new and not await self._is_offered(generation, since_s):
-            generation += 1
-            if not await self._begin(generation):
-                return  # another engine has begun it meanwhile, or it was offered
+        generation = await self._latest()
+        while is_new and not await self._begin(generation := generation + 1):
+            pass  # another engine has begun it meanwhile
         pool = Pool(msgspec.structs.replace(self.base.description, generation=generation))
         await join_pool(self._store, pool)
         if clears != self.clears:
-            return  # a clear came meanwhile
+            return  # a clear came meanwhile: the caller tries again
         self.current, self._is_new_wanted, self._failed = pool, False, None
-        self._used = max(self._used, generation)
         log.info("remote_pool_joined", store=self._store.where, pool=pool.name)
         wake(self._waiters)
 
@@ -140,35 +123,14 @@ class SharedPool:
         except (RemoteError, TimeoutError) as error:
             log.warning("remote_generation_not_renewed", store=self._store.where, error=str(error))
 
-    async def _latest(self) -> tuple[int, float]:
-        """Return the number of the latest generation, and when its object was written."""
-        prefix, found = self.base.generations, {0: 0.0}
+    async def _latest(self) -> int:
+        """Return the number of the latest generation."""
+        prefix = self.base.generations
+        latest = 0
         async for page in self._store.pages(prefix):
-            numbers = [(each.name.removeprefix(prefix), each.modified_s) for each in page]
-            found |= {int(number): at_s for number, at_s in numbers if number.isdecimal()}
-        return max(found.items())
-
-    async def _is_offered(self, generation: int, since_s: float) -> bool:
-        """Return whether a generation is on offer, and new to this engine."""
-        if generation <= self._used:
-            return False
-        try:
-            content = await self._store.read(f"{self.base.generations}{generation}")
-        except FileNotFoundError:
-            return False
-        return content == OFFER and await self._now_s() - since_s <= OFFER_S
-
-    async def _now_s(self) -> float:
-        """Return the store's time, from an object that is written for that."""
-        name = f"{self.base.generations}now-{secrets.token_hex(8)}"
-        await self._store.put(name, [b"\n"])
-        try:
-            return (await self._store.head(name)).modified_s
-        except FileNotFoundError:
-            why = "what was written cannot be found"
-            raise RemoteError(self._store.where, "head", why) from None
-        finally:
-            await self._store.delete(name)
+            numbers = [each.name.removeprefix(prefix) for each in page]
+            latest = max([latest, *(int(number) for number in numbers if number.isdecimal())])
+        return latest
 
     async def _begin(self, generation: int) -> bool:
         return await self._store.put(f"{self.base.generations}{generation}", [b"\n"])
