@@ -83,10 +83,12 @@ void sums_begin(const struct copy_work *work)
 }
 
 /* Copy the bytes of a block from `within` on and sum them, in steps so small that the CPU sums,
- * loads and stores at the same time. */
+ * loads and stores at the same time. If others may write to them meanwhile, they are read once: the
+ * sum must be that of what is stored. */
 static void block_copy(const struct layout *layout, int64_t device_id, size_t within, size_t bytes,
                        char *host, struct sum *sum)
 {
+    _Alignas(LINE_BYTES) char read[STEP_BYTES];
     size_t index = piece_of(layout, within);
 
     while (bytes > 0) {
@@ -96,6 +98,8 @@ static void block_copy(const struct layout *layout, int64_t device_id, size_t wi
         const char *device = piece->base + (size_t)device_id * piece->stride + skip;
 
         step = smaller(step, piece->bytes - skip);
+        if (layout->shared)
+            device = memcpy(read, device, step);
         sum_add(sum, device, step);
         move_bytes(host, device, step);
         index += skip + step == piece->bytes;

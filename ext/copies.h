@@ -37,6 +37,7 @@ struct layout {
     size_t host_stride;
     size_t host_blocks;
     uint64_t *sums; /* the sum of each host block; NULL if sums are not kept */
+    int shared;     /* whether others may write to the device's blocks while they are copied */
 };
 
 struct copy_work {

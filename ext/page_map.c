@@ -81,13 +81,14 @@ static int sums_hold(PageMap *map, PyObject *sums)
 static PyObject *page_map_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"pieces", "device_blocks", "host", "host_stride",
-                            "owner",  "sums",          NULL};
+                            "owner",  "sums",          "shared", NULL};
     PyObject *pieces, *host, *owner, *sums = NULL;
     long long device_blocks, host_stride;
+    int shared = 0;
     PageMap *self;
 
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OLOLO|O:PageMap", names, &pieces,
-                                     &device_blocks, &host, &host_stride, &owner, &sums))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OLOLO|Op:PageMap", names, &pieces,
+                                     &device_blocks, &host, &host_stride, &owner, &sums, &shared))
         return NULL;
     if (device_blocks < 1 || host_stride < 1)
         return PyErr_Format(PyExc_ValueError, "device_blocks and host_stride must be 1 or more");
@@ -102,6 +103,7 @@ static PyObject *page_map_new(PyTypeObject *type, PyObject *args, PyObject *keyw
     self->layout.device_blocks = (size_t)device_blocks;
     self->layout.host = self->host.buf;
     self->layout.host_stride = (size_t)host_stride;
+    self->layout.shared = shared;
     self->layout.host_blocks = (size_t)self->host.len / (size_t)host_stride;
     if (layout_read(&self->layout, pieces) < 0 ||
         (sums && !Py_IsNone(sums) && sums_hold(self, sums) < 0)) {
@@ -214,7 +216,8 @@ static PyMemberDef page_map_members[] = {
 };
 
 static PyType_Slot page_map_slots[] = {
-    {Py_tp_doc, "PageMap(pieces, device_blocks, host, host_stride, owner, sums=None)\n--\n\n"
+    {Py_tp_doc, "PageMap(pieces, device_blocks, host, host_stride, owner, sums=None, "
+                "shared=False)\n--\n\n"
                 "Where the pieces of a device block are, and where they go in a host block."},
     {Py_tp_new, page_map_new},
     {Py_tp_dealloc, page_map_dealloc},

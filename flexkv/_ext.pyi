@@ -112,6 +112,7 @@ class PageMap:
         host_stride: int,
         owner: object,
         sums: Memory | None = None,
+        shared: bool = False,
     ) -> None:
         """Describe one device's pages.
 
@@ -125,6 +126,8 @@ class PageMap:
             sums: writable uint64[host blocks], held until the map is gone: receives the sum of each
                 host block that a copy fills or `CopyPool.checksum` reads. A sum covers the bytes of
                 the pieces: it adds up the XXH3-64 of each 512 KiB, seeded with the offset.
+            shared: whether other processes may write to the device's memory meanwhile. A sum is
+                that of the bytes in the host block even then; copies take up to a third longer.
 
         Raises:
             ValueError: a row, a size or an address is impossible, or the pieces leave gaps in the

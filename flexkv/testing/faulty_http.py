@@ -232,6 +232,15 @@ async def _shorten(at: _Exchange) -> _Answer:
     return Message(_LENGTH.sub(b"\r\nContent-Length: %d" % len(less), head), less), True
 
 
+async def _lengthen(at: _Exchange) -> _Answer:
+    """Answer a range with more bytes than were asked for."""
+    head, body = await at.ask(at.request)
+    if not body:
+        return Message(head, body), True
+    more = body + bytes(at.random.randint(1, 4096))
+    return Message(_LENGTH.sub(b"\r\nContent-Length: %d" % len(more), head), more), True
+
+
 async def _flip(at: _Exchange) -> _Answer:
     head, body = await at.ask(at.request)
     if not body:
@@ -272,6 +281,7 @@ FAULTS: dict[str, Callable[[_Exchange], Awaitable[_Answer]]] = {
     "miss": _miss,
     "cut": _cut,
     "shorten": _shorten,
+    "lengthen": _lengthen,
     "flip": _flip,
     "other": _other,
     "whole": _whole,

@@ -163,6 +163,7 @@ async def put(rig: PortRig, span: int) -> None:
         ("reset", {RemoteError}),
         ("cut", {RemoteError}),
         ("whole", {RemoteError}),
+        ("lengthen", {RemoteError}),
         ("hang", {RemoteError}),
         ("miss", {MissingBlockError}),
         ("other", {CorruptBlockError, MissingBlockError}),  # one of two may be deleted first

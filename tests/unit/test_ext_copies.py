@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import mmap
+import os
 import select
+import signal
 import subprocess
 import sys
 import weakref
@@ -329,3 +332,29 @@ pool.close()
 """
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script]
     subprocess.run(command, check=True, timeout=60)
+
+
+def test_a_sum_is_that_of_what_was_stored_though_others_write_to_the_source(pool: CopyPool) -> None:
+    """Whatever another process does to shared memory meanwhile, the sum fits the host block."""
+    size = 1 << 20
+    with mmap.mmap(-1, size) as shared:
+        source = np.frombuffer(shared, np.uint8)
+        host, sums = np.zeros((2, size), np.uint8), np.zeros(2, np.uint64)
+        pages = PageMap(
+            np.array([[source.ctypes.data, size, size, 0]]), 1, host, size, source, sums, True
+        )
+        child = os.fork()
+        while not child:  # the other process
+            source[size // 2] ^= 255
+        try:
+            for number in range(1000):
+                pool.submit(number, pages, TO_HOST, np.array([0]), np.array([0]), True)
+                reap(pool)
+                host[1] = host[0]
+                pool.checksum(number, pages, np.array([1]), True)
+                reap(pool)
+                assert sums[0] == sums[1]
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        del pages, source

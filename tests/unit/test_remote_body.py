@@ -47,6 +47,7 @@ class CutStore:
     """A store whose answers come in chunks that a test cuts."""
 
     kind = where = "cut"
+    shares_bodies = False
 
     def __init__(self) -> None:
         self.chunks: list[bytes] = []

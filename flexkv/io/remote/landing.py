@@ -200,6 +200,7 @@ class BodyLanding:
             host.arena.block_stride_bytes,
             body,
             host.sums,
+            self._store.shares_bodies,
         )
 
     def close(self) -> None:

@@ -69,7 +69,7 @@ class MooncakeStore:
         prefix: what the names of all objects begin with, in the store.
     """
 
-    kind = "mooncake"
+    kind, shares_bodies = "mooncake", True
 
     def __init__(self, mover: Mover, prefix: str = "flexkv/") -> None:
         """Start the threads that fill slots.

@@ -42,7 +42,9 @@ _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _BUSY = {"429", "503"}
 _LASTING = {"400", "401", "403", "405", "501"}
 _GONE = ("NoSuchBucket", "ContainerNotFound", "specified bucket does not exist")
+_TOO_LONG = "it answered a range with more bytes"
 _REASONS = {
+    _TOO_LONG: _TOO_LONG,
     "non-partial": "it answered a range with the whole object",
     "response body error": "its answer broke off",
     "error sending request": "it did not answer",
@@ -54,6 +56,8 @@ _SELF_COPY = "InvalidRequest"
 
 class ObjectStore:
     """A store behind one of obstore's clients."""
+
+    shares_bodies = False
 
     def __init__(self, client: Client, kind: str, where: str) -> None:
         """Take a client that repeats nothing itself; `where` names it without credentials."""
@@ -74,7 +78,8 @@ class ObjectStore:
         ones (`python -m benchmarks remote`).
         """
         options: GetOptions = {"range": (first, last)}
-        return _Chunks(_future(obstore.get_async(self._client, name, options=options))).all
+        getting = _future(obstore.get_async(self._client, name, options=options))
+        return _Chunks(getting, last - first).all
 
     async def put(self, name: str, buffers: Sequence[Buffer]) -> bool:
         """Create an object whose bytes are the buffers' in turn; return False if it exists."""
@@ -211,9 +216,11 @@ class _Chunks:
             request.
     """
 
-    def __init__(self, getting: asyncio.Future[GetResult]) -> None:
+    def __init__(self, getting: asyncio.Future[GetResult], nbytes_max: int) -> None:
+        """Take the request, and how many bytes it asks for."""
         self.all: asyncio.Future[Sequence[Buffer]] = asyncio.get_running_loop().create_future()
         self._chunks: list[Buffer] = []
+        self._left = nbytes_max
         self._step: asyncio.Future[Any] = getting
         self.all.add_done_callback(lambda _: self._step.cancel())
         getting.add_done_callback(self._answered)
@@ -230,7 +237,11 @@ class _Chunks:
     def _arrived(self, step: asyncio.Future[Any]) -> None:
         if self._goes_on(step):
             self._chunks.append(step.result())
-            self._wait()
+            self._left -= len(step.result())
+            if self._left < 0:
+                self.all.set_exception(OSError(_TOO_LONG))
+            else:
+                self._wait()
 
     def _goes_on(self, step: asyncio.Future[Any]) -> bool:
         """Return whether a step has succeeded; end the whole if it has not."""

@@ -86,7 +86,13 @@ class Store(Protocol):
 
 
 class BodyStore(Store, Protocol):
-    """A store that returns what it reads in memory of its own."""
+    """A store that returns what it reads in memory of its own.
+
+    Attributes:
+        shares_bodies: whether other processes may write to that memory.
+    """
+
+    shares_bodies: bool
 
     def get(self, name: str, first: int, last: int) -> Future[Sequence[Buffer]]:
         """Begin to read the bytes from `first` to `last` (exclusive) of an object, in chunks.
