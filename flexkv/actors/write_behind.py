@@ -44,8 +44,6 @@ LOAD_WAIT_S = 0.1
 SHIP_SHARE = 4
 """Blocks on their way to a far tier stay in host memory. They take at most host memory divided by
 this, or one span, so that a store that hangs leaves room for others."""
-SCAN_BLOCKS = 1 << 16
-"""Host places that are searched in one step for blocks that a lower tier lacks."""
 
 
 Queue: TypeAlias = OwedBlocks | OwedSpans
@@ -414,8 +412,8 @@ class WriteBehind:
                 free = self._residency.counts(tier).free
             elif ship.reused_only:
                 continue
-            for first in range(0, self._host_places, SCAN_BLOCKS):
-                lacking = queue.lacking(first, first + SCAN_BLOCKS)[:free]
+            for first in range(0, self._host_places, queue.scan_blocks):
+                lacking = queue.lacking(first, first + queue.scan_blocks)[:free]
                 free -= len(lacking)
                 self.owe(tier, lacking)
                 await asyncio.sleep(0)
@@ -434,8 +432,8 @@ class WriteBehind:
                 blocks = queue.epochs.left_of(queue.epochs.epoch)
             else:
                 blocks = 0
-                for first in range(0, self._host_places, SCAN_BLOCKS):
-                    blocks += queue.count_unwritten(first, first + SCAN_BLOCKS)
+                for first in range(0, self._host_places, queue.scan_blocks):
+                    blocks += queue.count_unwritten(first, first + queue.scan_blocks)
                     await asyncio.sleep(0)
             if blocks:
                 left[tier.label] = blocks

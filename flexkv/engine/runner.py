@@ -42,6 +42,14 @@ AGAIN_MAX = 4
 """How often a request is planned again because far blocks did not arrive; at last without any."""
 
 
+def times_again(flight: Flight) -> int:
+    """Return how often a request may be planned again: once, or more if it is all or nothing.
+
+    Other plans may each wait for blocks that another request fetches from far, in vain.
+    """
+    return AGAIN_MAX if flight.planned.is_whole else 1
+
+
 class RequestRunner:
     """Runs the requests of one engine."""
 
@@ -87,7 +95,7 @@ class RequestRunner:
             if flight.response is None:
                 await flight.wait_answered()
             again = 0
-            while flight.lacks_far_blocks if again else flight.may_be_planned_again:
+            while flight.may_be_planned_again and again < times_again(flight):
                 again += 1
                 flight = self._begin(request, flight.arrived_ns, turn, flight.has_place, again)
                 await flight.wait_answered()

@@ -42,6 +42,11 @@ class Avoid(NamedTuple):
     fillers: frozenset[int] = frozenset()
     """Ops that are filling host blocks and must not be waited for."""
 
+    def with_far(self, far: frozenset[Tier], claims: Claims) -> Avoid:
+        """Return what to avoid so that nothing is fetched from far tiers, or waited for."""
+        fillers = self.fillers | claims.filling_from_others()
+        return self._replace(unreadable=self.unreadable | far, fillers=fillers)
+
     def visible(self, found: Found, claims: Claims) -> Found:
         """Return the part of a run of the chain that needs nothing that is to be avoided."""
         if self is NOTHING_AVOIDED:

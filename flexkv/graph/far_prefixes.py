@@ -117,7 +117,9 @@ class FarPrefixes:
             leaves.append(of_group)
         if not len(ends):
             return Extended(found)
-        return Extended(self._found(run, leaves, int(ends[-1]), found, drop), above)
+        longest = self._found(run, leaves, int(ends[-1]), found, drop)
+        # What is here of the blocks to be dropped comes before those that are far: it must stay.
+        return Extended(longest, [*above, *run.before(longest.last + drop).holdings])
 
     def _found(
         self, run: Found, leaves: Sequence[_Leaves], end: int, found: Found, drop: int

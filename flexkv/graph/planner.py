@@ -86,7 +86,7 @@ class Planner:
     def plan(self, request: Request, run_id: int, near: bool = False) -> Planned:
         """Plan a request and open its claims, which only the run's events end.
 
-        With `near`, no far blocks are fetched for a model with several KV groups.
+        With `near`, no far blocks are fetched for a model with several KV groups, nor waited for.
         """
         if request.operation is Operation.PUT:
             draft = Draft(request, self.limits)
@@ -97,7 +97,7 @@ class Planner:
         if self._leaves is not None:
             avoid = self.avoid
             if near:
-                avoid = avoid._replace(unreadable=avoid.unreadable | self._far)
+                avoid = avoid.with_far(self._far, self._residency.claims)
             return self._plan_whole(self._leaves, request, run_id, avoid)
         first, drop = request.span.first_block, request.drop
         found = self._residency.find(request.keys, first, True, drop)

@@ -113,6 +113,9 @@ class OwedBlocks:
         self._key_at = np.zeros((places, _KEY_WORDS), np.uint64)
         """The key of the block that waits at each place of host memory; zeros where none does."""
 
+    scan_blocks = 1 << 16
+    """Host places that `lacking` and `count_unwritten` may search in one step of the loop."""
+
     def add(
         self, host_ids: BlockIds, room_blocks: int, attempts: int = 0, epoch: int | None = None
     ) -> None:

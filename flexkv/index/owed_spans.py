@@ -37,11 +37,12 @@ class OwedSpans:
     Attributes:
         blocks: how many wait.
         kept_blocks: 0, since none of them is kept from eviction.
+        scan_blocks: as for `OwedBlocks`, but fewer, since each span is an object here.
         epochs: counts what is unfinished, by when it was owed.
         given_up: how many blocks will never be written, by the reason.
     """
 
-    kept_blocks = 0
+    kept_blocks, scan_blocks = 0, 1 << 12
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from flexkv.cli.main import commands
@@ -176,27 +177,56 @@ async def test_a_block_that_does_not_arrive_cuts_the_answer(
         assert second.manager.statistics().routes["remote→host"].failed_ops == failed
 
 
-async def test_wrong_hints_cost_no_hit_of_what_is_here(tmp_path: Path) -> None:
-    """A get whose far blocks fail again and again finally loads what host memory has."""
-    long, here = np.arange(5000, 5080), 16
+@asynccontextmanager
+async def misled(
+    tmp_path: Path, prompt: NDArray[np.int64], here: int, missing: int
+) -> AsyncIterator[GroupRig]:
+    """Yield an engine whose hints name states that the store has lost: the last so many.
+
+    It has the first `here` tokens in host memory.
+    """
     async with engine(tmp_path) as first:
-        await first.put(long)
+        await first.put(prompt)
         await first.manager.flush()
-        for path in objects(first, tmp_path, {STATE: range(1, len(long) // PER_BLOCK, 2)}, long):
+        positions = range(1, len(prompt) // PER_BLOCK, 2)[-missing:]
+        for path in objects(first, tmp_path, {STATE: positions}, prompt):
             path.unlink()
         async with engine(tmp_path) as second:
             await listed(second)
             # The store was listed before they were deleted.
-            keys = second.manager.engine.requests.intake(Operation.PREFETCH, long).keys
+            keys = second.manager.engine.requests.intake(Operation.PREFETCH, prompt).keys
             hints = second.manager.engine.planner.catalogue._hints  # type: ignore[attr-defined]
             hints.note(STORE, b"".join(block_keys(leaf_keys(keys, STATE))))
             second.stored = first.stored
-            await second.put(long[:here])
-            places = second.everything(long)
-            assert moved_end(await second.get(long, places)) == here
-            second.check(places, here)
-            requests = second.manager.statistics().stores["remote"].requests
-            assert requests.missing == AGAIN_MAX
+            await second.put(prompt[:here])
+            yield second
+
+
+async def test_wrong_hints_cost_no_hit_of_what_is_here(tmp_path: Path) -> None:
+    """A get whose far blocks fail again and again finally loads what host memory has."""
+    long, here = np.arange(5000, 5080), 16
+    async with misled(tmp_path, long, here, missing=len(long)) as second:
+        places = second.everything(long)
+        assert moved_end(await second.get(long, places)) == here
+        second.check(places, here)
+        requests = second.manager.statistics().stores["remote"].requests
+        assert requests.missing == AGAIN_MAX
+
+
+@pytest.mark.parametrize("missing", [1, 2, 4])
+async def test_who_waits_for_a_fetch_that_fails_loads_what_there_is(
+    tmp_path: Path, missing: int
+) -> None:
+    """Loads that join each other's fetches bring, like a single one, what is not missing."""
+    long, here = np.arange(5000, 5040), 16
+    expected = max(here, len(long) - missing * 2 * PER_BLOCK)
+    async with misled(tmp_path, long, here, missing) as second:
+        places = second.everything(long)
+        fetches = [second.manager.prefetch(long) for _ in range(4)]
+        *fetched, got = await asyncio.gather(*fetches, second.get(long, places))
+        assert [moved_end(each) for each in fetched] == [expected] * 4
+        assert moved_end(got) == expected
+        second.check(places, expected)
 
 
 async def test_nothing_is_hit_while_leaves_are_not_listed(tmp_path: Path) -> None:

@@ -290,6 +290,19 @@ def test_the_block_before_what_is_fetched_keeps_its_place() -> None:
     assert tiers.group_blocks(Tier.HOST) == [5, 2, 1]
 
 
+@pytest.mark.parametrize("host", range(8, 16))
+def test_what_is_here_before_dropped_blocks_that_are_far_keeps_its_place(host: int) -> None:
+    """The blocks to be dropped are partly here: none of these is evicted for the others."""
+    tiers = index({0: list(range(6))}, host=host)
+    far = far_with({0: list(range(8)), WINDOW: [2, 3], STATE: [3]})
+    made = structs.replace(request(Operation.PREFETCH, *range(8)), drop=4)
+    planned = Planner(tiers, LIMITS, far, RULES).plan(made, 1)
+    assert planned.found.last in (0, 4)
+    settle(tiers, planned)
+    assert tiers.group_blocks(Tier.HOST)[0] >= 6
+    assert tiers.counts(Tier.HOST).reserved == 0
+
+
 def test_a_prefetch_brings_the_blocks_that_a_draft_model_drops() -> None:
     """The chain is brought as far behind the prefix as a match asks for."""
     tiers, far = index({}), far_with(EVERY | {STATE: [5]})

@@ -35,6 +35,8 @@ FETCHES_MAX = 64
 """Maximum number of fetches under way for one engine."""
 HOST_SHARE = 4
 """The fetches of one engine may be filling at most host memory divided by this."""
+WHOLE_SHARE = 2
+"""A fetch of all or nothing may fill so much of it while no other is under way."""
 WAIT_S_MAX = 60.0
 """No prompt waits longer than this, whatever the rule."""
 
@@ -60,6 +62,8 @@ class _Fetch:
     first: int
     last: int
     """The positions of its blocks; `last` is exclusive."""
+    end: int
+    """Where the prompt's hit ends once all have come: behind it are blocks that drafts drop."""
     by_tier: Mapping[str, int]
     ahead: int
     """How many blocks were under way when it began."""
@@ -128,8 +132,12 @@ class FarFetches:
         if not far or not may_fetch or request.load_deadline_s == 0:
             return False
         groups, ahead = self._groups, self.blocks_under_way
-        room = self._client.welcome.num_host_blocks // HOST_SHARE - ahead
-        if len(self._under_way) >= FETCHES_MAX or room <= 0:
+        host_blocks = self._client.welcome.num_host_blocks
+        room = host_blocks // HOST_SHARE - ahead
+        if groups.several and not ahead:
+            room = host_blocks // WHOLE_SHARE
+        is_cut = groups.several and far > room  # a part of it would be of no use
+        if len(self._under_way) >= FETCHES_MAX or room <= 0 or is_cut:
             request.may_fetch = not is_tried
             self._count("declined_far_blocks", far)
             return False
@@ -149,7 +157,7 @@ class FarFetches:
         number = self._client.prefetch(part_of(last), found.blocks, found.number, drop)
         self._client.flush()
         fetch = _Fetch(
-            request.request_id, found.blocks, last, by_tier, ahead, not found.coming, number
+            request.request_id, found.blocks, last, end, by_tier, ahead, not found.coming, number
         )
         self._of_request[request.request_id] = self._under_way[number] = fetch
         self._count("fetches", 1)
@@ -219,7 +227,7 @@ class FarFetches:
         assert fetch.in_time is not None
         self._add("late_fetched_blocks", max(0, done.moved - fetch.in_time))
         if not fetch.is_dropped:
-            self._add("missing_far_blocks", fetch.block_count - done.moved)
+            self._add("missing_far_blocks", max(0, fetch.end - fetch.first - done.moved))
 
     def finish(self, request: RequestTransfers) -> None:
         """Give up the fetch of a request that is over, if it is under way."""
