@@ -126,7 +126,7 @@ class MoverLife:
         """Return the future of a free slot; cancelling it gives up the wait."""
         taken: Future[Slot] = self._loop.create_future()
         if self.why is not None:
-            taken.set_exception(self._error("get"))
+            taken.set_exception(self.error("get"))
         else:
             self._waiting.append(taken)
             self._grant()
@@ -160,7 +160,7 @@ class MoverLife:
         """
         reply: Future[Done | Found] = self._loop.create_future()
         if self.why is not None:
-            reply.set_exception(self._error("request"))
+            reply.set_exception(self.error("request"))
             return reply
         request = make(next(self._numbers))
         if self.is_ready:
@@ -239,7 +239,8 @@ class MoverLife:
 
     # -- the end --------------------------------------------------------------------------------
 
-    def _error(self, what: str) -> RemoteError:
+    def error(self, what: str) -> RemoteError:
+        """Return the error of a request that fails since the mover has ended."""
         return RemoteError(self._where, what, f"its mover is not there: {self.why}")
 
     def end(self, why: str) -> None:
@@ -285,7 +286,7 @@ class MoverLife:
             self.ended.set_result(self.why or "")
             for future in waiting:
                 if not future.done():
-                    future.set_exception(self._error("request"))
+                    future.set_exception(self.error("request"))
 
     def _let_go_in_child(self) -> None:
         if self.why is None:

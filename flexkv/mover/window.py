@@ -7,6 +7,7 @@ free ──taken──▶ in use ──freed──▶ free
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import threading
@@ -18,7 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv import _ext
+from flexkv.process import forks
+
 _PAGE_BYTES = 4096
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+"""The mover has the descriptor, too: memory that shrinks would kill the engine as it reads."""
 
 
 def mapped(fd: int, nbytes: int) -> mmap.mmap:
@@ -37,7 +43,7 @@ class Window:
     """Shared memory of some slots.
 
     Attributes:
-        fd: a descriptor of it.
+        fd: a descriptor of it, open for as long as it is mapped.
         slots: how many there are.
         slot_bytes: the size of a slot.
         nbytes: the size of the window.
@@ -58,36 +64,48 @@ class Window:
         self.slot_bytes = -(-slot_bytes // _PAGE_BYTES) * _PAGE_BYTES
         self.nbytes = slots * self.slot_bytes
         self.slots, self.spoiled = slots, 0
-        self.fd = os.memfd_create("flexkv-mover", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("flexkv-mover", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, self.nbytes)
-            self._memory = mapped(self.fd, self.nbytes)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+            memory = mapped(self.fd, self.nbytes)
         except BaseException:
             os.close(self.fd)
             raise
+        self._memory: mmap.mmap | None = memory
+        self._mapping = weakref.ref(memory)
+        closing: weakref.finalize[Any, Any] = weakref.finalize(memory, os.close, self.fd)
+        closing.atexit = False
         self._free, self._freed = list(range(slots)), freed
         self._lock = threading.Lock()
+        forks.on_fork(self._let_go_in_child)
 
     def take(self) -> Slot | None:
         """Return the free slot that was freed last, so that few pages are touched; or None."""
         with self._lock:
-            return Slot(self, self._free.pop()) if self._free else None
+            if self._memory is None or not self._free:
+                return None
+            return Slot(self, self._free.pop(), self._memory)
 
     def _give(self, number: int) -> None:
         with self._lock:
             self._free.append(number)
         self._freed()
 
-    def bytes_of(self, at: int, size: int) -> NDArray[np.uint8]:
-        """Return some bytes of the window; it stays mapped as long as these are used."""
-        return np.frombuffer(self._memory, np.uint8, size, at)
-
     def close(self) -> None:
-        """Close the descriptor. The memory is unmapped once none of its bytes is used."""
-        os.close(self.fd)
-        self._freed = _nothing
-        with suppress(BufferError):
-            self._memory.close()
+        """Hand out no more slots. Slots and bodies keep the memory mapped; the last one frees it.
+
+        Threads may be filling slots now, and what has arrived is still to be copied.
+        """
+        self._freed, self._memory = _nothing, None
+
+    def _let_go_in_child(self) -> None:
+        """Release the parent's memory and descriptors in a forked child."""
+        self._freed, self._lock = _nothing, threading.Lock()
+        memory = self._mapping()
+        if memory is not None:
+            forks.replace_all(self.fd)
+            _ext.disown(memory)
 
 
 def _nothing() -> None:
@@ -102,10 +120,11 @@ class Slot:
         nbytes: its size.
     """
 
-    __slots__ = ("_is_held", "_number", "_window", "at", "nbytes")
+    __slots__ = ("_is_held", "_memory", "_number", "_window", "at", "nbytes")
 
-    def __init__(self, window: Window, number: int) -> None:
+    def __init__(self, window: Window, number: int, memory: mmap.mmap) -> None:
         self._window, self._number, self._is_held = window, number, True
+        self._memory = memory
         self.nbytes = window.slot_bytes
         self.at = number * self.nbytes
 
@@ -125,12 +144,16 @@ class Slot:
         """Copy buffers to the slot, one behind the other."""
         at = self.at
         for buffer in buffers:
-            self._window.bytes_of(at, buffer.nbytes)[:] = np.frombuffer(buffer, np.uint8)
+            self._bytes(at, buffer.nbytes)[:] = np.frombuffer(buffer, np.uint8)
             at += buffer.nbytes
 
     def body(self, first: int, last: int) -> NDArray[np.uint8]:
         """Return bytes of the slot, which is freed once nothing refers to them any more."""
-        body = self._window.bytes_of(self.at + first, last - first)
+        body = self._bytes(self.at + first, last - first)
         ending: weakref.finalize[Any, Any] = weakref.finalize(body, self.free)
         ending.atexit = False
         return body
+
+    def _bytes(self, at: int, size: int) -> NDArray[np.uint8]:
+        """Return bytes of the window, which stays mapped as long as these are used."""
+        return np.frombuffer(self._memory, np.uint8, size, at)

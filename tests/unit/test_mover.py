@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gc
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Any
 
@@ -22,6 +27,7 @@ from flexkv.mover.life import MoverSizes
 from flexkv.mover.mover import Mover
 from flexkv.mover.serving import BYTES_AT_ONCE, GETS_AT_ONCE, Serving
 from flexkv.mover.store_config import StoreConfig
+from flexkv.mover.window import Window
 from flexkv.mover.wire import (
     PACKET_BYTES,
     TO_ENGINE,
@@ -281,6 +287,122 @@ async def test_a_put_whose_buffers_are_copied_lends_them_no_more(rig: Rig) -> No
     gc.collect()
     buffer.clear()  # BufferError if somebody still holds it
     process.say(Done(request.number, 0))
+
+
+async def test_a_mover_that_dies_while_a_slot_is_filled_fails_the_put(rig: Rig) -> None:
+    """The bytes are copied to the window of the life that has ended; then the put fails."""
+    process = await rig.begun()
+    go = threading.Event()
+    for _ in range(2):
+        rig.store._fillers.submit(go.wait, PATIENCE_S)
+    putting = asyncio.ensure_future(rig.store.put("name", [b"x" * 100]))
+    await settled()
+    life = rig.store.mover.life()
+    process.theirs.close()
+    await life.ended
+    go.set()
+    with pytest.raises(RemoteError, match="its process has ended"):
+        await putting
+
+
+async def test_a_store_that_is_closed_before_a_slot_is_filled_fails_the_put(rig: Rig) -> None:
+    """A put whose slot can be filled by no thread any more ends with an error of the store."""
+    process = await rig.begun()
+    life = rig.store.mover.life()
+    gets = [rig.store.get("name", 0, 9) for _ in range(SIZES.slots)]
+    request = await process.asked()
+    assert isinstance(request, Get)
+    putting = asyncio.ensure_future(rig.store.put("name", [b"x"]))
+    await settled()
+    process.say(Done(request.number, NOT_FOUND))
+    life._read()
+    life._grant()
+    rig.process.is_killed = True  # so that it ends in time
+    rig.store.close()
+    with pytest.raises(RemoteError, match="it was closed"):
+        await putting
+    await asyncio.wait(gets)
+    assert all(get.exception() for get in gets)
+
+
+async def test_a_get_that_is_answered_as_the_mover_ends_is_done(rig: Rig) -> None:
+    """What has arrived before the end of the life can be read after it."""
+    process = await rig.begun()
+    life = rig.store.mover.life()
+    get = rig.store.get("name", 0, 9)
+    request = await process.asked()
+    assert isinstance(request, Get)
+    process.say(Done(request.number, 9))
+    life._read()
+    life.end("the test ends it")
+    await settled()
+    assert get.done()
+    assert len(memoryview((await get)[0])) == 9
+
+
+async def test_the_last_body_of_a_life_unmaps_its_window(rig: Rig) -> None:
+    """After the end of a life, its window is mapped as long as somebody has bytes of it."""
+    process = await rig.begun()
+    life = rig.store.mover.life()
+    number = os.fstat(life._window.fd).st_ino
+
+    def is_open() -> bool:
+        descriptors = [f"/proc/self/fd/{each}" for each in os.listdir("/proc/self/fd")]
+        files = {os.stat(each).st_ino for each in descriptors if os.path.exists(each)}
+        is_mapped = f" {number} " in Path("/proc/self/maps").read_text()
+        assert is_mapped == (number in files)
+        return is_mapped
+
+    get = rig.store.get("name", 0, 9)
+    request = await process.asked()
+    assert isinstance(request, Get)
+    process.say(Done(request.number, 9))
+    (body,) = await get
+    del get
+    life.end("the test ends it")
+    await settled()
+    assert is_open()
+    del body
+    gc.collect()
+    assert not is_open()
+
+
+def test_a_window_keeps_its_size() -> None:
+    """The mover cannot shrink the memory that its engine reads, nor lift that rule."""
+    window = Window(1, 4096, lambda: None)
+    for size in (0, 8192):
+        with pytest.raises(PermissionError):
+            os.ftruncate(window.fd, size)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(window.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_forked_child_keeps_no_window(has_ended: bool) -> None:
+    """A child that lives longer than its engine holds no memory of a window, and unmaps no own."""
+    code = f"""
+import gc, mmap, os
+from pathlib import Path
+from flexkv.mover.window import Window
+window = Window(1, 4096, lambda: None)
+number = os.fstat(window.fd).st_ino
+body = window.take().body(0, 9)
+body[:] = 7
+if {has_ended}:
+    window.close()
+if os.fork() == 0:
+    assert f" {{number}} " not in Path("/proc/self/maps").read_text()
+    assert "flexkv-mover" not in os.popen(f"ls -l /proc/{{os.getpid()}}/fd").read()
+    own = [mmap.mmap(-1, 4096) for _ in range(8)]
+    for each in own:
+        each[0] = 1
+    del body, window
+    gc.collect()
+    os._exit(sum(each[0] for each in own) - 8)
+assert os.wait()[1] == 0
+assert body.tolist() == [7] * 9
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 class SlowClient:

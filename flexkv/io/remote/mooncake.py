@@ -165,8 +165,10 @@ class MooncakeStore:
         slot = await life.take()
         try:
             await self._filled(slot, views)
-        except BaseException:
+        except BaseException as error:
             slot.free()
+            if isinstance(error, Exception) and life.why is not None:
+                raise life.error("put") from error  # as when the threads were shut down
             raise
         is_kept = _GENERATIONS in name or name.endswith(f"/{DESCRIPTION}")
         full = self.prefix + name
