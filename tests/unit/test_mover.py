@@ -289,6 +289,22 @@ async def test_a_put_whose_buffers_are_copied_lends_them_no_more(rig: Rig) -> No
     process.say(Done(request.number, 0))
 
 
+async def test_a_slot_that_is_granted_to_a_put_as_that_is_cancelled_is_free(rig: Rig) -> None:
+    """No slot is lost to puts that are given up in the turn in which they get one."""
+    rig.store.mover.life()
+    puts = [asyncio.ensure_future(rig.store.put("name", [b"x"])) for _ in range(SIZES.slots)]
+    await settled()
+    assert isinstance(await rig.process.asked(), Begin)
+    rig.process.say(Ready())
+    rig.store.mover.life()._read()
+    for put in puts:
+        put.cancel()
+    await asyncio.wait(puts)
+    gets = [rig.store.get("name", 0, 9) for _ in range(SIZES.slots)]
+    asked = [await rig.process.asked() for _ in gets]
+    assert len({each.at for each in asked if isinstance(each, Get)}) == SIZES.slots
+
+
 async def test_a_mover_that_dies_while_a_slot_is_filled_fails_the_put(rig: Rig) -> None:
     """The bytes are copied to the window of the life that has ended; then the put fails."""
     process = await rig.begun()

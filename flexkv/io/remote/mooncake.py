@@ -162,7 +162,7 @@ class MooncakeStore:
         if size > self.mover.sizes.slot_bytes:
             why = f"{size} bytes are more than a slot has"
             raise RemoteError(self.where, "put", why, is_lasting=True)
-        slot = await life.take()
+        slot = await _granted(life.take())
         try:
             await self._filled(slot, views)
         except BaseException as error:
@@ -289,6 +289,16 @@ class MooncakeStore:
         if code in _MISSING:
             return FileNotFoundError(f"{self.where}: the object is not there")
         return RemoteError(self.where, what, reason(code), is_busy=code == NO_SPACE)
+
+
+async def _granted(taken: Future[Slot]) -> Slot:
+    """Return a slot once it is granted; one that is granted as the call is cancelled is freed."""
+    try:
+        return await taken
+    except asyncio.CancelledError:
+        if taken.done() and not taken.cancelled() and not taken.exception():
+            taken.result().free()
+        raise
 
 
 def _fail(answer: Future[Sequence[Buffer]], error: BaseException) -> None:
