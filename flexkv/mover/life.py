@@ -251,11 +251,24 @@ class MoverLife:
         with suppress(ProcessLookupError):
             self._process.kill()
         self._release()
-        # Nobody waits for the process: it writes to the window of this life, and to no other.
-        threading.Thread(target=self._process.wait, name="flexkv-mover-end", daemon=True).start()
+        self._reap()
+
+    def _reap(self) -> None:
+        """Have a thread wait for the process that was killed.
+
+        Nobody else waits for it: it writes to the window of this life, and to no other.
+        """
+        waiting = threading.Thread(target=self._process.wait, name="flexkv-mover-end", daemon=True)
+        with suppress(RuntimeError):  # no thread can be started: `subprocess` reaps it later
+            waiting.start()
 
     def close(self) -> None:
-        """Let the process leave the store, or kill it if that takes too long."""
+        """Let the process leave the store; kill it if that takes too long, or it still connects.
+
+        A process that connects hears nothing, since Mooncake holds its GIL meanwhile.
+        """
+        if not self.is_ready:
+            self.end("it was closed")
         if self.why is not None:
             return
         self.why = "it was closed"
@@ -264,7 +277,7 @@ class MoverLife:
             self._process.wait(END_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            self._reap()
 
     def _release(self) -> None:
         self._late.cancel()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import select
 import signal
 import socket
 import sys
@@ -176,9 +175,6 @@ def serve(connection: socket.socket, window_fd: int) -> None:
     begin = TO_MOVER.decode(connection.recv(PACKET_BYTES))
     assert isinstance(begin, Begin), begin
     window = mapped(window_fd, begin.window_bytes)
-    is_connected = threading.Event()
-    watch = threading.Thread(target=_end_without, args=(connection, is_connected), daemon=True)
-    watch.start()
     try:
         from flexkv.mover.mooncake_client import MooncakeClient
 
@@ -186,18 +182,8 @@ def serve(connection: socket.socket, window_fd: int) -> None:
     except (ImportError, OSError) as error:
         send(connection, Refused(str(error)))
         return
-    is_connected.set()
     send(connection, Ready())
     serve_client(connection, client)
-
-
-def _end_without(connection: socket.socket, is_connected: threading.Event) -> None:
-    """End the process if the engine goes away while the store's client still connects."""
-    closed = select.poll()
-    closed.register(connection, 0)  # POLLHUP needs no asking
-    closed.poll()
-    if not is_connected.is_set():
-        os._exit(0)
 
 
 def serve_client(connection: socket.socket, client: StoreClient) -> None:

@@ -23,7 +23,7 @@ from flexkv.io.remote.mooncake import MooncakeStore
 from flexkv.mover import life as lives
 from flexkv.mover import mover as movers
 from flexkv.mover.codes import NO_MASTER, NO_SPACE, NOT_FOUND
-from flexkv.mover.life import MoverSizes
+from flexkv.mover.life import END_S, MoverSizes
 from flexkv.mover.mover import Mover
 from flexkv.mover.serving import BYTES_AT_ONCE, GETS_AT_ONCE, Serving
 from flexkv.mover.store_config import StoreConfig
@@ -88,6 +88,7 @@ class Rig:
     """A store over movers that the test plays."""
 
     def __init__(self, sizes: MoverSizes = SIZES) -> None:
+        self.kind = Played
         self.processes: list[Played] = []
         self.store = MooncakeStore(Mover(CONFIG, sizes), "p/")
 
@@ -110,7 +111,7 @@ async def rig(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
     made = Rig()
 
     def started(window_fd: int, answer_s: float) -> tuple[socket.socket, Any]:
-        made.processes.append(Played())
+        made.processes.append(made.kind())
         return made.process.ours, made.process
 
     monkeypatch.setattr(lives, "_started", started)
@@ -229,6 +230,58 @@ async def test_a_mover_that_answers_slowly_is_left_alone(rig: Rig) -> None:
     assert (await heads[0]).size_bytes == 9
     assert begun_s < life._overdue["name"].when() <= loop.time() + 1000.0
     heads[1].cancel()
+
+
+class Unreapable(Played):
+    """A process that the kernel cannot end yet: it waits for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.can_end = threading.Event()
+        self.waited: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit status, once it ends."""
+        self.waited.append(timeout)
+        if timeout is not None:
+            raise TimeoutExpired("mover", timeout)
+        assert threading.current_thread() is not threading.main_thread()
+        assert self.can_end.wait(PATIENCE_S)
+        return 0
+
+
+@pytest.mark.parametrize("is_ready", [False, True])
+async def test_a_mover_that_does_not_end_holds_nobody_up(rig: Rig, is_ready: bool) -> None:
+    """A close gives a mover that is connected a limited time, and others none; both are killed."""
+    rig.kind = Unreapable
+    rig.store.mover.life()
+    process = rig.process
+    assert isinstance(process, Unreapable)
+    if is_ready:
+        process.say(Ready())
+        await settled()
+    rig.store.close()
+    assert process.is_killed
+    assert [each for each in process.waited if each is not None] == [END_S] * is_ready
+    process.can_end.set()
+
+
+async def test_a_mover_can_end_when_no_thread_can_start(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request over a broken connection fails as one of the store, also at the thread limit."""
+    process = await rig.begun()
+    await settled()
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        process.theirs.close()
+        with pytest.raises(RemoteError, match="it takes no requests"):
+            await rig.store.head("name")
+    assert process.is_killed
 
 
 @pytest.mark.parametrize("end", ["refused", "malformed", "closed"])
