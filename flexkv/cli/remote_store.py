@@ -81,7 +81,8 @@ def opened(cache: CacheConfig, lists: bool = True) -> Requests:
         if lists:
             why = "Mooncake Store has no listing, so there is nothing for this command to work on"
             raise ConfigError("use_mooncake_store_backend", True, why)
-        store = open_mooncake(cache.mooncake_store_config_path, options, ROUND_TRIP_BYTES)
+        path = cache.mooncake_store_config_path
+        store = open_mooncake(path, options, ROUND_TRIP_BYTES, adds_memory=False)
         return Requests(store, options)
     if len(cache.remote_cache_path) != 1:
         why = "set it to the address of the remote tier, as for the engine"

@@ -311,15 +311,19 @@ def _kind_of(request: Request) -> str:
     return {Get: "get", Put: "put"}.get(type(request), "name")
 
 
+def mover_command(*arguments: str) -> list[str]:
+    """Return how a mover is started, so that it imports nothing from the working directory."""
+    return [sys.executable, "-P", "-m", "flexkv.mover", *arguments]
+
+
 def _started(window_fd: int, answer_s: float) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     """Start a mover, and return our end of the connection and the process."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         with theirs:
-            command = [sys.executable, "-m", "flexkv.mover"]
             numbers = map(str, (theirs.fileno(), window_fd, os.getpid()))
             process = subprocess.Popen(
-                [*command, *numbers],
+                mover_command(*numbers),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), window_fd),

@@ -333,6 +333,19 @@ def test_doctor_tries_the_store(tmp_path: Path, mooncake: Mooncake) -> None:
         opened(cache)
 
 
+async def test_doctor_adds_no_memory(tmp_path: Path) -> None:
+    """A command lends the store no memory that is gone with all its objects when it ends."""
+    with running(0) as empty:
+        path = empty.file(tmp_path, global_segment_size="64MB")
+        cache = CacheConfig(use_mooncake_store_backend=True, mooncake_store_config_path=path)
+        store = opened(cache, lists=False).store
+        try:
+            with pytest.raises(RemoteError, match="has no room"):
+                await store.put("name", [b"content"])
+        finally:
+            store.close()
+
+
 def test_the_example_shares_a_store(tmp_path: Path, mooncake: Mooncake) -> None:
     """The example of shared stores runs over Mooncake."""
     example = Path(__file__).parents[2] / "examples/shared_store.py"
@@ -344,12 +357,13 @@ def test_the_example_shares_a_store(tmp_path: Path, mooncake: Mooncake) -> None:
 async def test_what_is_not_installed_is_named_with_its_extra(
     tmp_path: Path, mooncake: Mooncake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without Mooncake, or a library that it needs, the error says what to install."""
-    for broken, match in (
+    """Without Mooncake, or a library or module that it needs, the error says what is missing."""
+    for number, (broken, match) in enumerate((
         ("raise ModuleNotFoundError(\"No module named 'mooncake'\")", r"flexkv\[mooncake\]"),
         ("raise ImportError('libibverbs.so.1: cannot open shared object file')", "libibverbs1"),
-    ):
-        folder = tmp_path / match.strip("\\[]f")
+        ("import none_such", "cannot be loaded: No module named 'none_such'"),
+    )):  # fmt: skip
+        folder = tmp_path / str(number)
         (folder / "mooncake").mkdir(parents=True)
         (folder / "mooncake/__init__.py").write_text(broken)
         monkeypatch.setenv("PYTHONPATH", f"{folder}:{os.environ.get('PYTHONPATH', '')}")
@@ -357,6 +371,21 @@ async def test_what_is_not_installed_is_named_with_its_extra(
         with pytest.raises(BackendUnavailableError, match=match):
             open_mooncake(mooncake.file(tmp_path), RemoteOptions(), 1 << 20)
     check_installed.cache_clear()
+
+
+async def test_the_working_directory_has_nothing_that_a_mover_imports(
+    tmp_path: Path, mooncake: Mooncake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modules in the directory where the engine was started take the place of no others."""
+    for name in ("msgspec", "mooncake", "flexkv"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('from the working directory')")
+    monkeypatch.chdir(tmp_path)
+    check_installed.cache_clear()
+    store = open_mooncake(mooncake.file(tmp_path), RemoteOptions(), 1 << 20)
+    try:
+        assert await store.put(secrets.token_hex(8), [b"content"])
+    finally:
+        store.close()
 
 
 def test_a_mover_has_time_to_leave() -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import subprocess
-import sys
 from asyncio import Future
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
@@ -26,7 +26,7 @@ from flexkv.io.remote.names import DESCRIPTION
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.store import Listed
 from flexkv.mover.codes import EXISTS, NO_SPACE, NOT_FOUND, NOT_READY, reason
-from flexkv.mover.life import MoverLife
+from flexkv.mover.life import MoverLife, mover_command
 from flexkv.mover.mover import Mover
 from flexkv.mover.window import Slot
 from flexkv.mover.wire import NAMES_MAX, Done, Exist, Found, Get, Put, Remove, Request, Size
@@ -44,7 +44,7 @@ def check_installed() -> None:
     Raises:
         BackendUnavailableError: Mooncake, or a library that it needs, is not installed.
     """
-    command = [sys.executable, "-m", "flexkv.mover", "--check"]
+    command = mover_command("--check")
     try:
         checked = subprocess.run(command, capture_output=True, timeout=_CHECK_S, check=False)
     except subprocess.TimeoutExpired as error:
@@ -54,7 +54,7 @@ def check_installed() -> None:
         return
     said = checked.stderr.decode(errors="replace").strip().rpartition("\n")[2]
     why = "Mooncake is not installed: pip install 'flexkv[mooncake]'"
-    if "No module named" not in said:
+    if re.search(r"No module named 'mooncake[.']", said) is None:
         why = f"Mooncake cannot be loaded: {said}"
         if "libibverbs" in said:
             why = f"{why}; install the package libibverbs1"

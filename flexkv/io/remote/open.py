@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from flexkv.common.errors import BackendUnavailableError, ConfigError, RemoteError
 from flexkv.io.remote.address import OPTIONS_KEY, PATH_KEY, RemoteAddress, parse_address
 from flexkv.io.remote.directory import DirectoryStore
@@ -43,13 +45,17 @@ def open_store(url: str, custom: Mapping[str, Any], options: RemoteOptions) -> O
     return _object_store(address, options)
 
 
-def open_mooncake(path: str | None, options: RemoteOptions, object_bytes: int) -> MooncakeStore:
+def open_mooncake(
+    path: str | None, options: RemoteOptions, object_bytes: int, adds_memory: bool = True
+) -> MooncakeStore:
     """Return the Mooncake Store that a configuration file describes; no mover is started.
 
     Args:
         path: the file: `mooncake_store_config_path`.
         options: limits.
         object_bytes: the size of the largest object.
+        adds_memory: whether the mover adds the memory that the file names to the store. Objects in
+            it are lost with the mover, so one that lives only for a moment must add none.
 
     Raises:
         ConfigError: the file cannot be read, or a field is wrong.
@@ -57,6 +63,8 @@ def open_mooncake(path: str | None, options: RemoteOptions, object_bytes: int) -
         OSError: a thread cannot be started.
     """
     config = load_store_config(path)
+    if not adds_memory:
+        config = replace(config, segment_bytes=0, ssd_offload_path="")
     check_installed()
     slots = options.gets_max + options.puts_max
     sizes = MoverSizes(slots + max(2, slots // 4), object_bytes, options.deadline_s)
