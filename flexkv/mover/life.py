@@ -33,6 +33,7 @@ from flexkv.mover.wire import (
     TO_ENGINE,
     Begin,
     Done,
+    Exist,
     Found,
     Get,
     Put,
@@ -47,6 +48,9 @@ READY_S = 120.0
 """How long a mover may take to connect; it waits for a master that is away."""
 END_S = 5.0
 """How long a mover may take to leave the store before it is killed."""
+NAMES_AT_ONCE = 2
+"""How many requests without a slot the mover has at once. It answers one after the other, so those
+that are given up would keep others waiting; where they wait here, they are not sent."""
 SPOILED_SHARE = 4
 """A life ends when one in so many of its slots is spoiled."""
 
@@ -98,7 +102,8 @@ class MoverLife:
         self._overdue: dict[str, asyncio.TimerHandle] = {}
         """By kind, for kinds with requests that are not answered."""
         self._waiting: deque[Future[Slot]] = deque()
-        self._queued: deque[tuple[Request, Future[Done | Found], Slot | None]] = deque()
+        self._names: deque[tuple[Request, Future[Done | Found]]] = deque()
+        """Requests without a slot that are not sent yet."""
         self._window = Window(sizes.slots, sizes.slot_bytes, self._slot_freed)
         try:
             self._socket, self._process = _started(self._window.fd, sizes.answer_s)
@@ -163,20 +168,42 @@ class MoverLife:
             reply.set_exception(self.error("request"))
             return reply
         request = make(next(self._numbers))
-        if self.is_ready:
+        if slot is not None:
             self._send(request, reply, slot)
-        else:
-            self._queued.append((request, reply, slot))
+            return reply
+        while self._names and self._names[0][1].done():
+            self._names.popleft()
+        self._names.append((request, reply))
+        self._send_names()
         return reply
 
+    def _send_names(self) -> None:
+        """Send requests without a slot, as many as the mover may have."""
+        while self.is_ready and self._names and self._names_asked < NAMES_AT_ONCE:
+            request, reply = self._names.popleft()
+            if not reply.done():
+                self._send(request, reply, None)
+
+    @property
+    def _names_asked(self) -> int:
+        return sum(each.slot is None for each in self._asked.values())
+
     def _send(self, request: Request, reply: Future[Done | Found], slot: Slot | None) -> None:
+        try:
+            self._socket.send(encode(request))
+        except BlockingIOError:  # it has not read what was sent before
+            if slot is not None:
+                slot.free()
+            why = "its mover takes no more requests now"
+            reply.set_exception(RemoteError(self._where, "request", why, is_busy=True))
+            return
+        except OSError as error:
+            self.end(f"it takes no requests: {error.strerror}")
+            reply.set_exception(self.error("request"))
+            return
         self._asked[request.number] = _Asked(request, reply, slot)
         if _kind_of(request) not in self._overdue:
             self._expect(_kind_of(request))
-        try:
-            self._socket.send(encode(request))
-        except OSError as error:
-            self.end(f"it takes no requests: {error.strerror}")
 
     def _expect(self, kind: str) -> None:
         """End the life unless a request of a kind is answered in time."""
@@ -209,27 +236,30 @@ class MoverLife:
     def _is_connected(self) -> None:
         self.is_ready = True
         self._late.cancel()
-        queued, self._queued = self._queued, deque()
-        for request, reply, slot in queued:
-            if not reply.done() and self.why is None:
-                self._send(request, reply, slot)
+        self._send_names()
         self._grant()
 
     def _answered(self, answer: Done | Found) -> None:
-        asked = self._asked.pop(answer.number, None)
+        asked = self._asked.get(answer.number)
         if asked is None:
             return
+        if not _is_answer(asked.request, answer):
+            self.end("its connection failed: an answer does not fit its request")
+            return
+        del self._asked[answer.number]
         kind = _kind_of(asked.request)
         self._overdue.pop(kind).cancel()
         if any(_kind_of(each.request) == kind for each in self._asked.values()):
             self._expect(kind)
         is_wanted = not asked.reply.done()
-        if asked.slot is not None and isinstance(answer, Done):
+        if asked.slot is not None:
+            assert isinstance(answer, Done)
             self._settle(asked.slot, answer.code, is_wanted and isinstance(asked.request, Get))
         if is_wanted:
             asked.reply.set_result(answer)
         if self._window.spoiled * SPOILED_SHARE >= self._window.slots:
             self.end("it may still write to too many slots")
+        self._send_names()
 
     def _settle(self, slot: Slot, code: int, is_read: bool) -> None:
         if code < 0 and code not in CLEAN:
@@ -291,10 +321,10 @@ class MoverLife:
         waiting: list[Future[Slot] | Future[Done | Found]] = [
             *self._waiting,
             *(each.reply for each in asked.values()),
-            *(reply for _, reply, _ in self._queued),
+            *(reply for _, reply in self._names),
         ]
         self._waiting.clear()
-        self._queued.clear()
+        self._names.clear()
         if not self._loop.is_closed():
             self.ended.set_result(self.why or "")
             for future in waiting:
@@ -309,6 +339,15 @@ class MoverLife:
 def _kind_of(request: Request) -> str:
     """Return the kind of a request: the mover carries out those of a kind one after the other."""
     return {Get: "get", Put: "put"}.get(type(request), "name")
+
+
+def _is_answer(request: Request, answer: Done | Found) -> bool:
+    """Return whether an answer is one to a request: a get brings no more than its slot holds."""
+    if isinstance(answer, Found):
+        return isinstance(request, Exist)
+    if isinstance(request, Get):
+        return answer.code <= request.size
+    return not isinstance(request, Exist)
 
 
 def mover_command(*arguments: str) -> list[str]:

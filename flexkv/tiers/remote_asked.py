@@ -173,7 +173,8 @@ class Inquiries:
         spans = [key for question in questions for key in question.spans]
         names = [pool.object_name(key) for key in spans]
         until = Until(asyncio.get_running_loop().time() + ANSWER_S)
-        answers = await self._requests.tried("exist", lambda: self._store.exist(names), until)
+        # One try with all of the time: a store that is slow would be heard in none of several.
+        answers = await self._requests.once("exist", lambda: self._store.exist(names), until)
         self._is_slow = False
         there = {key for key, is_there in zip(spans, answers, strict=True) if is_there}
         if pool is self._pool.current:

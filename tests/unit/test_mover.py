@@ -12,10 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Any
 
+import msgspec
 import pytest
 
 from flexkv.common.errors import RemoteError
@@ -23,7 +25,7 @@ from flexkv.io.remote.mooncake import MooncakeStore
 from flexkv.mover import life as lives
 from flexkv.mover import mover as movers
 from flexkv.mover.codes import NO_MASTER, NO_SPACE, NOT_FOUND
-from flexkv.mover.life import END_S, MoverSizes
+from flexkv.mover.life import END_S, NAMES_AT_ONCE, MoverSizes
 from flexkv.mover.mover import Mover
 from flexkv.mover.serving import BYTES_AT_ONCE, GETS_AT_ONCE, Serving
 from flexkv.mover.store_config import StoreConfig
@@ -34,6 +36,8 @@ from flexkv.mover.wire import (
     TO_MOVER,
     Begin,
     Done,
+    Exist,
+    Found,
     Get,
     Put,
     Ready,
@@ -282,6 +286,77 @@ async def test_a_mover_can_end_when_no_thread_can_start(
         with pytest.raises(RemoteError, match="it takes no requests"):
             await rig.store.head("name")
     assert process.is_killed
+
+
+async def test_a_mover_has_few_names_to_answer_at_once(rig: Rig) -> None:
+    """What is given up while it waits for its turn is never asked; others follow each answer."""
+    process = await rig.begun()
+    heads = [asyncio.ensure_future(rig.store.head(f"{number}")) for number in range(9)]
+    asked = [await process.asked() for _ in range(NAMES_AT_ONCE)]
+    await settled()
+    assert rig.store.mover.life().requests == NAMES_AT_ONCE
+    for head in heads[:-1]:
+        head.cancel()
+    await asyncio.wait(heads[:-1])
+    assert isinstance(asked[0], Size)
+    process.say(Done(asked[0].number, 9))
+    last = await process.asked()
+    assert isinstance(last, Size)
+    assert last.name == "p/8"
+    process.say(Done(last.number, 9))
+    assert (await heads[-1]).size_bytes == 9
+
+
+@pytest.mark.parametrize("codes", [[], [1], [1, 1, 1]])
+async def test_an_answer_about_other_names_is_none(rig: Rig, codes: list[int]) -> None:
+    """Codes that do not match the names one by one say nothing about them."""
+    process = await rig.begun()
+    asking = asyncio.ensure_future(rig.store.exist(["a", "b"]))
+    request = await process.asked()
+    assert isinstance(request, Exist)
+    process.say(Found(request.number, codes))
+    with pytest.raises(RemoteError, match=f"answers {len(codes)} of 2 names"):
+        await asking
+    assert not process.is_killed
+
+
+@pytest.mark.parametrize("answer", [Found(0, [1]), Done(0, SIZES.slot_bytes + 1)])
+async def test_an_answer_that_does_not_fit_ends_the_mover(rig: Rig, answer: Done | Found) -> None:
+    """A mover that answers a get with names, or with more bytes than a slot has, is not trusted."""
+    process = await rig.begun()
+    get = rig.store.get("name", 0, 9)
+    request = await process.asked()
+    assert isinstance(request, Get)
+    process.say(type(answer)(request.number, *msgspec.structs.astuple(answer)[1:]))
+    with pytest.raises(RemoteError, match="does not fit its request"):
+        await get
+    assert process.is_killed
+
+
+async def test_a_full_connection_refuses_requests_as_busy(rig: Rig) -> None:
+    """A mover that does not read for a moment goes on living; its slots are free again."""
+    process = await rig.begun()
+    await settled()
+    life = rig.store.mover.life()
+    filler, sent = encode(Size(-1, "x" * 9000)), 0
+    with suppress(BlockingIOError):
+        while life._socket.send(filler):
+            sent += 1
+    waiting = [rig.store.get("name", 0, 9) for _ in range(2 * SIZES.slots)]
+    waiting.append(asyncio.ensure_future(rig.store.head("name")))
+    for each in waiting:
+        with pytest.raises(RemoteError, match="takes no more requests now") as failed:
+            await each
+        assert failed.value.is_busy
+    assert not life.requests
+    for _ in range(sent):
+        await process.asked()
+    get = rig.store.get("name", 0, 9)
+    request = await process.asked()
+    assert isinstance(request, Get)
+    process.say(Done(request.number, 9))
+    assert len(memoryview((await get)[0])) == 9
+    assert not process.is_killed
 
 
 @pytest.mark.parametrize("end", ["refused", "malformed", "closed"])

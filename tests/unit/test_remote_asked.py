@@ -18,7 +18,7 @@ from flexkv.io.remote.names import Pool
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.requests import Requests
 from flexkv.testing.virtual_time import run_virtual
-from flexkv.tiers.remote_asked import COUNTS_S, WAIT_S, AskingCatalogue, Inquiries
+from flexkv.tiers.remote_asked import ANSWER_S, COUNTS_S, WAIT_S, AskingCatalogue, Inquiries
 from tests.remote_rigs import POOL, PROMPT, SPAN_BLOCKS, span_key
 
 G = SPAN_BLOCKS
@@ -64,8 +64,7 @@ class Rig:
     def __init__(self, pairs: int = 1000) -> None:
         self.store, self.pool = AskedStore(), CurrentPool()
         self.hints = Hints(pairs, G)
-        options = RemoteOptions(retries=0)
-        requests = Requests(cast("Any", self.store), options, Random(1))
+        requests = Requests(cast("Any", self.store), RemoteOptions(), Random(1))
         self.inquiries = Inquiries(self.store, requests, self.pool, self.hints)
         self.catalogue = AskingCatalogue(self.hints, self.inquiries)
 
@@ -177,6 +176,20 @@ def test_loads_do_not_wait_for_a_slow_store() -> None:
         again = rig.inquiries.inquire(PROMPT, 0, BLOCKS)
         assert again is not None
         await again
+
+    with_rig(work)
+
+
+def test_an_answer_may_take_all_the_time() -> None:
+    """A store that needs most of the time for each answer is heard, and is asked once."""
+
+    async def work(rig: Rig) -> None:
+        rig.has(0, 1)
+        rig.store.takes_s = 0.9 * ANSWER_S
+        rig.far()
+        await asyncio.sleep(ANSWER_S)
+        assert rig.known() == [0, 1]
+        assert len(rig.store.asked) == 1
 
     with_rig(work)
 

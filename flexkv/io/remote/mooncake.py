@@ -229,6 +229,9 @@ class MooncakeStore:
     async def _exist(self, names: list[str]) -> list[bool]:
         reply = await self.mover.life().ask(lambda number: Exist(number, names))
         assert isinstance(reply, Found)
+        if len(reply.each) != len(names):
+            why = f"Mooncake answers {len(reply.each)} of {len(names)} names"
+            raise RemoteError(self.where, "exist", why)
         if wrong := next((each for each in reply.each if each < 0), 0):
             raise self._error(wrong, "exist")
         return [each > 0 for each in reply.each]
