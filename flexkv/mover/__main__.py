@@ -10,6 +10,7 @@ import socket
 import sys
 
 from flexkv.mover.serving import end_with_parent, serve
+from flexkv.process.background import yield_to_all
 
 
 def main(arguments: list[str]) -> None:
@@ -22,6 +23,7 @@ def main(arguments: list[str]) -> None:
         return
     connection, window, parent = map(int, arguments)
     end_with_parent(parent)
+    yield_to_all()
     serve(socket.socket(fileno=connection), window)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
+from flexkv.process import wakeups
 from flexkv.process.workers import Workers
 
 T = TypeVar("T")
@@ -46,3 +47,15 @@ def in_background(make: Callable[[], T]) -> T:
         return starter.submit(run).result()
     finally:
         starter.shutdown()
+
+
+def yield_to_all() -> None:
+    """Have the calling thread, and all threads that it starts, yield to all other processes.
+
+    The process must lead a session of its own: nice values count only within a session where the
+    kernel groups tasks by session. If the kernel refuses, the process competes as others do.
+    """
+    with suppress(OSError):
+        os.nice(NICER_BY)
+    with suppress(OSError):
+        wakeups.AUTOGROUP.write_text(str(NICER_BY))

@@ -34,6 +34,7 @@ from flexkv.io.remote.options import RemoteOptions
 from flexkv.mover.life import END_S
 from flexkv.mover.serving import LEAVE_S
 from flexkv.mover.window import Slot
+from flexkv.process.background import NICE_MAX, NICER_BY
 from flexkv.process.polling import is_readable
 from tests.mooncake import Mooncake, running
 from tests.remote_rigs import MOONCAKE_OBJECT_BYTES, POOL, SPAN_BLOCKS, PortRig, rig_over, span_key
@@ -282,6 +283,12 @@ async def test_a_full_store_asks_for_fewer_puts(own: Mooncake, tmp_path: Path) -
         assert refused.value.is_busy
     finally:
         store.close()
+
+
+async def test_the_mover_yields_to_its_engine(rigged: Rigged) -> None:
+    """A busy mover takes no CPU from the engine: its nice value is higher."""
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, rigged.pid) == min(NICE_MAX, own + NICER_BY)
 
 
 async def test_the_mover_ends_with_its_engine(rigged: Rigged) -> None:

@@ -47,6 +47,7 @@ from flexkv.mover.wire import (
     Size,
     encode,
 )
+from flexkv.process.background import NICE_MAX, NICER_BY
 
 CONFIG = StoreConfig("here", "P2PHANDSHAKE", "there:1", "tcp", "", 0, 0, "", "default")
 SIZES = MoverSizes(slots=4, slot_bytes=4096, answer_s=30.0)
@@ -328,8 +329,9 @@ async def test_an_answer_that_does_not_fit_ends_the_mover(rig: Rig, answer: Done
     request = await process.asked()
     assert isinstance(request, Get)
     process.say(type(answer)(request.number, *msgspec.structs.astuple(answer)[1:]))
-    with pytest.raises(RemoteError, match="does not fit its request"):
-        await get
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(RemoteError, match="does not fit its request"):
+            await get
     assert process.is_killed
 
 
@@ -547,6 +549,34 @@ assert os.wait()[1] == 0
 assert body.tolist() == [7] * 9
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_threads_that_fill_slots_yield(rig: Rig) -> None:
+    """Filling slots takes no CPU from other threads that want it, as copying does not."""
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    filler = rig.store._fillers.submit(threading.get_native_id).result()
+    assert os.getpriority(os.PRIO_PROCESS, filler) == min(NICE_MAX, own + NICER_BY)
+
+
+def test_a_process_in_the_background_yields_to_other_sessions(tmp_path: Path) -> None:
+    """Its nice value is raised, and its session's; a kernel without such groups is no error."""
+    session = tmp_path / "autogroup"
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    for there in (True, False):
+        session.unlink(missing_ok=True)
+        path = session if there else session / "nothing"
+        code = f"""
+import os
+from pathlib import Path
+from flexkv.process import background, wakeups
+wakeups.AUTOGROUP = Path({str(path)!r})
+background.yield_to_all()
+print(os.getpriority(os.PRIO_PROCESS, 0))
+"""
+        told = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        assert int(told.stdout) == min(NICE_MAX, own + NICER_BY)
+        assert session.exists() == there
+        assert not there or session.read_text() == str(NICER_BY)
 
 
 class SlowClient:

@@ -30,6 +30,7 @@ from flexkv.mover.life import MoverLife, mover_command
 from flexkv.mover.mover import Mover
 from flexkv.mover.window import Slot
 from flexkv.mover.wire import NAMES_MAX, Done, Exist, Found, Get, Put, Remove, Request, Size
+from flexkv.process.background import in_background
 from flexkv.process.workers import Workers
 
 _MISSING = {NOT_FOUND, NOT_READY}
@@ -79,7 +80,7 @@ class MooncakeStore:
         """
         self.where, self.mover = mover.where, mover
         self.prefix = prefix
-        self._fillers = Workers(2, "flexkv-mover-fill")
+        self._fillers = in_background(lambda: Workers(2, "flexkv-mover-fill"))
 
     def __repr__(self) -> str:
         return f"MooncakeStore({self.where})"
