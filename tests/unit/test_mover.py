@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import gc
 import os
 import socket
@@ -14,26 +13,18 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
-from subprocess import TimeoutExpired
 from typing import Any
 
 import msgspec
 import pytest
 
 from flexkv.common.errors import RemoteError
-from flexkv.io.remote.mooncake import MooncakeStore
-from flexkv.mover import life as lives
-from flexkv.mover import mover as movers
 from flexkv.mover.codes import NO_MASTER, NO_SPACE, NOT_FOUND
-from flexkv.mover.life import END_S, NAMES_AT_ONCE, MoverSizes
-from flexkv.mover.mover import Mover
+from flexkv.mover.life import NAMES_AT_ONCE
 from flexkv.mover.serving import BYTES_AT_ONCE, GETS_AT_ONCE, Serving
-from flexkv.mover.store_config import StoreConfig
-from flexkv.mover.window import Window
 from flexkv.mover.wire import (
     PACKET_BYTES,
     TO_ENGINE,
-    TO_MOVER,
     Begin,
     Done,
     Exist,
@@ -41,95 +32,20 @@ from flexkv.mover.wire import (
     Get,
     Put,
     Ready,
-    Refused,
-    Reply,
-    Request,
     Size,
     encode,
 )
 from flexkv.process.background import NICE_MAX, NICER_BY
+from tests.mover_rig import PATIENCE_S, SIZES, Rig, playing, settled
 
-CONFIG = StoreConfig("here", "P2PHANDSHAKE", "there:1", "tcp", "", 0, 0, "", "default")
-SIZES = MoverSizes(slots=4, slot_bytes=4096, answer_s=30.0)
 FAILED = -800
-PATIENCE_S = 20.0
-
-
-class Played:
-    """The process of a mover, as the engine sees it, and its end of the connection."""
-
-    pid = 0
-
-    def __init__(self) -> None:
-        self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.ours.setblocking(False)
-        self.is_killed = False
-
-    def kill(self) -> None:
-        """Note it."""
-        self.is_killed = True
-        self.theirs.close()
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Return the exit status."""
-        if timeout is not None and not self.is_killed:
-            raise TimeoutExpired("mover", timeout)
-        return 0
-
-    def say(self, *replies: Reply) -> None:
-        """Send replies to the engine."""
-        for reply in replies:
-            self.theirs.send(encode(reply))
-
-    async def asked(self) -> Request | Begin:
-        """Return the next request."""
-        loop = asyncio.get_running_loop()
-        self.theirs.setblocking(False)
-        async with asyncio.timeout(PATIENCE_S):
-            return TO_MOVER.decode(await loop.sock_recv(self.theirs, PACKET_BYTES))
-
-
-class Rig:
-    """A store over movers that the test plays."""
-
-    def __init__(self, sizes: MoverSizes = SIZES) -> None:
-        self.kind = Played
-        self.processes: list[Played] = []
-        self.store = MooncakeStore(Mover(CONFIG, sizes), "p/")
-
-    @property
-    def process(self) -> Played:
-        """Return the mover that runs."""
-        return self.processes[-1]
-
-    async def begun(self) -> Played:
-        """Start a mover, and return it once it is connected."""
-        self.store.mover.life()
-        assert isinstance(await self.process.asked(), Begin)
-        self.process.say(Ready())
-        return self.process
 
 
 @pytest.fixture
 async def rig(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
     """Yield a store without a mover."""
-    made = Rig()
-
-    def started(window_fd: int, answer_s: float) -> tuple[socket.socket, Any]:
-        made.processes.append(made.kind())
-        return made.process.ours, made.process
-
-    monkeypatch.setattr(lives, "_started", started)
-    yield made
-    made.store.close()
-    for process in made.processes:
-        process.theirs.close()
-
-
-async def settled() -> None:
-    """Let everything happen that is about to."""
-    for _ in range(10):
-        await asyncio.sleep(0)
+    with playing(monkeypatch) as made:
+        yield made
 
 
 async def test_a_body_keeps_its_slot(rig: Rig) -> None:
@@ -211,15 +127,6 @@ async def test_a_failed_transfer_spoils_its_slot(monkeypatch: pytest.MonkeyPatch
         await rig.store.get("name", 0, 9)
 
 
-async def test_a_mover_that_does_not_answer_is_killed(rig: Rig) -> None:
-    """A request that is not answered in time fails, and its mover is killed."""
-    rig.store.mover.sizes = SIZES._replace(answer_s=0.05)
-    process = await rig.begun()
-    with pytest.raises(RemoteError, match=r"not answered for 0\.05 s"):
-        await rig.store.head("name")
-    assert process.is_killed
-
-
 async def test_a_mover_that_answers_slowly_is_left_alone(rig: Rig) -> None:
     """A mover hangs only if no request of a kind is answered for too long, however many wait."""
     rig.store.mover.sizes = SIZES._replace(answer_s=1000.0)
@@ -235,58 +142,6 @@ async def test_a_mover_that_answers_slowly_is_left_alone(rig: Rig) -> None:
     assert (await heads[0]).size_bytes == 9
     assert begun_s < life._overdue["name"].when() <= loop.time() + 1000.0
     heads[1].cancel()
-
-
-class Unreapable(Played):
-    """A process that the kernel cannot end yet: it waits for a device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.can_end = threading.Event()
-        self.waited: list[float | None] = []
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Return the exit status, once it ends."""
-        self.waited.append(timeout)
-        if timeout is not None:
-            raise TimeoutExpired("mover", timeout)
-        assert threading.current_thread() is not threading.main_thread()
-        assert self.can_end.wait(PATIENCE_S)
-        return 0
-
-
-@pytest.mark.parametrize("is_ready", [False, True])
-async def test_a_mover_that_does_not_end_holds_nobody_up(rig: Rig, is_ready: bool) -> None:
-    """A close gives a mover that is connected a limited time, and others none; both are killed."""
-    rig.kind = Unreapable
-    rig.store.mover.life()
-    process = rig.process
-    assert isinstance(process, Unreapable)
-    if is_ready:
-        process.say(Ready())
-        await settled()
-    rig.store.close()
-    assert process.is_killed
-    assert [each for each in process.waited if each is not None] == [END_S] * is_ready
-    process.can_end.set()
-
-
-async def test_a_mover_can_end_when_no_thread_can_start(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A request over a broken connection fails as one of the store, also at the thread limit."""
-    process = await rig.begun()
-    await settled()
-
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        process.theirs.close()
-        with pytest.raises(RemoteError, match="it takes no requests"):
-            await rig.store.head("name")
-    assert process.is_killed
 
 
 async def test_a_mover_has_few_names_to_answer_at_once(rig: Rig) -> None:
@@ -361,47 +216,6 @@ async def test_a_full_connection_refuses_requests_as_busy(rig: Rig) -> None:
     assert not process.is_killed
 
 
-@pytest.mark.parametrize("end", ["refused", "malformed", "closed"])
-async def test_the_end_of_a_mover_fails_what_waits(rig: Rig, end: str) -> None:
-    """A mover that refuses, breaks the protocol or goes away fails every request, with a reason."""
-    rig.store.mover.life()
-    process = rig.process
-    assert isinstance(await process.asked(), Begin)
-    waiting = [rig.store.get("name", 0, 9), asyncio.ensure_future(rig.store.head("name"))]
-    await settled()
-    if end == "refused":
-        process.say(Refused("no such device"))
-    elif end == "malformed":
-        process.theirs.send(b"\xc1\x00")
-    else:
-        process.theirs.close()
-    for each in waiting:
-        with pytest.raises(RemoteError) as failed:
-            await each
-        assert not failed.value.is_lasting
-        assert (end != "refused") or "no such device" in str(failed.value)
-    assert process.is_killed
-
-
-async def test_a_mover_that_cannot_start_is_started_less_and_less_often(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each failed start doubles the pause; requests during the pause fail at once."""
-    monkeypatch.setattr(movers, "PAUSE_S", 1000.0)
-    monkeypatch.setattr(movers, "PAUSE_MAX_S", 3000.0)
-    mover = rig.store.mover
-    for pause_s in (1000.0, 2000.0, 3000.0):
-        mover._not_before_s = 0.0
-        mover.life()
-        rig.process.say(Refused("no"))
-        await mover.life().ended
-        await settled()
-        assert pause_s - 100 < mover.pause_s <= pause_s
-        with pytest.raises(RemoteError, match="its mover is not there: no"):
-            mover.life()
-    assert mover.lives == 3
-
-
 async def test_a_put_whose_buffers_are_copied_lends_them_no_more(rig: Rig) -> None:
     """A cancelled put returns once nothing reads its buffers; its slot waits for the answer."""
     process = await rig.begun()
@@ -433,122 +247,6 @@ async def test_a_slot_that_is_granted_to_a_put_as_that_is_cancelled_is_free(rig:
     gets = [rig.store.get("name", 0, 9) for _ in range(SIZES.slots)]
     asked = [await rig.process.asked() for _ in gets]
     assert len({each.at for each in asked if isinstance(each, Get)}) == SIZES.slots
-
-
-async def test_a_mover_that_dies_while_a_slot_is_filled_fails_the_put(rig: Rig) -> None:
-    """The bytes are copied to the window of the life that has ended; then the put fails."""
-    process = await rig.begun()
-    go = threading.Event()
-    for _ in range(2):
-        rig.store._fillers.submit(go.wait, PATIENCE_S)
-    putting = asyncio.ensure_future(rig.store.put("name", [b"x" * 100]))
-    await settled()
-    life = rig.store.mover.life()
-    process.theirs.close()
-    await life.ended
-    go.set()
-    with pytest.raises(RemoteError, match="its process has ended"):
-        await putting
-
-
-async def test_a_store_that_is_closed_before_a_slot_is_filled_fails_the_put(rig: Rig) -> None:
-    """A put whose slot can be filled by no thread any more ends with an error of the store."""
-    process = await rig.begun()
-    life = rig.store.mover.life()
-    gets = [rig.store.get("name", 0, 9) for _ in range(SIZES.slots)]
-    request = await process.asked()
-    assert isinstance(request, Get)
-    putting = asyncio.ensure_future(rig.store.put("name", [b"x"]))
-    await settled()
-    process.say(Done(request.number, NOT_FOUND))
-    life._read()
-    life._grant()
-    rig.process.is_killed = True  # so that it ends in time
-    rig.store.close()
-    with pytest.raises(RemoteError, match="it was closed"):
-        await putting
-    await asyncio.wait(gets)
-    assert all(get.exception() for get in gets)
-
-
-async def test_a_get_that_is_answered_as_the_mover_ends_is_done(rig: Rig) -> None:
-    """What has arrived before the end of the life can be read after it."""
-    process = await rig.begun()
-    life = rig.store.mover.life()
-    get = rig.store.get("name", 0, 9)
-    request = await process.asked()
-    assert isinstance(request, Get)
-    process.say(Done(request.number, 9))
-    life._read()
-    life.end("the test ends it")
-    await settled()
-    assert get.done()
-    assert len(memoryview((await get)[0])) == 9
-
-
-async def test_the_last_body_of_a_life_unmaps_its_window(rig: Rig) -> None:
-    """After the end of a life, its window is mapped as long as somebody has bytes of it."""
-    process = await rig.begun()
-    life = rig.store.mover.life()
-    number = os.fstat(life._window.fd).st_ino
-
-    def is_open() -> bool:
-        descriptors = [f"/proc/self/fd/{each}" for each in os.listdir("/proc/self/fd")]
-        files = {os.stat(each).st_ino for each in descriptors if os.path.exists(each)}
-        is_mapped = f" {number} " in Path("/proc/self/maps").read_text()
-        assert is_mapped == (number in files)
-        return is_mapped
-
-    get = rig.store.get("name", 0, 9)
-    request = await process.asked()
-    assert isinstance(request, Get)
-    process.say(Done(request.number, 9))
-    (body,) = await get
-    del get
-    life.end("the test ends it")
-    await settled()
-    assert is_open()
-    del body
-    gc.collect()
-    assert not is_open()
-
-
-def test_a_window_keeps_its_size() -> None:
-    """The mover cannot shrink the memory that its engine reads, nor lift that rule."""
-    window = Window(1, 4096, lambda: None)
-    for size in (0, 8192):
-        with pytest.raises(PermissionError):
-            os.ftruncate(window.fd, size)
-    with pytest.raises(PermissionError):
-        fcntl.fcntl(window.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
-
-
-@pytest.mark.parametrize("has_ended", [False, True])
-def test_a_forked_child_keeps_no_window(has_ended: bool) -> None:
-    """A child that lives longer than its engine holds no memory of a window, and unmaps no own."""
-    code = f"""
-import gc, mmap, os
-from pathlib import Path
-from flexkv.mover.window import Window
-window = Window(1, 4096, lambda: None)
-number = os.fstat(window.fd).st_ino
-body = window.take().body(0, 9)
-body[:] = 7
-if {has_ended}:
-    window.close()
-if os.fork() == 0:
-    assert f" {{number}} " not in Path("/proc/self/maps").read_text()
-    assert "flexkv-mover" not in os.popen(f"ls -l /proc/{{os.getpid()}}/fd").read()
-    own = [mmap.mmap(-1, 4096) for _ in range(8)]
-    for each in own:
-        each[0] = 1
-    del body, window
-    gc.collect()
-    os._exit(sum(each[0] for each in own) - 8)
-assert os.wait()[1] == 0
-assert body.tolist() == [7] * 9
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_threads_that_fill_slots_yield(rig: Rig) -> None:

@@ -1,0 +1,255 @@
+"""Tests of the end of a mover: its requests, its process, and the memory of its window."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import gc
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from subprocess import TimeoutExpired
+
+import pytest
+
+from flexkv.common.errors import RemoteError
+from flexkv.mover import mover as movers
+from flexkv.mover.codes import NOT_FOUND
+from flexkv.mover.life import END_S
+from flexkv.mover.window import Window
+from flexkv.mover.wire import (
+    Begin,
+    Done,
+    Get,
+    Ready,
+    Refused,
+)
+from tests.mover_rig import PATIENCE_S, SIZES, Played, Rig, playing, settled
+
+
+@pytest.fixture
+async def rig(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
+    """Yield a store without a mover."""
+    with playing(monkeypatch) as made:
+        yield made
+
+
+async def test_a_mover_that_does_not_answer_is_killed(rig: Rig) -> None:
+    """A request that is not answered in time fails, and its mover is killed."""
+    rig.store.mover.sizes = SIZES._replace(answer_s=0.05)
+    process = await rig.begun()
+    with pytest.raises(RemoteError, match=r"not answered for 0\.05 s"):
+        await rig.store.head("name")
+    assert process.is_killed
+
+
+class Unreapable(Played):
+    """A process that the kernel cannot end yet: it waits for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.can_end = threading.Event()
+        self.waited: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit status, once it ends."""
+        self.waited.append(timeout)
+        if timeout is not None:
+            raise TimeoutExpired("mover", timeout)
+        assert threading.current_thread() is not threading.main_thread()
+        assert self.can_end.wait(PATIENCE_S)
+        return 0
+
+
+@pytest.mark.parametrize("is_ready", [False, True])
+async def test_a_mover_that_does_not_end_holds_nobody_up(rig: Rig, is_ready: bool) -> None:
+    """A close gives a mover that is connected a limited time, and others none; both are killed."""
+    rig.kind = Unreapable
+    rig.store.mover.life()
+    process = rig.process
+    assert isinstance(process, Unreapable)
+    if is_ready:
+        process.say(Ready())
+        await settled()
+    rig.store.close()
+    assert process.is_killed
+    assert [each for each in process.waited if each is not None] == [END_S] * is_ready
+    process.can_end.set()
+
+
+async def test_a_mover_can_end_when_no_thread_can_start(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request over a broken connection fails as one of the store, also at the thread limit."""
+    process = await rig.begun()
+    await settled()
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        process.theirs.close()
+        with pytest.raises(RemoteError, match="it takes no requests"):
+            await rig.store.head("name")
+    assert process.is_killed
+
+
+@pytest.mark.parametrize("end", ["refused", "malformed", "closed"])
+async def test_the_end_of_a_mover_fails_what_waits(rig: Rig, end: str) -> None:
+    """A mover that refuses, breaks the protocol or goes away fails every request, with a reason."""
+    rig.store.mover.life()
+    process = rig.process
+    assert isinstance(await process.asked(), Begin)
+    waiting = [rig.store.get("name", 0, 9), asyncio.ensure_future(rig.store.head("name"))]
+    await settled()
+    if end == "refused":
+        process.say(Refused("no such device"))
+    elif end == "malformed":
+        process.theirs.send(b"\xc1\x00")
+    else:
+        process.theirs.close()
+    for each in waiting:
+        with pytest.raises(RemoteError) as failed:
+            await each
+        assert not failed.value.is_lasting
+        assert (end != "refused") or "no such device" in str(failed.value)
+    assert process.is_killed
+
+
+async def test_a_mover_that_cannot_start_is_started_less_and_less_often(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each failed start doubles the pause; requests during the pause fail at once."""
+    monkeypatch.setattr(movers, "PAUSE_S", 1000.0)
+    monkeypatch.setattr(movers, "PAUSE_MAX_S", 3000.0)
+    mover = rig.store.mover
+    for pause_s in (1000.0, 2000.0, 3000.0):
+        mover._not_before_s = 0.0
+        mover.life()
+        rig.process.say(Refused("no"))
+        await mover.life().ended
+        await settled()
+        assert pause_s - 100 < mover.pause_s <= pause_s
+        with pytest.raises(RemoteError, match="its mover is not there: no"):
+            mover.life()
+    assert mover.lives == 3
+
+
+async def test_a_mover_that_dies_while_a_slot_is_filled_fails_the_put(rig: Rig) -> None:
+    """The bytes are copied to the window of the life that has ended; then the put fails."""
+    process = await rig.begun()
+    go = threading.Event()
+    for _ in range(2):
+        rig.store._fillers.submit(go.wait, PATIENCE_S)
+    putting = asyncio.ensure_future(rig.store.put("name", [b"x" * 100]))
+    await settled()
+    life = rig.store.mover.life()
+    process.theirs.close()
+    await life.ended
+    go.set()
+    with pytest.raises(RemoteError, match="its process has ended"):
+        await putting
+
+
+async def test_a_store_that_is_closed_before_a_slot_is_filled_fails_the_put(rig: Rig) -> None:
+    """A put whose slot can be filled by no thread any more ends with an error of the store."""
+    process = await rig.begun()
+    life = rig.store.mover.life()
+    gets = [rig.store.get("name", 0, 9) for _ in range(SIZES.slots)]
+    request = await process.asked()
+    assert isinstance(request, Get)
+    putting = asyncio.ensure_future(rig.store.put("name", [b"x"]))
+    await settled()
+    process.say(Done(request.number, NOT_FOUND))
+    life._read()
+    life._grant()
+    rig.process.is_killed = True  # so that it ends in time
+    rig.store.close()
+    with pytest.raises(RemoteError, match="it was closed"):
+        await putting
+    await asyncio.wait(gets)
+    assert all(get.exception() for get in gets)
+
+
+async def test_a_get_that_is_answered_as_the_mover_ends_is_done(rig: Rig) -> None:
+    """What has arrived before the end of the life can be read after it."""
+    process = await rig.begun()
+    life = rig.store.mover.life()
+    get = rig.store.get("name", 0, 9)
+    request = await process.asked()
+    assert isinstance(request, Get)
+    process.say(Done(request.number, 9))
+    life._read()
+    life.end("the test ends it")
+    await settled()
+    assert get.done()
+    assert len(memoryview((await get)[0])) == 9
+
+
+async def test_the_last_body_of_a_life_unmaps_its_window(rig: Rig) -> None:
+    """After the end of a life, its window is mapped as long as somebody has bytes of it."""
+    process = await rig.begun()
+    life = rig.store.mover.life()
+    number = os.fstat(life._window.fd).st_ino
+
+    def is_open() -> bool:
+        descriptors = [f"/proc/self/fd/{each}" for each in os.listdir("/proc/self/fd")]
+        files = {os.stat(each).st_ino for each in descriptors if os.path.exists(each)}
+        is_mapped = f" {number} " in Path("/proc/self/maps").read_text()
+        assert is_mapped == (number in files)
+        return is_mapped
+
+    get = rig.store.get("name", 0, 9)
+    request = await process.asked()
+    assert isinstance(request, Get)
+    process.say(Done(request.number, 9))
+    (body,) = await get
+    del get
+    life.end("the test ends it")
+    await settled()
+    assert is_open()
+    del body
+    gc.collect()
+    assert not is_open()
+
+
+def test_a_window_keeps_its_size() -> None:
+    """The mover cannot shrink the memory that its engine reads, nor lift that rule."""
+    window = Window(1, 4096, lambda: None)
+    for size in (0, 8192):
+        with pytest.raises(PermissionError):
+            os.ftruncate(window.fd, size)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(window.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_forked_child_keeps_no_window(has_ended: bool) -> None:
+    """A child that lives longer than its engine holds no memory of a window, and unmaps no own."""
+    code = f"""
+import gc, mmap, os
+from pathlib import Path
+from flexkv.mover.window import Window
+window = Window(1, 4096, lambda: None)
+number = os.fstat(window.fd).st_ino
+body = window.take().body(0, 9)
+body[:] = 7
+if {has_ended}:
+    window.close()
+if os.fork() == 0:
+    assert f" {{number}} " not in Path("/proc/self/maps").read_text()
+    assert "flexkv-mover" not in os.popen(f"ls -l /proc/{{os.getpid()}}/fd").read()
+    own = [mmap.mmap(-1, 4096) for _ in range(8)]
+    for each in own:
+        each[0] = 1
+    del body, window
+    gc.collect()
+    os._exit(sum(each[0] for each in own) - 8)
+assert os.wait()[1] == 0
+assert body.tolist() == [7] * 9
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
