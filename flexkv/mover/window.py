@@ -77,7 +77,8 @@ class Window:
         closing: weakref.finalize[Any, Any] = weakref.finalize(memory, os.close, self.fd)
         closing.atexit = False
         self._free, self._freed = list(range(slots)), freed
-        self._lock = threading.Lock()
+        # Making a slot may collect garbage, and that may free another one.
+        self._lock = threading.RLock()
         forks.on_fork(self._let_go_in_child)
 
     def take(self) -> Slot | None:
@@ -101,7 +102,7 @@ class Window:
 
     def _let_go_in_child(self) -> None:
         """Release the parent's memory and descriptors in a forked child."""
-        self._freed, self._lock = _nothing, threading.Lock()
+        self._freed, self._lock = _nothing, threading.RLock()
         memory = self._mapping()
         if memory is not None:
             forks.replace_all(self.fd)

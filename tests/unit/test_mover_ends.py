@@ -217,6 +217,25 @@ async def test_the_last_body_of_a_life_unmaps_its_window(rig: Rig) -> None:
     assert not is_open()
 
 
+def test_a_body_may_end_while_a_slot_is_taken() -> None:
+    """A collection of garbage that frees a slot, as another is taken, does not wait for itself."""
+    window = Window(1, 4096, lambda: None)
+
+    def work() -> None:
+        slot = window.take()
+        assert slot is not None
+        body = slot.body(0, 9)
+        with window._lock:
+            del body
+            assert window.take() is not None
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+    assert window.take() is None
+
+
 def test_a_window_keeps_its_size() -> None:
     """The mover cannot shrink the memory that its engine reads, nor lift that rule."""
     window = Window(1, 4096, lambda: None)
