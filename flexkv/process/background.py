@@ -3,8 +3,9 @@
 Copying and checksumming for the remote tier can keep every CPU busy. Requests that need only host
 memory must not wait for that, so these threads get a CPU only if no other thread wants it, or a
 small share beside those that do. The kernel gives a thread the nice value of the thread that starts
-it. So whatever starts threads is called in a thread whose nice value was raised before; that works
-for threads of libraries, too.
+it. So whatever starts threads is called in a thread whose nice value was raised before. Threads
+that move bytes from a network are not among them: beside an engine that uses every CPU, fetches
+would take far longer.
 
 Source: sched(7), "The nice value"; setpriority(2).
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from flexkv.mover.life import MoverSizes
 from flexkv.mover.mover import Mover
 from flexkv.mover.store_config import load_store_config
 from flexkv.observe.logs import get_logger
-from flexkv.process.background import in_background
 
 log = get_logger(__name__)
 
@@ -73,7 +71,6 @@ def open_mooncake(
 
 def _object_store(address: RemoteAddress, options: RemoteOptions) -> OpenStore:
     try:
-        from obstore import put_async
         from obstore import store as stores
         from obstore.exceptions import BaseError
 
@@ -81,12 +78,6 @@ def _object_store(address: RemoteAddress, options: RemoteOptions) -> OpenStore:
     except ImportError as error:
         why = "obstore is not installed: pip install 'flexkv[remote]'"
         raise BackendUnavailableError(f"the remote tier at {address.url}", why) from error
-
-    async def first_request() -> None:
-        await put_async(stores.MemoryStore(), "nothing", b"")
-
-    # obstore starts its threads with its first request, and keeps them.
-    in_background(lambda: asyncio.run(first_request()))
     if address.kind == "memory":
         return ObjectStore(stores.MemoryStore(), "memory", "memory")
     config = dict(address.config)
