@@ -160,7 +160,8 @@ def test_a_get_without_a_device_block_for_a_leaf_moves_nothing(
     assert (done.moved, done.status in ("failed", "notfound")) == (0, True)
     blank = [rows for group in instance.devices[0]._rows for rows in group]
     assert all((rows == 0xEE).all() for rows in blank)
-    assert command_status(instance)["pinned_blocks"] == 0
+    # What was put may still be written to the SSD.
+    eventually(lambda: command_status(instance)["pinned_blocks"] == 0)
 
 
 def command_status(instance: GroupInstance) -> dict[str, Any]:
@@ -184,7 +185,8 @@ def test_groups_share_all_tiers(settings: Settings, instance: GroupInstance) -> 
             assert instance.get(keys, matched).moved == 16
             hits += 1
     assert hits == len(prompts)
-    assert command_status(instance)["pinned_blocks"] == 0
+    # What was put may still be written to the SSD.
+    eventually(lambda: command_status(instance)["pinned_blocks"] == 0)
 
 
 @pytest.mark.parametrize("ending", ["close", "kill"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ def nice_values(name: str) -> set[int]:
     """Return the nice values of this process's threads whose kernel name begins so."""
     found = set()
     for task in Path("/proc/self/task").iterdir():
-        if (task / "comm").read_text().startswith(name):
-            found.add(os.getpriority(os.PRIO_PROCESS, int(task.name)))
+        with suppress(OSError):  # another test's thread has ended just now
+            if (task / "comm").read_text().startswith(name):
+                found.add(os.getpriority(os.PRIO_PROCESS, int(task.name)))
     return found
 
 
@@ -64,15 +66,12 @@ def test_a_refused_nice_value_changes_nothing_else(monkeypatch: pytest.MonkeyPat
     assert in_background(lambda: 5) == 5
 
 
-async def test_the_remote_tiers_threads_are_in_the_background(tmp_path: Path) -> None:
-    """Copy threads, those that read and write files, and obstore's own are all nicer."""
+def test_the_remote_tiers_threads_are_in_the_background(tmp_path: Path) -> None:
+    """Copy threads, and those that read and write files, are nicer."""
     files = open_store(f"file://{tmp_path}/shared", {}, RemoteOptions())
-    objects = open_store("memory://", {}, RemoteOptions())
     copier = Copier(2)
     try:
-        await objects.put("name", [b"bytes"])
         assert nice_values("flexkv-copy") == {wanted()}
-        assert nice_values("tokio") == {wanted()}
         nicer = [
             os.getpriority(os.PRIO_PROCESS, thread.native_id or 0)
             for thread in threading.enumerate()
