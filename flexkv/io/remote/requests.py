@@ -278,7 +278,7 @@ class Requests:
             self.counting.failures[kind] += 1
             if (gate := self._gates.get(kind)) is not None:
                 gate.limit.was_late()
-        return RemoteError(self.store.where, kind, f"no answer within {given_s:.3g} s")
+        return RemoteError(self.store.where, kind, f"no answer within {max(0.0, given_s):.3g} s")
 
     def _failed(self, kind: str, error: RemoteError) -> None:
         self.counting.failures[kind] += 1
