@@ -32,8 +32,9 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def stored(folder: Path) -> Trace:
-    """Store prompts in the shared directory, and return the trace of that."""
-    async with Node({"remote_cache_path": f"file://{folder}/shared"}) as node:
+    """Store prompts in the shared directory, so slowly that spans wait, and return the trace."""
+    remote = {"remote_cache_path": f"file://{folder}/shared", "remote_write_mb_per_s": 2.0}
+    async with Node(remote) as node:
         with node.manager.trace(folder / "out"):
             for seed in range(PROMPTS):
                 await node.put(seed)
