@@ -42,7 +42,7 @@ class Avoid(NamedTuple):
     fillers: frozenset[int] = frozenset()
     """Ops that are filling host blocks and must not be waited for."""
 
-    def with_far(self, far: frozenset[Tier], claims: Claims) -> Avoid:
+    def and_far(self, far: frozenset[Tier], claims: Claims) -> Avoid:
         """Return what to avoid so that nothing is fetched from far tiers, or waited for."""
         fillers = self.fillers | claims.filling_from_others()
         return self._replace(unreadable=self.unreadable | far, fillers=fillers)

@@ -97,7 +97,7 @@ class Planner:
         if self._leaves is not None:
             avoid = self.avoid
             if near:
-                avoid = avoid.with_far(self._far, self._residency.claims)
+                avoid = avoid.and_far(self._far, self._residency.claims)
             return self._plan_whole(self._leaves, request, run_id, avoid)
         first, drop = request.span.first_block, request.drop
         found = self._residency.find(request.keys, first, True, drop)

@@ -293,7 +293,7 @@ class MoverLife:
             waiting.start()
 
     def close(self) -> None:
-        """Let the process leave the store; kill it if that takes too long, or it still connects.
+        """Let the process leave the store; kill it if that takes too long, or if it still connects.
 
         A process that connects hears nothing, since Mooncake holds its GIL meanwhile.
         """

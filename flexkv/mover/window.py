@@ -51,7 +51,7 @@ class Window:
     """
 
     def __init__(self, slots: int, slot_bytes: int, freed: Callable[[], None]) -> None:
-        """Map the memory, of which no page is touched.
+        """Map the memory without touching a page of it.
 
         Args:
             slots: how many slots.

@@ -221,7 +221,7 @@ def test_a_proof_needs_the_parent_of_a_leaf() -> None:
 
 @pytest.mark.parametrize("group", [1, 2, 3])
 def test_leaves_of_groups_with_equal_blocks_are_proved(group: int) -> None:
-    """The size of an object does not say of which group it is: its key and its parent's do."""
+    """Groups may have leaves of one size: the keys of a leaf and its parent tell its group."""
     description = structs.replace(DESCRIPTION, block_bytes=(BLOCK_BYTES[0], *[BLOCK_BYTES[1]] * 2))
     prover = SpanProver(description)
     try:

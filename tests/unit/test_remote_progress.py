@@ -187,6 +187,14 @@ class Bench:
                     self.waited_s_max = max(self.waited_s_max, loop.time() - since_s)
             await asyncio.sleep(0.05)
 
+    async def watch_others(self, count: int, apart_s: float) -> None:
+        """Submit so many gets of the second span one after the other; watch until all ended."""
+        watching = asyncio.get_running_loop().create_task(self.watch(len(self._submitted) + count))
+        for _ in range(count):
+            self.submit(self.rig.get(G, 2 * G, at=G))
+            await asyncio.sleep(apart_s)
+        await watching
+
     def random_transfer(self, random: Random) -> Transfer:
         """Return a get of some spans, or a put of one."""
         if random.random() < 0.3:
@@ -291,11 +299,7 @@ def test_a_part_that_stalls_in_the_middle_ends_though_others_move() -> None:
     async def work(bench: Bench) -> None:
         way.stalls = 1
         stalled.append(bench.submit(bench.rig.get(0, G)))
-        watching = asyncio.get_running_loop().create_task(bench.watch(201))
-        for _ in range(200):
-            bench.submit(bench.rig.get(G, 2 * G, at=G))
-            await asyncio.sleep(0.06 * DEADLINE_S)
-        await watching
+        await bench.watch_others(200, 0.06 * DEADLINE_S)
 
     bench = on_bench(way, 2, work)
     assert [end.error for end in bench.ends.values() if end.error is not None] == []
@@ -322,11 +326,7 @@ def test_a_part_whose_tries_all_stall_ends_though_others_move() -> None:
 
         way.get = get  # type: ignore[method-assign]
         bench.submit(bench.rig.get(0, G))
-        watching = asyncio.get_running_loop().create_task(bench.watch(301))
-        for _ in range(300):
-            bench.submit(bench.rig.get(G, 2 * G, at=G))
-            await asyncio.sleep(0.03 * DEADLINE_S)
-        await watching
+        await bench.watch_others(300, 0.03 * DEADLINE_S)
 
     bench = on_bench(way, 3, work)
     first, *others = bench.ends

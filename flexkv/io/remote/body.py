@@ -11,7 +11,7 @@ from typing_extensions import Buffer
 
 
 class Body:
-    """Bytes in chunks, each of which stays where it is: joining them would cost a copy.
+    """Bytes in chunks that are not joined, since that would cost a copy.
 
     Attributes:
         nbytes: how many bytes there are.

@@ -114,7 +114,7 @@ class Copier:
         self._loop.add_reader(self._pool.fileno(), self._reap)
 
     async def copy(self, blocks: Sequence[PageMap], host_ids: BlockIds) -> None:
-        """Copy blocks, each of which is block 0 of its pages, to host blocks, and sum them.
+        """Copy block 0 of each of these maps to a host block, and sum it.
 
         Cancellation: the copies go on, until `close` at the latest.
         """
