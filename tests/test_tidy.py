@@ -29,6 +29,7 @@ FLOORS = [
     {"mover"},
     {"io", "trace", "settings"},
     {"actors"},
+    {"cluster"},
     {"tiers"},
     {"engine"},
     {"front"},

@@ -184,6 +184,21 @@ class RemoteError(TransferError):
         self.is_busy, self.is_lasting = is_busy, is_lasting
 
 
+class PeerError(TransferError):
+    """Another node did not send blocks that it was said to have; the other peers are not to blame.
+
+    Attributes:
+        peer: the address of the node.
+        is_busy: whether it asked to be asked later.
+    """
+
+    blames_tier = False
+
+    def __init__(self, peer: str, what: str, why: str, is_busy: bool = False) -> None:
+        FlexKVError.__init__(self, f"peer {peer}: {what} failed: {why}")
+        self.peer, self.what, self.why, self.is_busy = peer, what, why, is_busy
+
+
 class DeviceError(TransferError):
     """A device call failed with a driver code."""
 
