@@ -35,13 +35,13 @@ class Labelled(IntEnum):
 
 
 class Tier(Labelled):
-    """Where a block can be."""
+    """Where a block can be, from the nearest to the farthest; files and messages have the names."""
 
     DEVICE = 0
     HOST = 1
     DISK = 2
-    REMOTE = 3
-    PEER = 4
+    PEER = 3
+    REMOTE = 4
 
 
 class Route(NamedTuple):
