@@ -27,7 +27,6 @@ from flexkv.common.config import (
     settings_of,
     variable_keys,
 )
-from flexkv.common.config_cache import SIZE_PAIRS
 from flexkv.common.config_keys import (
     HIDDEN,
     DuplicateKeyError,
@@ -40,6 +39,7 @@ from flexkv.common.config_keys import (
     old_names,
     without_duplicates,
 )
+from flexkv.common.config_sizes import SIZE_PAIRS
 from flexkv.common.errors import ConfigError
 from flexkv.observe.logs import get_logger, obey
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from flexkv.common.config_cache import GB, MB, SIZE_PAIRS, CacheConfig
+from flexkv.common.config_cache import CacheConfig
 from flexkv.common.config_keys import (
     ConfigModel,
     announce,
@@ -20,6 +20,7 @@ from flexkv.common.config_keys import (
 )
 from flexkv.common.config_layers import RANKS_MAX, LayerGroup
 from flexkv.common.config_model import ModelConfig
+from flexkv.common.config_sizes import GB, MB, SIZE_PAIRS
 from flexkv.common.errors import ConfigError
 from flexkv.common.space import CacheSizes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from ipaddress import ip_address
 from typing import Any, Literal, Self
 
 from pydantic import SecretStr, field_validator, model_validator
@@ -17,6 +18,7 @@ from flexkv.common.config_keys import (
     key,
 )
 from flexkv.common.config_model import ModelConfig
+from flexkv.common.config_sizes import GB, MB, SIZE_PAIRS, given_size, sizes_of
 from flexkv.common.config_values import (
     Addresses,
     CustomConfig,
@@ -26,18 +28,6 @@ from flexkv.common.config_values import (
 )
 from flexkv.common.errors import ConfigError
 from flexkv.common.space import CacheSizes, GivenSize
-
-GB = 1024**3
-MB = 1024**2
-
-BLOCK_BYTES_MAX = 1 << 40
-
-SIZE_PAIRS = (
-    ("num_cpu_blocks", "cpu_cache_gb"),
-    ("num_ssd_blocks", "ssd_cache_gb"),
-    ("max_blocks_per_file", "max_file_size_gb"),
-)
-"""Pairs of keys that set the same size: as a count of blocks, or in GB."""
 
 
 def _thread_blocks(direction: str, old: str) -> Any:
@@ -326,20 +316,57 @@ class CacheConfig(ConfigModel):
     )
     index_accel: bool = key(True, "Accepted but ignored: there is only one index.")
     enable_p2p_cpu: bool = key(
-        False, "Share the host tier with other nodes.", part="sharing between nodes", built=(False,)
+        False,
+        "Share host memory with other nodes: they may fetch what it holds, and this engine fetches "
+        "what they hold.",
+        part="sharing between nodes",
+        built=(False,),
     )
     enable_p2p_ssd: bool = key(
-        False, "Share the SSD tier with other nodes.", part="sharing between nodes", built=(False,)
+        False,
+        "Share the SSD tier, too: other nodes may fetch blocks that are only on this one's SSD.",
+        part="sharing between nodes",
+        built=(False,),
     )
-    redis_host: str = key("127.0.0.1", "Host of the Redis that holds the nodes' metadata.")
+    redis_host: str = key(
+        "127.0.0.1", "Host of the Redis that holds the nodes' metadata.", min_length=1
+    )
     redis_port: int = key(6379, "Port of that Redis.", ge=1, le=65535)
-    redis_password: SecretStr = key(
-        "", "Password of that Redis.", secret=True, shown_default="empty"
+    redis_password: SecretStr = key("", "Its password.", secret=True, shown_default="empty")
+    cluster_secret: SecretStr = key(
+        "",
+        "Secret that nodes prove to each other before they share anything. Unset = derived from "
+        "`key_secret` and `redis_password`; one of the three must be set unless `local_ip` is an "
+        "address of this machine alone.",
+        secret=True,
+        shown_default="empty",
     )
     local_ip: str = key("127.0.0.1", "Address at which other nodes reach this one.")
-    node_ttl_seconds: float = key(
-        30.0, "Silence after which a node counts as gone.", unit="s", gt=0
+    p2p_port: int = key(
+        0, "Port at which other nodes reach this one; 0 = any free port.", ge=0, le=65535
     )
+    p2p_zone: str = key(
+        "default",
+        "Nodes of one zone share blocks with each other. A zone has at most 350 nodes: one Redis "
+        "carries no more.",
+        pattern=r"^[A-Za-z0-9_.-]{1,64}$",
+    )
+    p2p_publish_ms: float = key(
+        50.0,
+        "How long changes may wait until other nodes are told. Longer in zones of more than 100 "
+        "nodes, in proportion.",
+        unit="ms",
+        ge=1,
+        le=60_000,
+    )
+    p2p_pinned_max: float = key(
+        0.05, "Largest share of host memory that is kept in place for peers that read it.",
+        gt=0, le=1,
+    )  # fmt: skip
+    p2p_read_window_mb: float = key(
+        128.0, "Most bytes being read from other nodes at once.", unit="MB", gt=0
+    )
+    node_ttl_seconds: float = key(30.0, "Silence after which a node is gone.", unit="s", ge=1)
     mooncake_config_path: str | None = key(
         None,
         "Configuration file of the Mooncake transfer engine: engine_ip, engine_port, "
@@ -396,6 +423,8 @@ class CacheConfig(ConfigModel):
             raise ConfigError("ssd_cache_dir", HIDDEN, why)
         if self.has_remote:
             self._check_remote()
+        if self.has_peers:
+            self._check_peers()
         if len(set(directories)) != len(directories):
             raise ConfigError("ssd_cache_dir", directories, "names a directory twice")
         if self.hugepage_size_bytes.bit_count() != 1:
@@ -412,6 +441,30 @@ class CacheConfig(ConfigModel):
     def has_remote(self) -> bool:
         """Return whether there is a remote tier."""
         return self.enable_remote or self.use_mooncake_store_backend
+
+    @property
+    def has_peers(self) -> bool:
+        """Return whether blocks are shared with other nodes."""
+        return self.enable_p2p_cpu or self.enable_p2p_ssd
+
+    def _check_peers(self) -> None:
+        if self.enable_p2p_ssd and not self.enable_ssd:
+            raise ConfigError("enable_p2p_ssd", True, "there is no SSD tier: set enable_ssd")
+        try:
+            address = ip_address(self.local_ip)
+        except ValueError as error:
+            why = "must be the IP address of this node, as other nodes reach it"
+            raise ConfigError("local_ip", self.local_ip, why) from error
+        if address.is_unspecified or address.is_multicast:
+            why = "must be the address of one node: other nodes connect to it"
+            raise ConfigError("local_ip", self.local_ip, why)
+        secrets = self.cluster_secret, self.key_secret, self.redis_password
+        if not address.is_loopback and not any(each.get_secret_value() for each in secrets):
+            why = (
+                "must be set, or key_secret or redis_password: without a secret, anybody who "
+                f"reaches {self.local_ip} could read the cache"
+            )
+            raise ConfigError("cluster_secret", HIDDEN, why)
 
     def _check_remote(self) -> None:
         if self.use_mooncake_store_backend:
@@ -434,49 +487,9 @@ class CacheConfig(ConfigModel):
         Raises:
             ConfigError: a tier has room for no block or for too many, or a block is too large.
         """
-        spaces = model.spaces(self.tokens_per_block)
-        stride, largest = spaces[0].stride_bytes, max(space.block_bytes for space in spaces)
-        if largest > BLOCK_BYTES_MAX:
-            why = f"a block of this model has {largest} bytes; the limit is {BLOCK_BYTES_MAX}"
-            raise ConfigError("tokens_per_block", self.tokens_per_block, why)
-        host, disk, file = SIZE_PAIRS
-        return CacheSizes(
-            spaces=spaces,
-            num_host_blocks=self._blocks(*host, stride) if self.enable_cpu else 0,
-            num_disk_blocks=self._blocks(*disk, stride) if self.enable_ssd else 0,
-            max_file_blocks=None if self._files_uncapped else self._blocks(*file, stride),
-            host_given=self._given(*host),
-            disk_given=self._given(*disk),
-        )
+        return sizes_of(self, model)
 
     @property
     def host_given(self) -> GivenSize:
         """Return which key sets the size of the host tier, and to what."""
-        return self._given(*SIZE_PAIRS[0])
-
-    def _given(self, blocks_key: str, gb_key: str) -> GivenSize:
-        """Return which of two keys sets a size, and to what."""
-        count: int | None = getattr(self, blocks_key)
-        if count is not None:
-            return GivenSize(blocks_key, count)
-        gb: float = getattr(self, gb_key)
-        return GivenSize(gb_key, int(gb) if gb.is_integer() else gb)
-
-    @property
-    def _files_uncapped(self) -> bool:
-        cap = self.max_blocks_per_file
-        return (self.max_file_size_gb if cap is None else cap) == -1
-
-    def _blocks(self, blocks_key: str, gb_key: str, stride_bytes: int) -> int:
-        """Return a size in blocks, from whichever of its two keys was given."""
-        count: int | None = getattr(self, blocks_key)
-        gb: float = getattr(self, gb_key)
-        field, value = (gb_key, gb) if count is None else (blocks_key, count)
-        blocks = int(gb * GB) // stride_bytes if count is None else count
-        if blocks < 1:
-            why = f"must have room for at least one block, which takes {stride_bytes / GB:.6g} GB"
-            raise ConfigError(field, value, why)
-        if blocks > BLOCKS_MAX:
-            why = f"would hold {blocks} blocks of this model; the limit is {BLOCKS_MAX}"
-            raise ConfigError(field, value, why)
-        return blocks
+        return given_size(self, *SIZE_PAIRS[0])

@@ -253,6 +253,34 @@ def test_settings_of_parts_that_are_not_built_are_refused(file: dict[str, Any]) 
         settings_of(file).require_built()
 
 
+@pytest.mark.parametrize(
+    ("field", "keys"),
+    [
+        ("enable_p2p_ssd", {"enable_p2p_ssd": True}),
+        ("local_ip", {"enable_p2p_cpu": True, "local_ip": "node-7"}),
+        ("local_ip", {"enable_p2p_cpu": True, "local_ip": "0.0.0.0"}),
+        ("local_ip", {"enable_p2p_cpu": True, "local_ip": "::"}),
+        ("cluster_secret", {"enable_p2p_cpu": True, "local_ip": "10.0.0.7"}),
+        ("p2p_zone", {"p2p_zone": "a b"}),
+        ("p2p_port", {"p2p_port": 65536}),
+    ],
+)
+def test_sharing_that_cannot_work_or_is_open_to_anybody_is_refused(
+    field: str, keys: dict[str, Any]
+) -> None:
+    """What sharing between nodes needs is checked, and the error names the key."""
+    with pytest.raises(ConfigError, match=field):
+        CacheConfig(**keys)
+
+
+@pytest.mark.parametrize("secret", ["cluster_secret", "key_secret", "redis_password"])
+def test_any_secret_lets_other_machines_in(secret: str) -> None:
+    """One secret is enough to share blocks at an address that other machines reach."""
+    CacheConfig(**{"enable_p2p_cpu": True, "local_ip": "10.0.0.7", secret: "a secret"})
+    CacheConfig(enable_p2p_cpu=True, local_ip="127.0.0.2")
+    CacheConfig(enable_p2p_cpu=True, local_ip="::1")
+
+
 @pytest.mark.parametrize("path", ["", "s3://one/;s3://two/"])
 def test_a_remote_tier_has_one_address(path: str) -> None:
     """A remote tier without an address, or with two, is refused by the key."""

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 from structlog.testing import capture_logs
 
 from flexkv.common.config import CacheConfig, LayerGroup, ModelConfig, Settings, settings_of
-from flexkv.common.config_cache import SIZE_PAIRS
 from flexkv.common.config_keys import RetiredKeyWarning
+from flexkv.common.config_sizes import SIZE_PAIRS
 from flexkv.common.errors import ConfigError
 from flexkv.settings import FILE_BYTES_MAX, load_file, load_settings
 
