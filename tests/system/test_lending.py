@@ -1,0 +1,124 @@
+"""Blocks that other nodes read: which of them are lent, and that they stay where they are."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flexkv.common.request import Operation
+from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
+from flexkv.engine.lending import Lending, Lent
+
+from .test_far import BLOCKS, Bench, on_bench
+
+KEYS = BLOCK_KEY_BYTES
+
+
+def lending(bench: Bench) -> Lending:
+    """Return what lends the blocks of the bench's engine."""
+    engine = bench.engine
+    return Lending(engine._core, engine.requests, engine.clears, engine.tokens_per_block, ())
+
+
+def pinned(bench: Bench) -> int:
+    """Return how many host blocks may not be evicted."""
+    return bench.engine.statistics().tiers["host"].pinned_blocks
+
+
+def lent_keys(bench: Bench, lent: Lent) -> list[bytes]:
+    """Return the keys of the blocks that are lent."""
+    keys = bench.engine.residency.keys_of(Tier.HOST, lent.host_ids)
+    return [keys[at : at + KEYS] for at in range(0, len(keys), KEYS)]
+
+
+def test_the_leading_blocks_that_host_memory_has_are_lent_and_stay() -> None:
+    """Of blocks 1 to 8 of a prompt of which five are here, blocks 1 to 5 are lent, and pinned."""
+
+    async def work(bench: Bench) -> None:
+        await bench.perform(Operation.PUT, 5)
+        lender, keys = lending(bench), bench.request().keys
+        assert lender.here(keys) == 5
+        lent = lender.lend(keys, 1, 8)
+        assert lent_keys(bench, lent) == bench.keys()[1:5]
+        assert pinned(bench) == 4
+        twice = lender.lend(keys, 3, 4)
+        assert (lent_keys(bench, twice), pinned(bench)) == (bench.keys()[3:4], 4)
+        lender.give_back(lent)
+        assert pinned(bench) == 1
+        lender.give_back(twice)
+        assert pinned(bench) == 0
+
+    on_bench(work)
+
+
+def test_nothing_is_lent_of_what_is_not_here() -> None:
+    """Unknown prompts, blocks behind the end, and empty ranges are lent as nothing."""
+
+    async def work(bench: Bench) -> None:
+        await bench.perform(Operation.PUT, 5)
+        lender = lending(bench)
+        for keys, first, last in [
+            (bench.request(1).keys, 0, 8),
+            (bench.request().keys, 5, 8),
+            (bench.request().keys, 3, 3),
+            (bench.request().keys, 7, 2),
+            (bench.request().keys, 100, 200),
+            (bench.request().keys[: 2 * KEYS], 1, 5),
+        ]:
+            lent = lender.lend(keys, first, last)
+            assert not len(lent.host_ids)
+            lender.give_back(lent)
+        assert pinned(bench) == 0
+
+    on_bench(work)
+
+
+def test_what_is_only_on_ssd_is_fetched_before_it_is_lent() -> None:
+    """Blocks that host memory has given up are lent again once they are fetched from the SSD."""
+
+    async def work(bench: Bench) -> None:
+        await bench.perform(Operation.PUT)
+        await bench.engine.flush()
+        keys, lender = bench.request().keys, lending(bench)
+        bench.engine.clear(Tier.HOST)
+        assert not len(lender.lend(keys, 0, BLOCKS).host_ids)
+        assert lender.here(keys) == BLOCKS
+        await lender.fetch(keys[: 6 * KEYS])
+        lent = lender.lend(keys, 0, BLOCKS)
+        assert lent_keys(bench, lent) == bench.keys()[:5]
+        lender.give_back(lent)
+
+    on_bench(work, disk=32)
+
+
+def test_lending_counts_as_a_use() -> None:
+    """Of two prompts the one that was lent stays when a third one needs room."""
+
+    async def work(bench: Bench) -> None:
+        for number in (1, 2):
+            await bench.perform(Operation.PUT, number=number)
+        lender = lending(bench)
+        lender.give_back(lender.lend(bench.request(1).keys, 0, BLOCKS))
+        await bench.perform(Operation.PUT, number=3)
+        assert lender.here(bench.request(1).keys) == BLOCKS
+        assert lender.here(bench.request(2).keys) < BLOCKS
+
+    on_bench(work, host=2 * BLOCKS)
+
+
+def test_a_cleared_block_is_not_lent_again_but_stays_for_its_reader() -> None:
+    """A clear takes lent blocks out of the index; their places are free later."""
+
+    async def work(bench: Bench) -> None:
+        await bench.perform(Operation.PUT)
+        lender, keys = lending(bench), bench.request().keys
+        lent = lender.lend(keys, 0, BLOCKS)
+        bench.engine.clear()
+        assert not len(lender.lend(keys, 0, BLOCKS).host_ids)
+        await bench.perform(Operation.PUT, number=1)
+        others = lender.lend(bench.request(1).keys, 0, BLOCKS)
+        assert not set(others.host_ids.tolist()) & set(lent.host_ids.tolist())
+        assert np.array_equal(np.unique(lent.host_ids), np.sort(lent.host_ids))
+        lender.give_back(lent)
+        lender.give_back(others)
+
+    on_bench(work)
