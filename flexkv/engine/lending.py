@@ -75,9 +75,10 @@ class Lending:
         last = min(last, blocks // self._ratios[group])
         if last <= first:
             return _NOTHING
-        host_ids = (
-            self._chain(keys, first, last) if not group else self._leaves(keys, first, last, group)
-        )
+        if group:
+            host_ids = self._leaves(keys, first, last, group)
+        else:
+            host_ids = self._chain(keys, first, last)
         if not len(host_ids):
             return _NOTHING
         return Lent(host_ids, self._core.scheduler.hold([Holding(Tier.HOST, host_ids)]))
