@@ -35,11 +35,7 @@ _NOTHING = Lent(np.zeros(0, np.int64), ())
 
 
 class Lending:
-    """The blocks of one engine, as other nodes ask for them.
-
-    Blocks are counted by group: block n of a group that has one for every `ratio` blocks of the
-    chain hangs on block (n + 1) * ratio - 1 of the chain.
-    """
+    """The blocks of one engine, as other nodes ask for them."""
 
     def __init__(
         self,
@@ -64,15 +60,14 @@ class Lending:
 
         Args:
             keys: the root and keys of a prompt's blocks.
-            first: the first block that is wanted.
-            last: where those that are wanted end, exclusive.
-            group: the KV group.
+            first: the position of the first block that is wanted.
+            last: the position where they end, exclusive.
+            group: the KV group; of another one than 0 the leaves with parents there are wanted.
 
         Returns:
             The leading ones of them that are in host memory: none if the first one is not.
         """
-        blocks = len(keys) // BLOCK_KEY_BYTES - 1
-        last = min(last, blocks // self._ratios[group])
+        last = min(last, len(keys) // BLOCK_KEY_BYTES - 1)
         if last <= first:
             return _NOTHING
         if group:
@@ -92,11 +87,12 @@ class Lending:
 
     def _leaves(self, keys: bytes, first: int, last: int, group: int) -> BlockIds:
         """Return the places of the leading leaves of a group that are in host memory."""
-        ratio, host_ids = self._ratios[group], np.full(last - first, _NOT_HERE)
-        surveyed = self._core.residency.survey(keys, first * ratio, last * ratio, group=group)
-        for states, positions, ids in surveyed:
+        ratio = self._ratios[group]
+        begin, end = first // ratio, last // ratio
+        host_ids = np.full(end - begin, _NOT_HERE)
+        for states, positions, ids in self._core.residency.survey(keys, first, last, group=group):
             if states[0] == READY:
-                host_ids[(positions.array + 1) // ratio - 1 - first] = ids[0]
+                host_ids[(positions.array + 1) // ratio - 1 - begin] = ids[0]
         absent = np.flatnonzero(host_ids == _NOT_HERE)
         return host_ids[: absent[0]] if len(absent) else host_ids
 
