@@ -30,6 +30,7 @@ from flexkv.io.memory.arena import Arena, check_memory
 from flexkv.io.ports import DevicePort, Sums, TransferPort
 from flexkv.observe.logs import get_logger
 from flexkv.process.stoppable import no_pause, run_stoppable
+from flexkv.tiers.far import hints_of
 from flexkv.tiers.limits import memory_error_named
 from flexkv.tiers.parts import TierParts
 from flexkv.tiers.remote import RemoteTier
@@ -119,7 +120,8 @@ class LocalBackend:
         self.host = ""
         self.unavailable = Unavailable()
         self.ssd = SsdTier(cache, sizes, self.unavailable)
-        self.remote = RemoteTier(cache, sizes, self.unavailable)
+        self.hints = hints_of(cache, sizes)
+        self.remote = RemoteTier(cache, sizes, self.unavailable, self.hints)
         self._openers = [self.ssd.open, self.remote.open]
         """Open one tier each, the nearest first; they share the sums of host memory."""
         self._tiers: list[TierParts] = []

@@ -20,7 +20,6 @@ from flexkv.common.terms import BlockKey, Tier
 from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
 from flexkv.index.hints import STORE, HintedCatalogue, Hints
 from flexkv.index.keys import block_identity
-from flexkv.index.spans import span_blocks
 from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import Sums
 from flexkv.io.remote.landing import HostBlocks, OpenStore
@@ -31,6 +30,7 @@ from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.port import RemotePort, SpanNews, Spawn
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.seal import SEAL_BYTES
+from flexkv.tiers.far import keep_time
 from flexkv.tiers.limits import WRITE_WINDOWS
 from flexkv.tiers.parts import StoreStatistics, TierHooks, TierParts, Work
 from flexkv.tiers.remote_asked import AskingCatalogue, Inquiries
@@ -38,15 +38,11 @@ from flexkv.tiers.remote_gc.collector import CollectionCounts, Collector
 from flexkv.tiers.remote_gc.removal import RemovalCounts
 from flexkv.tiers.remote_gc.rules import Limits
 from flexkv.tiers.remote_gc.touches import TouchCounts, Touches
-from flexkv.tiers.remote_listing import Listing, keep_time
+from flexkv.tiers.remote_listing import Listing
 from flexkv.tiers.remote_pool import SharedPool
 from flexkv.tiers.remote_probe import Probe, TierState
 from flexkv.tiers.unavailable import Unavailable
 
-SPANS_MAX = 1 << 21
-"""How many spans are remembered if the tier has no size: 20 MB."""
-SPARE_SPANS = 1024
-"""How many more spans are remembered than the tier may hold: a pool can exceed its budget."""
 REQUESTS_MAX = 32
 """The most spans being read, and being written, at once, however small they are."""
 DEADLINE_SHARE = 0.8
@@ -63,12 +59,19 @@ class RemoteTier:
         pool: the pool there; None until then.
     """
 
-    def __init__(self, cache: CacheConfig, sizes: CacheSizes, unavailable: Unavailable) -> None:
-        """Take the configuration, and where to note what cannot be used."""
+    def __init__(
+        self,
+        cache: CacheConfig,
+        sizes: CacheSizes,
+        unavailable: Unavailable,
+        hints: Hints | None,
+    ) -> None:
+        """Take the configuration, where to note what cannot be used, and the hints of far tiers."""
         self.catalogue: Catalogue = NOTHING_IS_FAR
         self.requests: Requests | None = None
         self.pool: SharedPool | None = None
         self._cache, self._sizes, self._unavailable = cache, sizes, unavailable
+        self._hints = hints
 
     def open(self, arena: Arena, sums: Sums, undo: ExitStack) -> TierParts | None:
         """Open the store, to which nothing is sent yet; return None without a remote tier.
@@ -82,15 +85,14 @@ class RemoteTier:
             ConfigError: the address or an option is wrong.
             BackendUnavailableError: what the store needs is not installed.
         """
-        cache, sizes = self._cache, self._sizes
-        if not cache.has_remote:
+        cache, sizes, hints = self._cache, self._sizes, self._hints
+        if not cache.has_remote or hints is None:
             return None
-        has_leaves = len(sizes.spaces) > 1
-        if has_leaves and self._is_asked:
+        if len(sizes.spaces) > 1 and self._is_asked:
             why = "blocks of models with several KV groups are not kept in Mooncake Store yet"
             self._unavailable.lose_tier(Tier.REMOTE, why)
             return None
-        size = span_blocks(sizes.block_stride_bytes, cache.tokens_per_block, has_leaves)
+        size = hints.span_blocks
         span_bytes = size * sizes.block_stride_bytes
         read, write = (
             min(REQUESTS_MAX, max(1, int(window_mb * MB) // span_bytes))
@@ -106,7 +108,6 @@ class RemoteTier:
         identity = block_identity(sizes.spaces, secret)
         description = PoolDescription(identity, tuple(sizes.block_bytes), size)
         requests = self.requests = Requests(self._store(options, size), options)
-        hints = Hints(_spans_max(cache.num_remote_blocks, size), size)
         pool = self.pool = SharedPool(requests.store, description)
         known = self._asked(requests, hints) if self._is_asked else self._listed(requests, hints)
         self.catalogue = known.catalogue
@@ -248,10 +249,6 @@ def _statistics(
         collection=collection,
         touches=touches,
     )
-
-
-def _spans_max(blocks: int | None, size: int) -> int:
-    return SPANS_MAX if blocks is None else blocks // size + SPARE_SPANS
 
 
 def _note(hints: Hints, used: Callable[[BlockKey], object], key: BlockKey) -> None:

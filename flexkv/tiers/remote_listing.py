@@ -19,6 +19,7 @@ from flexkv.io.remote.names import SHARDS, Pool
 from flexkv.io.remote.port import Spawn
 from flexkv.io.remote.requests import Requests
 from flexkv.observe.logs import get_logger
+from flexkv.tiers.far import SCRUB_LINES
 from flexkv.tiers.remote_gc.collector import Collector
 from flexkv.tiers.remote_gc.rules import ShardListing
 from flexkv.tiers.remote_pool import SharedPool
@@ -31,20 +32,6 @@ PAGE_S = 30.0
 """How long the store may take to answer with one page."""
 RETRY_S = 2.0
 """The pause after a page that could not be listed."""
-TICK_S = 1.0
-"""How often the hints' time is set, by which doubts end."""
-SCRUB_LINES = 1 << 14
-"""How many lines of hints one step searches for dead pairs: about a millisecond."""
-
-
-async def keep_time(hints: Hints) -> None:
-    """Set the hints' time, and remove dead pairs in steps, until cancelled."""
-    loop, begin_s = asyncio.get_running_loop(), asyncio.get_running_loop().time()
-    while True:
-        hints.tick(int((loop.time() - begin_s) / TICK_S))
-        if hints.counts().dead:
-            hints.scrub(SCRUB_LINES)
-        await asyncio.sleep(TICK_S)
 
 
 class Listing:

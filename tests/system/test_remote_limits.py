@@ -44,7 +44,7 @@ async def test_expired_spans_are_deleted_and_forgotten(tmp_path: Path) -> None:
         assert len(young) == SPANS
         age(old, 2 * TTL_S)
         await node.until(lambda store: store.collection.removed.expired == SPANS)
-        assert files(tmp_path) == young
+        assert set(files(tmp_path)) == set(young)
         assert node.store.known_spans == SPANS
         assert node.store.collection.is_collector
 
