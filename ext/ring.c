@@ -277,7 +277,7 @@ static PyObject *ring_register_files(Ring *self, PyObject *sequence)
     if (!descriptors)
         return NULL;
     if (ring_enter(self)) {
-        if (self->file_count) {
+        if (self->file_count || self->socket_count) {
             PyErr_SetString(PyExc_RuntimeError, "files were registered already");
         } else {
             error = -io_uring_register_files(&self->queue.ring, descriptors, (unsigned)count);
@@ -290,6 +290,69 @@ static PyObject *ring_register_files(Ring *self, PyObject *sequence)
     PyMem_Free(descriptors);
     return result;
 }
+
+/* Register a table of `count` empty places. Return 0 or a positive errno. */
+static int places_register(Ring *self, Py_ssize_t count)
+{
+    int *nothing = PyMem_Calloc((size_t)count, sizeof(*nothing));
+    int error;
+
+    if (!nothing)
+        return ENOMEM;
+    for (Py_ssize_t i = 0; i < count; i++)
+        nothing[i] = -1;
+    error = -io_uring_register_files(&self->queue.ring, nothing, (unsigned)count);
+    PyMem_Free(nothing);
+    return error;
+}
+
+static PyObject *reserve_sockets(Ring *self, struct value *values)
+{
+    Py_ssize_t count = (Py_ssize_t)values[0].integer;
+    PyObject *result = NULL;
+    int error;
+
+    if (!ring_enter(self))
+        return NULL;
+    if (self->file_count || self->socket_count) {
+        PyErr_SetString(PyExc_RuntimeError, "files were registered already");
+    } else {
+        error = queue_check_sockets(&self->queue);
+        if (!error)
+            error = places_register(self, count);
+        if (!error)
+            self->socket_count = count;
+        result = error ? raise_errno(error) : Py_NewRef(Py_None);
+    }
+    ring_unlock(self);
+    return result;
+}
+
+static CALL(ring_, reserve_sockets, Ring, 1, INTEGER("count", 1, UINT16_MAX))
+
+static PyObject *set_socket(Ring *self, struct value *values)
+{
+    Py_ssize_t place = (Py_ssize_t)values[0].integer;
+    int fd = (int)values[1].integer, updated;
+    PyObject *result;
+
+    if (!ring_enter(self))
+        return NULL;
+    if (place >= self->socket_count) {
+        raise_value("socket %zd: the ring has room for %zd", place, self->socket_count);
+        result = NULL;
+    } else if (queue_uses(&self->queue, (unsigned)place, SLOT_ANY)) {
+        result = raise_errno(EBUSY);
+    } else {
+        updated = io_uring_register_files_update(&self->queue.ring, (unsigned)place, &fd, 1);
+        result = updated == 1 ? Py_NewRef(Py_None) : raise_errno(updated < 0 ? -updated : EIO);
+    }
+    ring_unlock(self);
+    return result;
+}
+
+static CALL(ring_, set_socket, Ring, 2, INTEGER("socket", 0, INT32_MAX),
+            INTEGER("fd", -1, INT32_MAX))
 
 static PyObject *ring_in_flight(Ring *self, void *Py_UNUSED(closure))
 {
@@ -326,6 +389,13 @@ static PyMethodDef ring_methods[] = {
          "lend($self, buffers, register)\n--\n\nName the memory that I/O may touch."),
     FAST("submit", ring_submit,
          "submit($self, op_id, write, extents)\n--\n\nQueue I/O; return how many were accepted."),
+    FAST("reserve_sockets", ring_reserve_sockets,
+         "reserve_sockets($self, count)\n--\n\nMake room for sockets, instead of files."),
+    FAST("set_socket", ring_set_socket,
+         "set_socket($self, socket, fd)\n--\n\nPut a socket in a place, or none (fd -1)."),
+    FAST("stream", ring_stream,
+         "stream($self, op_id, write, socket, extents)\n--\n\n"
+         "Queue one move of a socket; return whether it was accepted."),
     FAST("nop", ring_nop,
          "nop($self, op_id, count)\n--\n\nQueue empty operations; return how many were accepted."),
     {NULL, NULL, 0, NULL},

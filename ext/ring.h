@@ -22,7 +22,8 @@ typedef struct {
     Py_buffer *lent;
     Py_ssize_t lent_count;
     Py_ssize_t lent_hint; /* index of the buffer that the last extent was in */
-    Py_ssize_t file_count;
+    Py_ssize_t file_count;   /* registered files, or 0 */
+    Py_ssize_t socket_count; /* places for sockets, or 0 */
     unsigned *taken; /* [capacity]: scratch of submit and nop */
 } Ring;
 
@@ -32,7 +33,7 @@ void ring_unlock(Ring *self);
 /* Lock an open ring; return false with an exception if it is closed. */
 bool ring_enter(Ring *self);
 
-fast_call ring_submit, ring_nop;
+fast_call ring_submit, ring_stream, ring_nop;
 PyObject *ring_reap(Ring *, PyObject *);
 
 #endif

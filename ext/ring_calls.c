@@ -1,7 +1,10 @@
-/* The calls of Ring for I/O: submit, nop, reap. */
+/* The calls of Ring for I/O: submit, stream, nop, reap. */
 #include "ring.h"
 
 #include <errno.h>
+
+/* The kernel's limit (UIO_MAXIOV). */
+#define STREAM_EXTENTS_MAX 1024
 
 /* Return the index of the lent buffer that holds [address, address + bytes), or -1. */
 static Py_ssize_t lent_index(Ring *self, uint64_t address, uint64_t bytes)
@@ -68,6 +71,32 @@ static int op_id_read(PyObject *object, int64_t count, int64_t *op_id)
     return integer_read(object, "op_id", 0, INT64_MAX - count, op_id);
 }
 
+/* Read the extents of a stream into a slot. Return 0, or -1 with an exception. */
+static int stream_read(Ring *self, const struct int64_view *extents, struct slot *slot)
+{
+    Py_ssize_t count = extents->count / 2;
+
+    if (extents->count % 2 || count < 1 || count > STREAM_EXTENTS_MAX)
+        return raise_value("extents must be 1 to %d rows of two integers", STREAM_EXTENTS_MAX);
+    slot->message = message_new((size_t)count);
+    if (!slot->message) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t row = 0; row < count; row++) {
+        int64_t address = int64_at(extents, row * 2), bytes = int64_at(extents, row * 2 + 1);
+
+        if (bytes < 1 || lent_index(self, (uint64_t)address, (uint64_t)bytes) < 0)
+            return raise_value("extent %zd (%lld, %lld): %s", row, (long long)address,
+                               (long long)bytes,
+                               bytes < 1 ? "the length is below 1" : "the memory was not lent");
+        slot->message->vectors[row].iov_base = (void *)(intptr_t)address;
+        slot->message->vectors[row].iov_len = (size_t)bytes;
+        slot->bytes += (uint64_t)bytes;
+    }
+    return 0;
+}
+
 static unsigned least(int64_t count, unsigned limit)
 {
     return count < (int64_t)limit ? (unsigned)count : limit;
@@ -110,6 +139,56 @@ static PyObject *submit(Ring *self, struct value *values)
 }
 
 CALL(ring_, submit, Ring, 3, OBJECT("op_id"), READ("write", read_flag), READ("extents", read_rows))
+
+/* Start one stream; the lock is held, and there is a free slot. */
+static PyObject *stream_submit(Ring *self, int64_t op_id, int kind, int64_t file,
+                               const struct int64_view *extents)
+{
+    unsigned index = self->taken[0] = queue_take(&self->queue);
+    struct slot *slot = &self->queue.slots[index];
+    PyObject *started;
+    int accepted;
+
+    slot->op_id = op_id;
+    slot->file = (unsigned)file;
+    if (stream_read(self, extents, slot) < 0) {
+        queue_give(&self->queue, index);
+        return NULL;
+    }
+    slot->kind = (unsigned char)kind;
+    /* Kernel threads move all bytes of a ring in the background. Others may be moved at once. */
+    started = taken_start(self, 1, self->queue.in_background ? 0 : slot->bytes);
+    if (!started)
+        return NULL;
+    accepted = PyObject_IsTrue(started);
+    Py_DECREF(started);
+    return PyBool_FromLong(accepted);
+}
+
+static PyObject *stream(Ring *self, struct value *values)
+{
+    int kind = values[1].integer ? SLOT_SEND : SLOT_RECEIVE;
+    int64_t op_id, file = values[2].integer;
+    PyObject *result;
+
+    if (op_id_read(values[0].object, 1, &op_id) < 0 || !ring_enter(self))
+        return NULL;
+    if (file >= self->socket_count) {
+        raise_value("socket %lld: the ring has room for %zd", (long long)file, self->socket_count);
+        result = NULL;
+    } else if (queue_uses(&self->queue, (unsigned)file, kind)) {
+        result = raise_errno(EBUSY);
+    } else if (self->queue.free_count == 0) {
+        result = Py_NewRef(Py_False);
+    } else {
+        result = stream_submit(self, op_id, kind, file, &values[3].view);
+    }
+    ring_unlock(self);
+    return result;
+}
+
+CALL(ring_, stream, Ring, 4, OBJECT("op_id"), READ("write", read_flag),
+     INTEGER("socket", 0, INT32_MAX), READ("extents", read_int64s))
 
 static PyObject *nop(Ring *self, struct value *values)
 {

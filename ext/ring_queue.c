@@ -43,15 +43,17 @@ static int slots_allocate(struct ring_queue *queue)
     return 0;
 }
 
-/* Check that the kernel knows the operations of this ring; return a positive errno if not. */
-static int operations_check(struct io_uring *ring)
+static const int file_operations[] = {IORING_OP_NOP, IORING_OP_READ, IORING_OP_WRITE,
+                                      IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED};
+static const int socket_operations[] = {IORING_OP_RECVMSG, IORING_OP_SENDMSG};
+
+/* Check that the kernel knows some operations; return a positive errno if not. */
+static int operations_check(struct io_uring *ring, const int *needed, size_t count)
 {
-    static const int needed[] = {IORING_OP_NOP, IORING_OP_READ, IORING_OP_WRITE,
-                                 IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED};
     struct io_uring_probe *probe = io_uring_get_probe_ring(ring);
     bool known = probe != NULL;
 
-    for (size_t i = 0; known && i < sizeof(needed) / sizeof(*needed); i++)
+    for (size_t i = 0; known && i < count; i++)
         known = io_uring_opcode_supported(probe, needed[i]);
     io_uring_free_probe(probe);
     return known ? 0 : EOPNOTSUPP;
@@ -73,7 +75,8 @@ int queue_open(struct ring_queue *queue, unsigned entries, unsigned flags)
     else
         error = -io_uring_register_eventfd(&queue->ring, queue->eventfd);
     if (!error)
-        error = operations_check(&queue->ring);
+        error = operations_check(&queue->ring, file_operations,
+                                 sizeof(file_operations) / sizeof(*file_operations));
     if (!error)
         error = slots_allocate(queue);
     if (error) {
@@ -83,21 +86,77 @@ int queue_open(struct ring_queue *queue, unsigned entries, unsigned flags)
     return error;
 }
 
+int queue_check_sockets(struct ring_queue *queue)
+{
+    return operations_check(&queue->ring, socket_operations,
+                            sizeof(socket_operations) / sizeof(*socket_operations));
+}
+
+bool queue_uses(const struct ring_queue *queue, unsigned file, int kind)
+{
+    for (unsigned i = 0; i < queue->capacity; i++) {
+        const struct slot *slot = &queue->slots[i];
+
+        if (slot->taken && slot->kind != SLOT_NOP && slot->file == file &&
+            (kind == SLOT_ANY || slot->kind == kind))
+            return true;
+    }
+    return false;
+}
+
 unsigned queue_take(struct ring_queue *queue)
 {
     unsigned index = queue->free[--queue->free_count];
 
     memset(&queue->slots[index], 0, sizeof(queue->slots[index]));
+    queue->slots[index].taken = true;
     return index;
+}
+
+/* What has ended, or was never started, keeps no message. */
+static void slot_release(struct slot *slot)
+{
+    slot->taken = false;
+    free(slot->message);
+    slot->message = NULL;
 }
 
 void queue_give(struct ring_queue *queue, unsigned index)
 {
+    slot_release(&queue->slots[index]);
     queue->free[queue->free_count++] = index;
+}
+
+struct message *message_new(size_t count)
+{
+    struct message *message = calloc(1, sizeof(*message) + count * sizeof(*message->vectors));
+
+    if (message) {
+        message->header.msg_iov = message->vectors;
+        message->header.msg_iovlen = count;
+    }
+    return message;
+}
+
+/* Skip the first bytes of what is left of a message. */
+static void message_skip(struct message *message, size_t bytes)
+{
+    struct msghdr *header = &message->header;
+
+    while (header->msg_iovlen && bytes >= header->msg_iov->iov_len) {
+        bytes -= header->msg_iov->iov_len;
+        header->msg_iov++;
+        header->msg_iovlen--;
+    }
+    if (bytes) {
+        header->msg_iov->iov_base = (char *)header->msg_iov->iov_base + bytes;
+        header->msg_iov->iov_len -= bytes;
+    }
 }
 
 static void slot_end(struct ring_queue *queue, unsigned index, int64_t result)
 {
+    slot_release(&queue->slots[index]);
     queue->slots[index].result = result;
     if (queue->ended_count++ == 0)
         queue->ended_first = index;
@@ -118,6 +177,10 @@ static void request_prepare(struct io_uring_sqe *entry, const struct slot *slot,
 
     if (slot->kind == SLOT_NOP)
         io_uring_prep_nop(entry);
+    else if (slot->kind == SLOT_RECEIVE)
+        io_uring_prep_recvmsg(entry, file, &slot->message->header, MSG_WAITALL);
+    else if (slot->kind == SLOT_SEND)
+        io_uring_prep_sendmsg(entry, file, &slot->message->header, MSG_NOSIGNAL | MSG_WAITALL);
     else if (slot->kind == SLOT_READ && slot->fixed)
         io_uring_prep_read_fixed(entry, file, address, bytes, offset, buffer);
     else if (slot->kind == SLOT_READ)
@@ -203,6 +266,8 @@ static bool slot_advance(struct ring_queue *queue, unsigned index, int result)
     if (result > 0) {
         slot->retries = 0;
         slot->moved += (uint64_t)result;
+        if (slot->message)
+            message_skip(slot->message, (size_t)result);
         if (slot->moved < slot->bytes)
             return true;
     }
@@ -265,6 +330,8 @@ void queue_close(struct ring_queue *queue)
 
 void queue_free(struct ring_queue *queue)
 {
+    for (unsigned i = 0; queue->slots && i < queue->capacity; i++)
+        free(queue->slots[i].message);
     free(queue->slots);
     free(queue->free);
     free(queue->unfinished);

@@ -6,8 +6,15 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/socket.h>
 
-enum slot_kind { SLOT_NOP, SLOT_READ, SLOT_WRITE };
+enum slot_kind { SLOT_NOP, SLOT_READ, SLOT_WRITE, SLOT_RECEIVE, SLOT_SEND };
+
+/* What a request of a socket moves: several ranges of memory, in order. */
+struct message {
+    struct msghdr header; /* names the vectors that are left */
+    struct iovec vectors[];
+};
 
 struct slot {
     int64_t op_id;
@@ -19,9 +26,11 @@ struct slot {
     unsigned file;      /* index in the registered files */
     unsigned buffer;    /* index in the registered buffers */
     unsigned next;      /* in the list of ended slots */
+    struct message *message; /* of SLOT_RECEIVE and SLOT_SEND, until the slot ends */
     unsigned char kind; /* enum slot_kind */
     unsigned char retries;
     bool fixed; /* the buffer is registered */
+    bool taken; /* it is neither free nor ended */
 };
 
 struct ring_queue {
@@ -39,6 +48,16 @@ struct ring_queue {
 
 /* Open a ring with an eventfd. Return 0, or a positive errno with nothing left behind. */
 int queue_open(struct ring_queue *queue, unsigned entries, unsigned flags);
+
+/* Check that the kernel knows the operations of sockets. Return 0, or a positive errno. */
+int queue_check_sockets(struct ring_queue *queue);
+
+/* Return whether a slot of a file is taken and has not ended: any one, or one of a kind. */
+bool queue_uses(const struct ring_queue *queue, unsigned file, int kind);
+#define SLOT_ANY (-1)
+
+/* Return a message of `count` vectors, to be filled, or NULL. */
+struct message *message_new(size_t count);
 
 /* Take a free slot, zeroed; there must be one (free_count > 0). */
 unsigned queue_take(struct ring_queue *queue);

@@ -259,13 +259,47 @@ class Ring:
             OSError: io_uring_enter failed.
         """
 
+    def reserve_sockets(self, count: int) -> None:
+        """Make room for sockets, instead of files: they come and go while the ring lives.
+
+        Raises:
+            OSError: the kernel refused. EOPNOTSUPP: it lacks an operation that sockets need.
+        """
+
+    def set_socket(self, socket: int, fd: int) -> None:
+        """Put a stream socket in place number `socket`, or remove the one there with an fd of -1.
+
+        The ring keeps a socket open until it is removed.
+
+        Raises:
+            OSError: EBUSY: something of the socket there is in flight.
+        """
+
+    def stream(self, op_id: int, write: bool, socket: int, extents: Memory) -> bool:
+        """Queue one move from or to a socket, and return whether the ring had room for it.
+
+        It ends under `op_id` when all bytes were moved, or the stream ended, or failed. Then its
+        result is the bytes moved so far, or -errno.
+
+        Args:
+            op_id: at least 0.
+            write: whether to send; else receive.
+            socket: its place.
+            extents: int64[n, 2]: address and bytes of up to 1,024 ranges, filled in order.
+
+        Raises:
+            ValueError: memory is not lent, or a length is < 1.
+            OSError: EBUSY: the socket already has a move in this direction. Else: the kernel
+                refused.
+        """
+
     def nop(self, op_id: int, count: int) -> int:
         """Queue `count` empty operations under `op_id` and up; return how many were accepted."""
 
     def reap(self) -> list[tuple[int, int]]:
         """Return (op id, bytes moved or -errno) of all that ended, and clear the eventfd.
 
-        Fewer bytes than asked for means that the file ended.
+        Fewer bytes than asked for means that the file or stream ended.
         """
 
     @property
