@@ -305,6 +305,7 @@ static PyMethodDef index_methods[] = {
     FAST("evict", call_evict, "Evict up to a number of blocks."),
     FAST("resize", call_resize, "Change a tier's capacity."),
     FAST("watch", call_watch, "Record up to a number of changes."),
+    FAST("ends", call_ends, "Return the READY ends of spans, and the READY leaves."),
     FAST("counts", call_counts, "Count a tier's places by state."),
     FAST("tick", call_tick, "Set the time."),
     {"changes", (PyCFunction)index_call_changes, METH_NOARGS,

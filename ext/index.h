@@ -7,6 +7,8 @@
 #include "index_core.h"
 
 #define PATTERNS_MAX 81 /* 3 to the power of TIERS_MAX */
+#define SPAN_MAX 256
+#define NODES_A_CALL (1 << 20)
 
 typedef struct {
     PyObject_HEAD
@@ -57,7 +59,7 @@ fast_call call_survey, call_reach, call_group_blocks;
 fast_call call_reserve, call_make_room, call_reserve_copies, call_lacking;
 fast_call call_lease, call_fillers;
 fast_call call_pin, call_unpin, call_commit, call_abort, call_forget, call_keys_of;
-fast_call call_export, call_restore, call_watch, call_spans;
+fast_call call_export, call_restore, call_watch, call_ends, call_spans;
 PyObject *index_call_changes(BlockIndex *, PyObject *);
 
 #endif

@@ -1,4 +1,4 @@
-/* Changes to and from READY: recorded for a reader, up to a limit. */
+/* Changes to and from READY: recorded for a reader, up to a limit. And what is READY now. */
 #include "index_core.h"
 
 #include <stdlib.h>
@@ -22,6 +22,20 @@ void changes_close(struct changes *changes)
     *changes = (struct changes){0};
 }
 
+static struct change change_of(const struct block_index *index, ref number, unsigned tier,
+                               bool is_ready)
+{
+    const struct node *node = node_at(index, number);
+    unsigned others = ready_tiers(index, node) & ~(1U << tier);
+
+    return (struct change){
+        .key = node->key, .tier = (uint8_t)tier, .is_ready = is_ready,
+        .group = (uint8_t)group_of(index, number),
+        .ready = (uint8_t)(others | (unsigned)is_ready << tier),
+        .depth = node->depth - is_leaf(index, number)};
+}
+
+/* A place that stops being READY may still look READY here. */
 void changes_note(struct block_index *index, ref node, unsigned tier, bool is_ready)
 {
     struct changes *changes = &index->changes;
@@ -32,7 +46,24 @@ void changes_note(struct block_index *index, ref node, unsigned tier, bool is_re
         changes->lost = true;
         return;
     }
-    changes->kept[changes->count++] =
-        (struct change){node_at(index, node)->key, (uint8_t)tier, is_ready,
-                        (uint8_t)group_of(index, node), 0};
+    changes->kept[changes->count++] = change_of(index, node, tier, is_ready);
+}
+
+size_t ready_ends(const struct block_index *index, ref begin, ref end, uint32_t size,
+                  struct change *changes)
+{
+    size_t count = 0;
+
+    for (ref number = begin; number < end; number++) {
+        const struct node *node = node_at(index, number);
+        unsigned ready;
+
+        if (node->parent == NODE_FREE || node->parent == NONE ||
+            (node->depth % size && !is_leaf(index, number)))
+            continue;
+        ready = ready_tiers(index, node);
+        if (ready)
+            changes[count++] = change_of(index, number, (unsigned)__builtin_ctz(ready), true);
+    }
+    return count;
 }

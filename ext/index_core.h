@@ -105,7 +105,10 @@ struct tier {
 /* A block that became READY in a tier, or is no longer READY there. */
 struct change {
     struct key key;
-    uint8_t tier, is_ready, group, unused;
+    uint8_t tier, is_ready, group;
+    uint8_t ready;               /* a bit for each tier that has it READY after the change */
+    uint32_t depth;              /* how many blocks of the chain it ends; a leaf ends as many as its
+                                    parent */
 };
 
 struct changes {
@@ -309,6 +312,12 @@ bool changes_watch(struct changes *changes, uint32_t limit);
 void changes_close(struct changes *changes);
 void changes_note(struct block_index *index, ref node, unsigned tier, bool is_ready);
 
+/* Write a change for each READY block that ends a span of `size` blocks, and for each READY leaf,
+ * among the nodes from `begin` up to `end`: as if it had just become READY in its nearest tier.
+ * Return how many there are. */
+size_t ready_ends(const struct block_index *index, ref begin, ref end, uint32_t size,
+                  struct change *changes);
+
 /* Blocks of one request, by position, in ascending order. */
 struct batch {
     const unsigned char *keys;   /* the root first */
@@ -370,6 +379,9 @@ static inline struct place *place_at(const struct tier *tier, int64_t id)
 void place_free(struct tier *tier, ref place);
 bool ready_elsewhere(const struct block_index *index, const struct node *node, unsigned tier);
 bool has_place(const struct block_index *index, const struct node *node);
+
+/* Return a bit for each tier that has a block READY. */
+unsigned ready_tiers(const struct block_index *index, const struct node *node);
 
 /* Return whether a block is ready in the first tier, or is not there and ready in another. A tier
  * whose bit is set in `unusable` does not count. */

@@ -60,6 +60,15 @@ static bool is_ready_in(const struct block_index *index, const struct node *node
     return node->place[t] != NONE && index->tier[t].places[node->place[t]].state == PLACE_READY;
 }
 
+unsigned ready_tiers(const struct block_index *index, const struct node *node)
+{
+    unsigned tiers = 0;
+
+    for (unsigned t = 0; t < index->tiers; t++)
+        tiers |= (unsigned)is_ready_in(index, node, t) << t;
+    return tiers;
+}
+
 bool is_loadable(const struct block_index *index, ref number, unsigned unusable)
 {
     const struct node *node = node_at(index, number);

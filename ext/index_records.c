@@ -1,4 +1,5 @@
-/* The calls of BlockIndex that report blocks to others: records for a later run, and changes. */
+/* The calls of BlockIndex that report blocks to others: records for a later run, changes, and what
+ * is READY. */
 #include "index.h"
 
 static PyObject *export(BlockIndex *self, struct value *values)
@@ -132,3 +133,28 @@ PyObject *index_call_changes(BlockIndex *self, PyObject *Py_UNUSED(none))
     changes->lost = false;
     return result;
 }
+
+static PyObject *ends(BlockIndex *self, struct value *values)
+{
+    const struct block_index *index = &self->index;
+    ref begin = (ref)values[0].integer, end = index->nodes_unused;
+    struct change *changes;
+    PyObject *result;
+
+    if (begin >= end)
+        return Py_NewRef(Py_None);
+    if (end - begin > values[1].integer)
+        end = begin + (ref)values[1].integer;
+    changes = PyMem_Malloc((end - begin) * sizeof(*changes));
+    if (!changes)
+        return PyErr_NoMemory();
+    result = PyBytes_FromStringAndSize(
+        (char *)changes, (Py_ssize_t)(ready_ends(index, begin, end, (uint32_t)values[2].integer,
+                                                 changes) *
+                                      sizeof(*changes)));
+    PyMem_Free(changes);
+    return result;
+}
+
+CALL(call_, ends, BlockIndex, 3, INTEGER("begin", 0, NONE), INTEGER("count", 1, NODES_A_CALL),
+     INTEGER("size", 1, SPAN_MAX))

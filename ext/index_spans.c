@@ -1,8 +1,6 @@
 /* Spans: runs of `size` blocks of the chain, the first of which is at a multiple of `size`. */
 #include "index.h"
 
-#define SPAN_MAX 256
-
 /* Whole spans that were found, one after the other. */
 struct spans {
     const struct block_index *index;

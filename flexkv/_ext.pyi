@@ -532,10 +532,22 @@ class BlockIndex:
         """Record up to `limit` changes from now on, or none with 0; earlier ones are dropped."""
 
     def changes(self) -> bytes | None:
-        """Return the changes since the last call, 20 bytes each; None if too many, and so lost.
+        """Return the changes since the last call, 24 bytes each; None if too many, and so lost.
 
-        A change is a block's key (16 bytes), then in a byte each its tier, whether it is READY now,
-        its KV group, and padding.
+        A change is a block's key (16 bytes); in a byte each its tier, whether it is READY there
+        now, its KV group, and a bit for each tier that has it READY after the change; and a uint32,
+        its depth: how many blocks of the chain it ends. A leaf has the depth of its parent.
+        """
+
+    def ends(self, begin: int, count: int, size: int, /) -> bytes | None:
+        """Return the ends of spans of `size` blocks that are READY in some tier, and such leaves.
+
+        Nodes are numbered from 0, and each keeps its number for as long as its block is in the
+        index. This looks at up to 2**20 of them, from `begin` to `begin + count`.
+
+        Returns:
+            A record for each, as in `changes`, as if it had just become READY in its nearest tier;
+            None if no node has a number from `begin` on.
         """
 
     def evict(self, tier: int, count: int, /) -> int:

@@ -16,6 +16,7 @@ from flexkv.common.space import rules_of
 from flexkv.common.terms import Tier
 from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
 from flexkv.graph.planner import Planner
+from flexkv.index.change_hub import ChangeHub
 from flexkv.index.clears import ClearHistory
 from flexkv.io.ports import TransferPort
 from flexkv.observe.observer import Observer
@@ -30,6 +31,7 @@ class Core:
     Attributes:
         actors: by tier; that of the device is added when it is registered.
         capacities: how many blocks each tier was opened with; without far tiers.
+        changes: passes the changes of the index on to readers.
         backing: by tier, the name of what holds the blocks.
         persistence: by tier, what makes its blocks survive, for tiers that have it.
         stores: by far tier, what returns what it knows of its store.
@@ -63,6 +65,7 @@ class Core:
         capacities = [(parts.tier, parts.capacity_blocks) for parts in self._tiers]
         self.capacities |= {tier: blocks for tier, blocks in capacities if blocks is not None}
         self.residency = empty_index(cache, sizes, self.capacities, clears)
+        self.changes = ChangeHub(self.residency)
         lasting = [(parts.tier, parts.persistence) for parts in self._tiers]
         self.persistence = {tier: each for tier, each in lasting if each is not None}
         self.restored_blocks = sum(p.restore(self.residency) for p in self.persistence.values())

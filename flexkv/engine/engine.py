@@ -35,6 +35,7 @@ from flexkv.engine.tickets import RequestSpec, Ticket
 from flexkv.engine.tracing import Tracing
 from flexkv.graph.explain import Explanation, explain
 from flexkv.graph.planner import Planner
+from flexkv.index.change_hub import ChangeHub
 from flexkv.index.clears import ClearHistory
 from flexkv.index.found import Found, PrefixMatch
 from flexkv.index.intake import Intake
@@ -443,6 +444,11 @@ class Engine:
     def residency(self) -> Residency:
         """Return the index, for tests and tools; only the scheduler writes it."""
         return self._residency
+
+    @property
+    def changes(self) -> ChangeHub:
+        """Return what passes the changes of the index on to readers."""
+        return self._core.changes
 
     @property
     def supervisor(self) -> Supervisor:

@@ -8,7 +8,6 @@ tier.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence, Set
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -32,6 +31,7 @@ from flexkv.index.found import (
     Placement,
     ReadySpan,
 )
+from flexkv.index.recorder import ChangeRecorder
 
 ABSENT, PENDING, READY = 0, 1, 2
 """State of a block in one tier: nowhere, being filled, there."""
@@ -78,19 +78,6 @@ class TierCounts(NamedTuple):
     """Since the start."""
 
 
-class Change(NamedTuple):
-    """A block that became READY in a tier, or is no longer READY there."""
-
-    key: bytes
-    tier: Tier
-    is_ready: bool
-    group: int = 0
-    """Its KV group: 0 for a block of the prefix chain, else that of a leaf."""
-
-
-_CHANGE = struct.Struct("=16sB?Bx")
-
-
 class Residency:
     """Every tier's blocks, nearest first, and the claims on them. The one source of truth.
 
@@ -102,6 +89,7 @@ class Residency:
 
     Attributes:
         groups: the number of KV groups, that of the chain included.
+        recorder: records changes; `change_hub.py` passes them on to readers.
         selective: whether tiers refuse blocks that are worth less than what they hold.
     """
 
@@ -141,6 +129,7 @@ class Residency:
             for state in (PENDING, READY)
         }
         self.claims = Claims(self._table, self._number)
+        self.recorder = ChangeRecorder(self._table, self.tiers)
         self.timed, self.selective = eviction.timed, eviction.selective
         self._begin_s: int | None = None
         self._start_threshold = eviction.start_threshold
@@ -398,22 +387,6 @@ class Residency:
     def abort(self, tier: Tier, block_ids: BlockIds) -> None:
         """Free RESERVED places whose bytes will not come, and blocks that continue theirs."""
         self._table.abort(self._number[tier], block_ids)
-
-    # -- watching -------------------------------------------------------------------------------
-
-    def watch(self, limit: int) -> None:
-        """Remember up to `limit` changes from now on, or none with 0."""
-        self._table.watch(limit)
-
-    def changes(self) -> list[Change] | None:
-        """Return the changes to and from READY since the last call; None if there were too many."""
-        blob = self._table.changes()
-        if blob is None:
-            return None
-        return [
-            Change(key, self.tiers[tier], is_ready, group)
-            for key, tier, is_ready, group in _CHANGE.iter_unpack(blob)
-        ]
 
     # -- holding --------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import asyncio
 
 from flexkv.common.request import Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES
+from flexkv.index.change_hub import ChangeHub, ChangeReader
 from flexkv.index.keys import key_list, leaf_keys
 from flexkv.index.residency import READY, Residency
 from flexkv.server.link import Link
@@ -22,23 +23,26 @@ UNREAD_BYTES_MAX = 256 << 10
 class ChangeFeed:
     """The clients that want to know of changes of the index."""
 
-    def __init__(self, residency: Residency) -> None:
-        self._residency = residency
+    def __init__(self, residency: Residency, hub: ChangeHub) -> None:
+        self._residency, self._hub = residency, hub
+        self._reader: ChangeReader | None = None
         self._is_behind: dict[Link[ToServer], bool] = {}
         self._some = asyncio.Event()
         self._blocks_max = sum(residency.counts(tier).capacity for tier in residency.tiers)
 
     def add(self, link: Link[ToServer]) -> None:
         """Report every change to a client from now on."""
-        if not self._is_behind:
-            self._residency.watch(CHANGES_MAX)
+        if self._reader is None:
+            self._reader = self._hub.reader(CHANGES_MAX)
         self._is_behind[link] = False
         self._some.set()
 
     def discard(self, link: Link[ToServer]) -> None:
         """Report nothing to a client any more."""
-        if self._is_behind.pop(link, None) is not None and not self._is_behind:
-            self._residency.watch(0)
+        self._is_behind.pop(link, None)
+        if self._reader is not None and not self._is_behind:
+            self._reader.close()
+            self._reader = None
             self._some.clear()
 
     async def run(self) -> None:
@@ -50,12 +54,12 @@ class ChangeFeed:
 
     def tell(self) -> None:
         """Report what has changed. A client that does not read is later told that it lost some."""
-        if not self._is_behind:
+        if self._reader is None:
             return
-        changes = self._residency.changes()
+        changes = self._reader.take()
         told = tuple(
-            (_chain_key(key, group), tier.label, there, group)
-            for key, tier, there, group in changes or ()
+            (_chain_key(each.key, each.group), each.tier.label, each.is_ready, each.group)
+            for each in changes or ()
         )
         for link, is_behind in self._is_behind.items():
             lost = is_behind or changes is None

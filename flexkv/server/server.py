@@ -104,7 +104,7 @@ class Server:
             backend.fleet, engine.requests.runner, cache.io_deadline_s, self._turn_away
         )
         self._control = Control(engine, backend.fleet)
-        self._change_feed = ChangeFeed(engine.residency)
+        self._change_feed = ChangeFeed(engine.residency, engine.changes)
         self._turns = PlanningTurns()
         self._closing = False
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from flexkv._ext import needed
 from flexkv.common.space import GroupRule
 from flexkv.common.terms import Positions, Tier
+from flexkv.index.change_hub import ChangeHub
 from flexkv.index.eviction import Eviction
 from flexkv.index.forest import forest
 from flexkv.index.found import Limits
@@ -33,6 +34,7 @@ from flexkv.index.residency import (
 from tests.property.index_names import (
     BLOCK_TOKENS,
     DEPTH,
+    DEPTHS,
     NAMESPACES,
     PATHS,
     PROMPTS,
@@ -91,7 +93,8 @@ class Driver:
         """The number of ops that have filled places so far, which is the id of the last."""
         self.pins: list[tuple[Tier, Place]] = []
         self.now_s = 0
-        self.index.watch(1000)
+        self.hub = ChangeHub(self.index)
+        self.changes = self.hub.reader(1000)
         self.told: set[tuple[Tier, bytes, int]] = set()
         """The READY blocks, according to the reported changes alone."""
 
@@ -455,11 +458,13 @@ class Driver:
         }  # fmt: skip
 
     def _check_changes(self) -> None:
-        changes = self.index.changes()
+        changes = self.changes.take()
         assert changes is not None
-        for key, tier, is_ready, group in changes:
+        for key, tier, is_ready, group, depth, tiers in changes:
             assert ((tier, key, group) in self.told) != is_ready, "told twice"
             (self.told.add if is_ready else self.told.remove)((tier, key, group))
+            assert tiers == {of for of in TIERS if (of, key, group) in self.told}
+            assert depth == DEPTHS[key, group]
         assert self.told == {
             (tier, key_of(path), group_of(path))
             for tier in TIERS

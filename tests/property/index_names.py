@@ -92,6 +92,14 @@ def chain_of(path: Path) -> Path:
     return path[:-1] if path[-1] < 0 else path
 
 
+DEPTHS = {
+    (key_of(name), group_of(name)): len(path) - 1
+    for path in PATHS
+    for name in (path, *((*path, -group) for group in range(1, 4)))
+}
+"""How many blocks of the chain each block ends, by its key and KV group; leaves, too."""
+
+
 def positions_of(rules: tuple[GroupRule, ...], group: int, end: int) -> list[int]:
     """Return the positions before `end` at which a KV group may have a block."""
     ratio = rules[group - 1].ratio if group else 1

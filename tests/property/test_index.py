@@ -18,7 +18,8 @@ from flexkv.common.terms import Positions, Tier
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.eviction import POLICIES, Eviction
 from flexkv.index.found import Limits
-from flexkv.index.residency import Change, Residency
+from flexkv.index.recorder import Change
+from flexkv.index.residency import Residency
 from tests.property.index_model import Driver
 from tests.property.index_names import (
     DEPTH,
@@ -371,15 +372,23 @@ def test_changes_beyond_the_limit_are_told_as_lost() -> None:
     """Changes beyond the limit are reported as lost; later changes are reported again."""
     index = Residency({Tier.HOST: 4}, Eviction())
     keys = keys_of((0, 1, 1))
-    index.watch(1)
+    index.recorder.watch(1)
     index.commit(Tier.HOST, index.reserve(Tier.HOST, keys, Positions(0, 2)))
-    assert index.changes() is None
-    assert index.changes() == []
+    assert index.recorder.take() is None
+    assert changes_of(index) == []
     index.evict(Tier.HOST, 1)
-    assert index.changes() == [Change(key_of((0, 1, 1)), Tier.HOST, False)]
-    index.watch(0)
+    gone = Change(key_of((0, 1, 1)), Tier.HOST, False, 0, 2, frozenset())
+    assert changes_of(index) == [gone]
+    index.recorder.watch(0)
     index.evict(Tier.HOST, 1)
-    assert index.changes() == []
+    assert changes_of(index) == []
+
+
+def changes_of(index: Residency) -> list[Change]:
+    """Return the changes that an index has recorded."""
+    records = index.recorder.take()
+    assert records is not None
+    return index.recorder.decoded(records)
 
 
 @pytest.mark.parametrize(("policy", "left"), [("lfu", [2, 1, 0]), ("slru", [1, 2, 0])])

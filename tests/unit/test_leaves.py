@@ -10,8 +10,10 @@ import pytest
 from flexkv.common.errors import InvariantError
 from flexkv.common.space import GroupRule
 from flexkv.common.terms import Tier
+from flexkv.index.change_hub import ChangeHub
 from flexkv.index.forest import forest
-from flexkv.index.residency import ABSENT, PENDING, READY, Change, Residency
+from flexkv.index.recorder import Change
+from flexkv.index.residency import ABSENT, PENDING, READY, Residency
 from tests.unit.leaves import (
     CHUNK,
     FULL,
@@ -251,13 +253,14 @@ def test_a_pinned_leaf_keeps_its_block() -> None:
 def test_changes_name_the_group() -> None:
     """A leaf's changes carry its own key and its group."""
     index = table(rule(1, STATE), rule(2, STATE), chain=1)
-    index.watch(10)
+    reader = ChangeHub(index).reader(10)
     ids = put(index, [0], 2)
     index.forget(Tier.HOST, ids)
     own = salted(key(1), 2)
-    assert index.changes() == [
-        Change(own, Tier.HOST, True, 2), Change(own, Tier.HOST, False, 2),
-    ]  # fmt: skip
+    assert reader.take() == [
+        Change(own, Tier.HOST, True, 2, 1, {Tier.HOST}),
+        Change(own, Tier.HOST, False, 2, 1, frozenset()),
+    ]
 
 
 # -- keys that another process made up -----------------------------------------------------------
