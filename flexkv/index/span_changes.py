@@ -73,7 +73,7 @@ class SpanChanges:
         """Whether one was under way at some time since the last take."""
 
     def take(self) -> list[SpanChange] | None:
-        """Return the changes since the last call, each span once, as it is now.
+        """Return the changes since the last call: each span once, as it is now, in any order.
 
         Return None if there were too many. Then everything has to be told anew by a walk that
         begins after this call; walks under way are worthless.
