@@ -202,18 +202,16 @@ class PortRig:
         summer.close()
         return np.array_equal(summer.sums[at : at + blocks], self.sums[at : at + blocks])
 
-    async def close(self, puts_failed: bool = False) -> None:
-        """Close the port, and check that its tasks are over, and that nothing holds the arena.
-
-        After puts that failed, obstore's threads may hold on to its blocks for a moment.
-        """
+    async def close(self) -> None:
+        """Close the port, and check that its tasks are over, and that nothing holds the arena."""
         if self.tasks:
             await asyncio.wait(self.tasks)
         for task in self.tasks:
             assert task.cancelled() or task.exception() is None, task.exception()
         self.tasks.clear()
+        await self.requests.store.leave()
         self.port.close()
-        assert self.arena.close() or puts_failed, "something still holds on to host memory"
+        assert self.arena.close(), "something still holds on to host memory"
 
 
 @asynccontextmanager

@@ -66,6 +66,7 @@ async def _session(cache: CacheConfig, quiet: bool) -> AsyncIterator[Session]:
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     finally:
+        await requests.store.leave()
         requests.store.close()
 
 

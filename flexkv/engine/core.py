@@ -167,3 +167,8 @@ class Core:
         """End the transfers of tiers that can end them at once: the engine is being closed."""
         for parts in self._tiers:
             parts.stop()
+
+    async def leave_tiers(self) -> None:
+        """Return once nothing goes on in any tier; all tasks are over."""
+        for parts in self._tiers:
+            await parts.leave()

@@ -223,6 +223,7 @@ class Engine:
             for persistence in self._core.persistence.values():
                 await persistence.finish()
         await self._supervisor.stop()
+        await self._core.leave_tiers()
         self._note_closed()
         self._devices.detach()
         self._resources.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import sys
 import warnings
 import weakref
@@ -11,6 +10,7 @@ from typing import Protocol
 
 from flexkv.common.errors import FlexKVError
 from flexkv.observe.logs import get_logger
+from flexkv.process.foreign_calls import before_calls_end
 
 log = get_logger(__name__)
 
@@ -68,4 +68,4 @@ def _at_exit() -> None:
         end_forgotten(manager)
 
 
-atexit.register(_at_exit)
+before_calls_end(_at_exit)

@@ -169,5 +169,8 @@ class TimedStore:
         """Refuse: there are no bytes of spans."""
         raise ClosedError("this store has no bytes of spans")
 
+    async def leave(self) -> None:
+        """Do nothing."""
+
     def close(self) -> None:
         """Do nothing."""

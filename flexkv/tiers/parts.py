@@ -136,6 +136,10 @@ def no_work(hooks: TierHooks) -> Work:
     return {}
 
 
+async def _nothing_goes_on() -> None:
+    """Return at once."""
+
+
 @dataclass(frozen=True)
 class TierParts:
     """One tier below host memory.
@@ -155,6 +159,8 @@ class TierParts:
         ship: how a far tier is written to; None for other tiers, or if it is only read.
         stop: ends all transfers soon, because the engine is being closed; does nothing where
             hardware may go on with them.
+        leave: called once nothing is asked of the tier any more, before the port is closed: returns
+            once nothing goes on there, after some seconds at most.
         waiting_since_s: see `TransferActor`.
         store: returns what a far tier knows of its store; None for other tiers.
         inquire: asks a far tier which blocks of a prompt it has between two positions, if its
@@ -174,5 +180,6 @@ class TierParts:
     ship: ShipLimits | None = None
     store: Callable[[], StoreStatistics] | None = None
     stop: Callable[[], None] = lambda: None
+    leave: Callable[[], Awaitable[None]] = _nothing_goes_on
     waiting_since_s: Callable[[int], float] | None = None
     inquire: Callable[[bytes, int, int], Awaitable[None] | None] | None = None

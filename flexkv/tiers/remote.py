@@ -125,6 +125,7 @@ class RemoteTier:
             ship=self._ship(size, write),
             store=partial(_statistics, requests, pool, hints, known),
             stop=port.stop,
+            leave=requests.store.leave,
             waiting_since_s=port.waiting_since_s,
             inquire=known.inquire,
         )

@@ -62,7 +62,7 @@ async def two_ways(s3: S3Server, seed: int, *faults: str) -> AsyncIterator[Ways]
         try:
             yield clean, spoiled, proxy
         finally:
-            await spoiled.close(puts_failed=True)
+            await spoiled.close()
             await clean.close()
 
 

@@ -123,6 +123,9 @@ class SlowWay:
         """Return what was raised."""
         return raised
 
+    async def leave(self) -> None:
+        """Do nothing."""
+
     def close(self) -> None:
         """Do nothing."""
 
@@ -211,7 +214,7 @@ def on_bench(
     async def main() -> Bench:
         bench = Bench(way, seed, **limits)
         await work(bench)
-        await bench.rig.close(puts_failed=True)
+        await bench.rig.close()
         return bench
 
     return run_virtual(main())

@@ -234,6 +234,9 @@ class DirectoryStore:
             why = error.strerror or type(error).__name__
             raise RemoteError(self.where, what, why, is_lasting=is_lasting) from error
 
+    async def leave(self) -> None:
+        """Do nothing: whoever has read or written has waited for the end of the call."""
+
     def close(self) -> None:
         """End the threads once the calls under way have ended. Idempotent."""
         for name, pool in self._pools.items():

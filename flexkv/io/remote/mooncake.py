@@ -273,6 +273,10 @@ class MooncakeStore:
         """Remove nothing: the master discards what killed puts have left behind."""
         return 0
 
+    async def leave(self) -> None:
+        """Let the mover leave the store."""
+        self.mover.close()
+
     def close(self) -> None:
         """Let the mover leave the store, and end the threads. Idempotent."""
         self.mover.close()

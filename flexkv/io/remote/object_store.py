@@ -1,14 +1,17 @@
 """An object store (S3 and what speaks its protocol, Google, Azure, memory) through obstore.
 
-obstore does the requests in threads of its own. The texts of its errors quote requests and answers,
-which may contain credentials. So only what is known to be harmless is passed on.
+obstore does the requests in threads of its own, which enter Python when a request ends. So all that
+it holds is registered with `ForeignCalls`: each future, and each buffer of a put.
+
+The texts of its errors quote requests and answers, which may contain credentials. So only what is
+known to be harmless is passed on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import obstore
@@ -26,14 +29,20 @@ from flexkv.common.errors import RemoteError
 from flexkv.io.remote.landing import BodyLanding, Copier, HostBlocks, Landing
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.store import Listed
+from flexkv.observe.logs import get_logger
+from flexkv.process.foreign_calls import ForeignCalls
 
 if TYPE_CHECKING:
     from obstore import GetOptions, GetResult, ObjectMeta
     from obstore.store import ObjectStore as Client
 
+log = get_logger(__name__)
+
 T = TypeVar("T")
 _Mode = Literal["create", "overwrite"]
 
+LEAVE_S = 5.0
+"""How long requests that were cancelled may take to end when the store is closed: milliseconds."""
 _PAGE = 1000
 _CHUNK_BYTES = 1 << 20
 """The least size of each chunk of an answer but the last."""
@@ -63,6 +72,7 @@ class ObjectStore:
         """Take a client that repeats nothing itself; `where` names it without credentials."""
         self.kind, self.where = kind, where
         self._client = client
+        self._calls = ForeignCalls(lambda: repr(client))
         self._copies = True
         """Whether the store lets an object be copied onto itself; S3 mostly does not."""
 
@@ -78,8 +88,8 @@ class ObjectStore:
         ones (`python -m benchmarks remote`).
         """
         options: GetOptions = {"range": (first, last)}
-        getting = _future(obstore.get_async(self._client, name, options=options))
-        return _Chunks(getting, last - first).all
+        getting = self._held(obstore.get_async(self._client, name, options=options))
+        return _Chunks(getting, last - first, self._held).all
 
     async def put(self, name: str, buffers: Sequence[Buffer]) -> bool:
         """Create an object whose bytes are the buffers' in turn; return False if it exists."""
@@ -93,17 +103,21 @@ class ObjectStore:
         return True
 
     def _put(self, name: str, buffers: Sequence[Buffer], mode: _Mode) -> Awaitable[object]:
-        views = [memoryview(buffer).cast("B") for buffer in buffers]
-        return obstore.put_async(self._client, name, views, use_multipart=False, mode=mode)
+        views = [self._calls.hold(memoryview(buffer).cast("B")) for buffer in buffers]
+        put = obstore.put_async(self._client, name, views, use_multipart=False, mode=mode)
+        return self._held(put)
+
+    def _held(self, awaitable: Any) -> asyncio.Future[Any]:
+        """Return an awaitable of obstore as what it is: a future, which obstore holds."""
+        return self._calls.hold(cast("asyncio.Future[Any]", awaitable))
 
     async def read(self, name: str) -> bytes:
         """Return a small object's bytes."""
+        return await self._done(lambda: self._whole(name), "get")
 
-        async def read() -> bytes:
-            found = await obstore.get_async(self._client, name)
-            return bytes(await found.bytes_async())
-
-        return await self._done(read(), "get")
+    async def _whole(self, name: str) -> bytes:
+        found = await self._held(obstore.get_async(self._client, name))
+        return bytes(await self._held(found.bytes_async()))
 
     def landing(self, requests: Requests, host: HostBlocks, copier: Copier) -> Landing:
         """Return the landing that brings spans from here."""
@@ -113,20 +127,23 @@ class ObjectStore:
 
     async def head(self, name: str) -> Listed:
         """Return an object's size and age."""
-        return _listed(await self._done(obstore.head_async(self._client, name), "head"))
+        found = await self._done(lambda: self._held(obstore.head_async(self._client, name)), "head")
+        return _listed(found)
 
     async def pages(self, prefix: str) -> AsyncIterator[list[Listed]]:
         """Yield the objects whose names begin with `prefix`, which ends in a slash, by pages."""
         pages = obstore.list(self._client, prefix, chunk_size=_PAGE).__aiter__()
 
-        async def following() -> list[Listed] | None:
-            page = await anext(pages, None)
-            return None if page is None else [_listed(each) for each in page]
+        async def following() -> list[Listed]:
+            try:
+                return [_listed(each) for each in await self._held(anext(pages))]
+            except StopAsyncIteration:
+                return []
 
-        while page := await self._listed(following()):
+        while page := await self._listed(following):
             yield page
 
-    async def _listed(self, page: Awaitable[list[Listed] | None]) -> list[Listed] | None:
+    async def _listed(self, page: Callable[[], Awaitable[list[Listed]]]) -> list[Listed]:
         try:
             return await self._done(page, "list")
         except FileNotFoundError:
@@ -135,7 +152,9 @@ class ObjectStore:
     async def delete(self, name: str) -> None:
         """Delete an object; one that is not there is no error."""
         try:
-            await self._done(obstore.delete_async(self._client, name), "delete")
+            await self._done(
+                lambda: self._held(obstore.delete_async(self._client, name)), "delete"
+            )
         except FileNotFoundError:
             return
 
@@ -147,18 +166,20 @@ class ObjectStore:
         """
         if self._copies:
             try:
-                await self._done(obstore.copy_async(self._client, name, name), "touch")
+                await self._done(
+                    lambda: self._held(obstore.copy_async(self._client, name, name)), "touch"
+                )
             except RemoteError as error:
                 self._copies = _SELF_COPY not in error.why
                 if self._copies:
                     raise
             else:
                 return
-        await self._done(self._rewrite(name), "touch")
+        await self._done(lambda: self._rewrite(name), "touch")
 
     async def _rewrite(self, name: str) -> None:
-        found = await obstore.get_async(self._client, name)
-        body = await found.bytes_async()
+        found = await self._held(obstore.get_async(self._client, name))
+        body = await self._held(found.bytes_async())
         if len(body) != found.meta["size"]:
             raise RemoteError(self.where, "touch", "its answer broke off")
         await self._put(name, [body], "overwrite")
@@ -167,14 +188,19 @@ class ObjectStore:
         """Remove nothing: a put that does not end leaves nothing."""
         return 0
 
+    async def leave(self) -> None:
+        """End all requests, and return once obstore holds nothing of them any more."""
+        if not await self._calls.ended(LEAVE_S):
+            log.warning("remote_requests_left", store=self.where, held=self._calls.held)
+
     def close(self) -> None:
-        """Do nothing: the client ends with its last request."""
+        """Do nothing: the client ends with its last request, for which the exit waits."""
 
     # -- errors ---------------------------------------------------------------------------------
 
-    async def _done(self, work: Awaitable[T], what: str) -> T:
+    async def _done(self, call: Callable[[], Awaitable[T]], what: str) -> T:
         try:
-            return await work
+            return await call()  # no variable holds the future: an error's traceback would keep it
         except (BaseError, OSError) as raised:
             error = self.error_of(raised, what)
             if isinstance(error, EOFError):  # only a range can begin beyond the end
@@ -216,11 +242,16 @@ class _Chunks:
             request.
     """
 
-    def __init__(self, getting: asyncio.Future[GetResult], nbytes_max: int) -> None:
-        """Take the request, and how many bytes it asks for."""
+    def __init__(
+        self,
+        getting: asyncio.Future[GetResult],
+        nbytes_max: int,
+        held: Callable[[Any], asyncio.Future[Any]],
+    ) -> None:
+        """Take the request, how many bytes it asks for, and what registers futures."""
         self.all: asyncio.Future[Sequence[Buffer]] = asyncio.get_running_loop().create_future()
         self._chunks: list[Buffer] = []
-        self._left = nbytes_max
+        self._left, self._held = nbytes_max, held
         self._step: asyncio.Future[Any] = getting
         self.all.add_done_callback(lambda _: self._step.cancel())
         getting.add_done_callback(self._answered)
@@ -231,7 +262,7 @@ class _Chunks:
             self._wait()
 
     def _wait(self) -> None:
-        self._step = _future(anext(self._stream))
+        self._step = self._held(anext(self._stream))
         self._step.add_done_callback(self._arrived)
 
     def _arrived(self, step: asyncio.Future[Any]) -> None:
@@ -257,11 +288,6 @@ class _Chunks:
         else:
             return True
         return False
-
-
-def _future(awaitable: Any) -> asyncio.Future[Any]:
-    """Return an awaitable of obstore as what it is: a future."""
-    return cast("asyncio.Future[Any]", awaitable)
 
 
 def _listed(found: ObjectMeta) -> Listed:

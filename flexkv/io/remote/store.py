@@ -80,6 +80,14 @@ class Store(Protocol):
         """
         ...
 
+    async def leave(self) -> None:
+        """End what is under way, without blocking the loop, for a few seconds at most.
+
+        Nothing is asked of the store any more; `close` follows. Without this before it, `close`
+        releases what can be released at once.
+        """
+        ...
+
     def close(self) -> None:
         """Release everything. Idempotent."""
         ...
