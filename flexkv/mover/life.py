@@ -288,21 +288,50 @@ class MoverLife:
 
         Nobody else waits for it: it writes to the window of this life, and to no other.
         """
-        waiting = threading.Thread(target=self._process.wait, name="flexkv-mover-end", daemon=True)
         with suppress(RuntimeError):  # no thread can be started: `subprocess` reaps it later
-            waiting.start()
+            _in_thread(self._process.wait)
+
+    async def leave(self) -> None:
+        """Do what `close` does, without blocking the loop. Idempotent.
+
+        Cancellation: the process still has its time.
+        """
+        left = asyncio.Event()
+
+        def wait() -> None:
+            self._wait()
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(left.set)
+
+        if not self._tell_to_leave():
+            return
+        try:
+            _in_thread(wait)
+        except RuntimeError:  # no thread can be started
+            self._process.kill()
+        else:
+            await left.wait()
 
     def close(self) -> None:
         """Let the process leave the store; kill it if that takes too long, or if it still connects.
 
         A process that connects hears nothing, since Mooncake holds its GIL meanwhile.
         """
+        if self._tell_to_leave():
+            self._wait()
+
+    def _tell_to_leave(self) -> bool:
+        """Release everything; return whether the process is to be waited for."""
         if not self.is_ready:
             self.end("it was closed")
         if self.why is not None:
-            return
+            return False
         self.why = "it was closed"
         self._release()
+        return True
+
+    def _wait(self) -> None:
+        """Wait for a process that leaves the store, and kill it if that takes too long."""
         try:
             self._process.wait(END_S)
         except subprocess.TimeoutExpired:
@@ -334,6 +363,15 @@ class MoverLife:
     def _let_go_in_child(self) -> None:
         if self.why is None:
             forks.close_socket(self._socket)
+
+
+def _in_thread(work: Callable[[], object]) -> None:
+    """Do some work in a thread.
+
+    Raises:
+        RuntimeError: none can be started.
+    """
+    threading.Thread(target=work, name="flexkv-mover-end", daemon=True).start()
 
 
 def _kind_of(request: Request) -> str:

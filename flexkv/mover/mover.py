@@ -83,8 +83,14 @@ class Mover:
         """Return how much of the pause is left before a mover may be started."""
         return max(0.0, self._not_before_s - asyncio.get_running_loop().time())
 
+    async def leave(self) -> None:
+        """Let the mover leave the store, without blocking the loop. Idempotent."""
+        self._is_closed, self._why = True, "it was closed"
+        if self._life is not None:
+            await self._life.leave()
+
     def close(self) -> None:
-        """Let the mover leave the store. Idempotent."""
+        """Let the mover leave the store, and wait for it in this thread. Idempotent."""
         self._is_closed, self._why = True, "it was closed"
         if self._life is not None:
             self._life.close()

@@ -80,6 +80,49 @@ async def test_a_mover_that_does_not_end_holds_nobody_up(rig: Rig, is_ready: boo
     process.can_end.set()
 
 
+class Leaving(Played):
+    """A process that leaves the store when the test lets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_left = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit status, once it has left."""
+        assert threading.current_thread() is not threading.main_thread()
+        assert self.has_left.wait(PATIENCE_S)
+        return 0
+
+
+async def test_a_mover_that_leaves_holds_up_no_loop(rig: Rig) -> None:
+    """While a store waits for its mover to leave, the loop goes on; the close does not wait."""
+    rig.kind = Leaving
+    process = await rig.begun()
+    assert isinstance(process, Leaving)
+    await settled()
+    leaving = asyncio.ensure_future(rig.store.leave())
+    await settled()
+    assert not leaving.done()
+    with pytest.raises(RemoteError, match="it was closed"):
+        await rig.store.head("name")
+    process.has_left.set()
+    await leaving
+    assert not process.is_killed
+    rig.store.close()
+
+
+async def test_a_mover_that_does_not_leave_is_killed(rig: Rig) -> None:
+    """Leaving takes a limited time; then the process is killed, and a thread waits for its end."""
+    rig.kind = Unreapable
+    process = await rig.begun()
+    assert isinstance(process, Unreapable)
+    await settled()
+    await rig.store.leave()
+    assert process.is_killed
+    assert process.waited[0] == END_S
+    process.can_end.set()
+
+
 async def test_a_mover_can_end_when_no_thread_can_start(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

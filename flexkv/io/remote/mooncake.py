@@ -275,7 +275,7 @@ class MooncakeStore:
 
     async def leave(self) -> None:
         """Let the mover leave the store."""
-        self.mover.close()
+        await self.mover.leave()
 
     def close(self) -> None:
         """Let the mover leave the store, and end the threads. Idempotent."""
