@@ -176,7 +176,7 @@ class RemoteTier:
         store, pool = requests.store, self.pool
         assert isinstance(store, MooncakeStore)
         assert pool is not None
-        inquiries = Inquiries(store, requests, pool, hints)
+        inquiries = Inquiries(store, requests, pool, hints, store.mover.sizes.answer_s)
 
         def work(_: Spawn) -> Work:
             return {"remote inquiries": inquiries.run(), "mover": store.mover.keep()}

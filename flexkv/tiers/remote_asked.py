@@ -6,6 +6,10 @@
 A match does not wait for the answer: the next match knows it. A load waits, but only for a moment.
 Spans that this engine has stored are known without a question. An answer counts for some seconds,
 so a prompt that is matched in every step costs little.
+
+An answer that comes late is heard all the same, since asking again would only take as long. If
+answers take long, later questions have fewer spans, so that even a store that needs a long time for
+each span answers before its mover counts as hung.
 """
 
 from __future__ import annotations
@@ -28,8 +32,10 @@ from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 
-ANSWER_S = 2.0
-"""How long the store may take to answer."""
+ANSWER_SHARE, SLOW_SHARE, FAST_SHARE = 4.0, 0.5, 0.1
+"""Shares of the time after which a silent store counts as hung. Its mover is ended then, and its
+questions with it, so they may take longer. After an answer that has taken more than the second
+share, questions have half as many spans; after one of less than the third, twice as many."""
 WAIT_S = 0.1
 """How long a load waits for an answer. It loads what is known by then."""
 COUNTS_S = 5.0
@@ -83,16 +89,32 @@ class Inquiries:
     """Asks a store for spans, and keeps hints up to date by its answers."""
 
     def __init__(
-        self, store: AskedStore, requests: Requests, pool: CurrentPool, hints: Hints
+        self,
+        store: AskedStore,
+        requests: Requests,
+        pool: CurrentPool,
+        hints: Hints,
+        silent_s: float,
     ) -> None:
-        """Take the store, its requests, the pool in use, and its hints; nothing is sent."""
+        """Take what is asked; nothing is sent.
+
+        Args:
+            store: the store.
+            requests: its requests.
+            pool: the pool in use.
+            hints: of the pool.
+            silent_s: a store that is silent for so long counts as hung.
+        """
         self._store, self._requests, self._pool, self._hints = store, requests, pool, hints
+        self._silent_s = silent_s
         self._waiting: OrderedDict[BlockKey, _Question] = OrderedDict()
         """Questions without an answer, by the first span of each."""
         self._answered_s: OrderedDict[BlockKey, float] = OrderedDict()
         self._bell = Bell()
         self._is_slow = False
         """Whether a load has waited in vain, and no answer has come since."""
+        self._spans_max = SPANS_MAX
+        """The most spans of one question now."""
 
     def about(
         self, keys: bytes, first: int, last: int, is_new: bool = False
@@ -155,13 +177,16 @@ class Inquiries:
                     self._end(questions, there)
 
     def _next(self) -> list[_Question]:
-        """Return the questions to ask in one request: the oldest, as many as it has room for."""
-        chosen, room = list[_Question](), SPANS_MAX
+        """Return the questions to ask in one request: the oldest, as many as it has room for.
+
+        Only the leading spans of one that is too long alone are asked for.
+        """
+        chosen, room = list[_Question](), self._spans_max
         for question in self._waiting.values():
-            room -= len(question.ends)
-            if chosen and room < 0:
+            if chosen and room < len(question.ends):
                 break
-            chosen.append(question)
+            chosen.append(question._replace(ends=question.ends[:room]))
+            room -= len(question.ends)
         return chosen
 
     async def _ask(self, pool: Pool, questions: Sequence[_Question]) -> Set[BlockKey]:
@@ -172,9 +197,16 @@ class Inquiries:
         """
         spans = [key for question in questions for key in question.spans]
         names = [pool.object_name(key) for key in spans]
-        until = Until(asyncio.get_running_loop().time() + ANSWER_S)
-        # One try with all of the time: a store that is slow would be heard in none of several.
-        answers = await self._requests.once("exist", lambda: self._store.exist(names), until)
+        loop = asyncio.get_running_loop()
+        begin_s = loop.time()
+        until = Until(begin_s + ANSWER_SHARE * self._silent_s)
+        try:
+            answers = await self._requests.once("exist", lambda: self._store.exist(names), until)
+        finally:
+            if (took_s := loop.time() - begin_s) > SLOW_SHARE * self._silent_s:
+                self._spans_max = max(1, len(spans) // 2)
+        if took_s < FAST_SHARE * self._silent_s:
+            self._spans_max = min(SPANS_MAX, 2 * self._spans_max)
         self._is_slow = False
         there = {key for key, is_there in zip(spans, answers, strict=True) if is_there}
         if pool is self._pool.current:

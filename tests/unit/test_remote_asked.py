@@ -18,11 +18,13 @@ from flexkv.io.remote.names import Pool
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.requests import Requests
 from flexkv.testing.virtual_time import run_virtual
-from flexkv.tiers.remote_asked import ANSWER_S, COUNTS_S, WAIT_S, AskingCatalogue, Inquiries
+from flexkv.tiers.remote_asked import COUNTS_S, WAIT_S, AskingCatalogue, Inquiries
 from tests.remote_rigs import POOL, PROMPT, SPAN_BLOCKS, span_key
 
 G = SPAN_BLOCKS
 BLOCKS = 5 * G
+SILENT_S = 8.0
+"""How long a mover may be silent before it is ended."""
 NOWHERE: frozenset[Tier] = frozenset()
 
 
@@ -35,12 +37,17 @@ class AskedStore:
         self.there: set[str] = set()
         self.asked: list[int] = []
         self.error: RemoteError | None = None
-        self.takes_s = 0.0
+        self.takes_s = self.each_s = 0.0
+        """How long an answer takes, and how much longer for each name."""
 
     async def exist(self, names: Sequence[str]) -> list[bool]:
         """Return which objects are there."""
         self.asked.append(len(names))
-        await asyncio.sleep(self.takes_s)
+        try:
+            async with asyncio.timeout(SILENT_S):
+                await asyncio.sleep(self.takes_s + len(names) * self.each_s)
+        except TimeoutError:
+            raise RemoteError(self.where, "exist", "its mover was silent, and was ended") from None
         if self.error is not None:
             raise self.error
         return [name in self.there for name in names]
@@ -64,8 +71,8 @@ class Rig:
     def __init__(self, pairs: int = 1000) -> None:
         self.store, self.pool = AskedStore(), CurrentPool()
         self.hints = Hints(pairs, G)
-        requests = Requests(cast("Any", self.store), RemoteOptions(), Random(1))
-        self.inquiries = Inquiries(self.store, requests, self.pool, self.hints)
+        self.requests = Requests(cast("Any", self.store), RemoteOptions(), Random(1))
+        self.inquiries = Inquiries(self.store, self.requests, self.pool, self.hints, SILENT_S)
         self.catalogue = AskingCatalogue(self.hints, self.inquiries)
 
     def has(self, *spans: int) -> None:
@@ -180,16 +187,41 @@ def test_loads_do_not_wait_for_a_slow_store() -> None:
     with_rig(work)
 
 
-def test_an_answer_may_take_all_the_time() -> None:
-    """A store that needs most of the time for each answer is heard, and is asked once."""
+def test_an_answer_that_comes_late_is_heard() -> None:
+    """A store that needs a long time for each answer is heard, and is asked once."""
 
     async def work(rig: Rig) -> None:
         rig.has(0, 1)
-        rig.store.takes_s = 0.9 * ANSWER_S
-        rig.far()
-        await asyncio.sleep(ANSWER_S)
-        assert rig.known() == [0, 1]
-        assert len(rig.store.asked) == 1
+        rig.store.takes_s = 0.9 * SILENT_S
+        for _ in range(int(SILENT_S)):
+            rig.far()
+            await asyncio.sleep(1)
+        assert rig.far() == 2 * G
+        assert rig.store.asked[0] == 5
+        assert rig.requests.counts().failures == {}
+
+    with_rig(work)
+
+
+def test_a_store_that_is_slow_for_each_span_is_asked_for_fewer() -> None:
+    """Questions get smaller until they are answered in time, and larger once answers are fast."""
+
+    async def work(rig: Rig) -> None:
+        rig.has(0, 1, 2)
+        rig.store.each_s = 0.6 * SILENT_S
+        for _ in range(20):
+            rig.far()
+            await asyncio.sleep(COUNTS_S)
+        assert rig.known() == [0, 1, 2]
+        assert rig.store.asked[:2] == [5, 2]
+        assert set(rig.store.asked[2:]) == {1}
+        rig.store.each_s = 0.0
+        for _ in range(5):
+            rig.far()
+            await asyncio.sleep(2 * COUNTS_S)
+        rig.inquiries.about(PROMPT, 0, BLOCKS, is_new=True)
+        await asyncio.sleep(0.01)
+        assert rig.store.asked[-1] == 5
 
     with_rig(work)
 
@@ -213,7 +245,7 @@ def test_nobody_waits_without_a_pool() -> None:
     async def work(rig: Rig) -> None:
         rig.pool.current = None
         assert Inquiries(
-            rig.store, cast("Any", SimpleNamespace()), rig.pool, rig.hints
+            rig.store, cast("Any", SimpleNamespace()), rig.pool, rig.hints, SILENT_S
         ).inquire(PROMPT, 0, BLOCKS) is None  # fmt: skip
         rig.pool.current = POOL
 
