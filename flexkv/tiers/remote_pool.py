@@ -31,8 +31,9 @@ log = get_logger(__name__)
 
 RETRY_S, RETRY_MAX_S = 0.5, 30.0
 """The first and the longest pause before a store that did not answer is asked again."""
-ANSWER_S = 10.0
-"""How long the store may take to answer all requests of one attempt."""
+ANSWER_S, ANSWER_MAX_S = 10.0, 160.0
+"""How long the store may take to answer all requests of the first attempt, and of any. Each attempt
+that was too short makes the next one twice as long, so that a slow store is joined, too."""
 RENEW_S = 3600.0
 """How often it is checked that the object of the generation in use is still there."""
 WRITTEN_S = 10.0
@@ -77,14 +78,17 @@ class SharedPool:
 
     async def _join(self) -> None:
         """Join a pool, however often the store has to be asked."""
-        pause_s = RETRY_S
+        pause_s, answer_s = RETRY_S, ANSWER_S
         while self.current is None:
             try:
-                async with asyncio.timeout(ANSWER_S):
+                async with asyncio.timeout(answer_s):
                     await self._try_to_join()
             except (RemoteError, TimeoutError) as error:
-                self._failed = error if isinstance(error, RemoteError) else self._silent()
-                log.warning("remote_pool_not_joined", store=self._store.where, error=str(error))
+                self._failed = error if isinstance(error, RemoteError) else self._silent(answer_s)
+                why = str(self._failed)
+                log.warning("remote_pool_not_joined", store=self._store.where, error=why)
+                if isinstance(error, TimeoutError):
+                    answer_s = min(2 * answer_s, ANSWER_MAX_S)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, RETRY_MAX_S)
             except ConfigError as error:
@@ -121,7 +125,8 @@ class SharedPool:
             async with asyncio.timeout(ANSWER_S):
                 await self._begin(self.current.description.generation)
         except (RemoteError, TimeoutError) as error:
-            log.warning("remote_generation_not_renewed", store=self._store.where, error=str(error))
+            why = str(error) or str(self._silent(ANSWER_S))
+            log.warning("remote_generation_not_renewed", store=self._store.where, error=why)
 
     async def _latest(self) -> int:
         """Return the number of the latest generation."""
@@ -135,8 +140,8 @@ class SharedPool:
     async def _begin(self, generation: int) -> bool:
         return await self._store.put(f"{self.base.generations}{generation}", [b"\n"])
 
-    def _silent(self) -> RemoteError:
-        return RemoteError(self._store.where, "join", f"no answer within {ANSWER_S:g} s")
+    def _silent(self, answer_s: float) -> RemoteError:
+        return RemoteError(self._store.where, "join", f"no answer within {answer_s:g} s")
 
     async def joined(self) -> Pool:
         """Return the pool in use, once there is one."""
@@ -188,7 +193,7 @@ class SharedPool:
         until_s = loop.time() + WRITTEN_S
         while self._is_new_wanted:
             if loop.time() >= until_s:
-                raise self._failed or self._silent()
+                raise self._failed or self._silent(WRITTEN_S)
             await self._change(until_s - loop.time())
 
     async def flush(self) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from flexkv.io.remote.directory import DirectoryStore
 from flexkv.io.remote.names import PoolDescription
+from flexkv.testing.timed_store import TimedObjects, TimedStore
+from flexkv.testing.virtual_time import run_virtual
 from flexkv.tiers import remote_pool
-from flexkv.tiers.remote_pool import SharedPool
+from flexkv.tiers.remote_pool import ANSWER_S, SharedPool
 
 DESCRIPTION = PoolDescription({"model": "a model"}, (64,), 2)
 
@@ -48,3 +52,30 @@ async def test_who_stops_waiting_for_a_pool_leaves_nothing(tmp_path: Path) -> No
             await asyncio.wait_for(pool.joined(), 0.001)
     assert not pool._waiters
     store.close()
+
+
+class SlowStore(TimedStore):
+    """A store that takes long for each request."""
+
+    request_s = 0.8 * ANSWER_S
+
+    async def _travel(self) -> None:
+        await asyncio.sleep(self.request_s / 2)
+
+
+def test_a_store_that_is_slow_is_joined(caplog: pytest.LogCaptureFixture) -> None:
+    """Attempts get more time until one has enough for all its requests; the log says why."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        pool = SharedPool(SlowStore(TimedObjects(Random(1), 0.0, loop.time)), DESCRIPTION)
+        pool.clear(None)
+        joining = loop.create_task(pool.run())
+        async with asyncio.timeout(20 * ANSWER_S):
+            await pool.joined()
+        joining.cancel()
+        await asyncio.wait([joining])
+
+    with caplog.at_level(logging.WARNING):
+        run_virtual(main())
+    assert "no answer within 10 s" in caplog.text
