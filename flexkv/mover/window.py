@@ -7,7 +7,6 @@ free ──taken──▶ in use ──freed──▶ free
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import threading
@@ -21,10 +20,9 @@ from numpy.typing import NDArray
 
 from flexkv import _ext
 from flexkv.process import forks
+from flexkv.process.memory_files import memory_file
 
 _PAGE_BYTES = 4096
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-"""The mover has the descriptor, too: memory that shrinks would kill the engine as it reads."""
 
 
 def mapped(fd: int, nbytes: int) -> mmap.mmap:
@@ -64,10 +62,8 @@ class Window:
         self.slot_bytes = -(-slot_bytes // _PAGE_BYTES) * _PAGE_BYTES
         self.nbytes = slots * self.slot_bytes
         self.slots, self.spoiled = slots, 0
-        self.fd = os.memfd_create("flexkv-mover", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd = memory_file("flexkv-mover", self.nbytes)
         try:
-            os.ftruncate(self.fd, self.nbytes)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
             memory = mapped(self.fd, self.nbytes)
         except BaseException:
             os.close(self.fd)

@@ -15,6 +15,7 @@ from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.io.memory import arena as arena_module
 from flexkv.io.memory import host_memory
 from flexkv.io.memory.arena import ALIGNMENT_BYTES, Arena
+from flexkv.process.memory_files import memory_file
 
 MIB = 1 << 20
 NO_SUCH_PAGES_BYTES = 1 << 34
@@ -92,9 +93,7 @@ def test_nobody_changes_the_size_of_a_shared_arena(hugepage_bytes: int | None) -
     arena = Arena.open(2, MIB, hugepage_bytes=hugepage_bytes, shared=True)
     if hugepage_bytes is not None and arena.backing != "hugetlb":
         # The pool is empty, but even an unmapped file of such pages can be sealed.
-        fd = arena_module._memfd(os.MFD_HUGETLB)
-        os.ftruncate(fd, 2 * MIB)
-        arena_module._seal(fd)
+        fd = memory_file("huge", 2 * MIB, os.MFD_HUGETLB)
         with pytest.raises(PermissionError):
             os.ftruncate(fd, 0)
         os.close(fd)

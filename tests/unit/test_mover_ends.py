@@ -46,6 +46,10 @@ async def test_a_mover_that_does_not_answer_is_killed(rig: Rig) -> None:
     assert process.is_killed
 
 
+NOEXEC_SEAL = 8
+"""The kernel's number, from Linux 6.3 on."""
+
+
 class Unreapable(Played):
     """A process that the kernel cannot end yet: it waits for a device."""
 
@@ -287,6 +291,21 @@ def test_a_window_keeps_its_size() -> None:
             os.ftruncate(window.fd, size)
     with pytest.raises(PermissionError):
         fcntl.fcntl(window.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+
+
+def test_a_window_cannot_be_executed() -> None:
+    """What a mover writes to memory of its engine cannot be run, if the kernel has such a seal."""
+    try:
+        fd = os.memfd_create("any", NOEXEC_SEAL)
+    except OSError:
+        fd = os.memfd_create("any", os.MFD_ALLOW_SEALING)
+    best = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    os.close(fd)
+    window = Window(1, 4096, lambda: None)
+    assert fcntl.fcntl(window.fd, fcntl.F_GET_SEALS) & best == best
+    if best:
+        with pytest.raises(PermissionError):
+            os.fchmod(window.fd, 0o700)
 
 
 @pytest.mark.parametrize("has_ended", [False, True])

@@ -13,8 +13,8 @@ hugetlb pages are first allocated in the file, which fails with an error instead
 
 Hints (`madvise`, the seal against executing) do no harm if the kernel refuses them.
 
-Memory that other processes map is sealed: nobody can grow or shrink it, or remove the seals.
-Shrinking would kill every process that touches it by SIGBUS, so each checks for that seal first.
+Memory that other processes map is sealed (`process/memory_files.py`). Shrinking it would kill every
+process that touches it, so each checks for that seal first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import mmap
 import os
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from errno import EINVAL, EMFILE, ENFILE, ENOMEM, EPERM, errorcode
 from pathlib import Path
 from typing import NamedTuple
@@ -39,16 +39,14 @@ from flexkv.common.space import GivenSize
 from flexkv.io.memory.host_memory import free_huge_bytes, headroom
 from flexkv.observe.logs import get_logger
 from flexkv.process import forks
+from flexkv.process.memory_files import memory_file
 
 log = get_logger(__name__)
 
 ALIGNMENT_BYTES = 2 << 20
 """The arena starts at a multiple of this, the usual size of a huge page."""
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MADV_WIPEONFORK = 18
 """The kernel's number; `mmap` has no name for it. A child finds zeros, so nothing is copied."""
-_MFD_NOEXEC_SEAL = 8
-"""The kernel's number. Some machines (`vm.memfd_noexec=2`) require this seal."""
 TOUCH_BYTES = 16 << 20
 """Bytes touched between two calls of `progress`, which may raise to stop: about 5 ms."""
 
@@ -249,11 +247,6 @@ def _checked_length(fd: int, num_blocks: int, stride_bytes: int, offset_bytes: i
     return length
 
 
-def _seal(fd: int) -> None:
-    """Seal the size of memory for good; its bytes can still be written."""
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-
-
 def check_memory(total_bytes: int, hugepage_bytes: int | None, given: GivenSize) -> int:
     """Check that there is enough memory, before any of it is taken.
 
@@ -305,20 +298,11 @@ def _map(kind: str, total_bytes: int, hugepage_bytes: int | None, shared: bool) 
     return _map_pages(total_bytes, shared, kind == "thp")
 
 
-def _memfd(flags: int = 0) -> int:
-    """Return a new memory file's descriptor; it cannot be executed if the kernel supports that."""
-    flags |= os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    with suppress(OSError):
-        return os.memfd_create("flexkv-arena", flags | _MFD_NOEXEC_SEAL)
-    return os.memfd_create("flexkv-arena", flags)
-
-
-def _map_fd(fd: int, length: int) -> mmap.mmap:
-    """Set and seal the size of a file in memory, and map it; close it on failure."""
+def _map_file(length: int, flags: int = 0) -> tuple[mmap.mmap, int]:
+    """Map a new file in memory, and return its descriptor, too."""
+    fd = memory_file("flexkv-arena", length, flags)
     try:
-        os.ftruncate(fd, length)
-        _seal(fd)
-        return mmap.mmap(fd, length)
+        return mmap.mmap(fd, length), fd
     except (OSError, OverflowError, ValueError):
         os.close(fd)
         raise
@@ -327,25 +311,25 @@ def _map_fd(fd: int, length: int) -> mmap.mmap:
 def _map_hugetlb(total_bytes: int, hugepage_bytes: int) -> _Mapping:
     """Map and reserve memory of the hugetlb pool. Raises OSError if the pool has too little."""
     size_flag = (hugepage_bytes.bit_length() - 1) << os.MFD_HUGE_SHIFT
-    fd = _memfd(os.MFD_HUGETLB | size_flag)
     # Only pages smaller than 2 MiB need extra room for the alignment.
     slack = ALIGNMENT_BYTES if hugepage_bytes < ALIGNMENT_BYTES else 0
     length = -(-(total_bytes + slack) // hugepage_bytes) * hugepage_bytes
-    memory = _map_fd(fd, length)
+    memory, fd = _map_file(length, os.MFD_HUGETLB | size_flag)
     return _Mapping(memory, fd, "hugetlb", f"hugetlb pages of {hugepage_bytes >> 10} KiB")
 
 
 def _map_pages(total_bytes: int, shared: bool, wants_huge: bool) -> _Mapping:
     """Map ordinary memory, with or without a request for transparent huge pages."""
     length = total_bytes + ALIGNMENT_BYTES
-    fd = _memfd() if shared else None
-    if fd is None:
+    fd = None
+    if not shared:
         memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         why = "private memory"
         # Without it, a fork makes every page copy-on-write, even under I/O that is in flight.
         hints = [("MADV_WIPEONFORK", _MADV_WIPEONFORK)]
     else:
-        memory, why, hints = _map_fd(fd, length), "shared memory", []
+        memory, fd = _map_file(length)
+        why, hints = "shared memory", []
     if wants_huge:
         hints.append(("MADV_HUGEPAGE", mmap.MADV_HUGEPAGE))
     return _Mapping(memory, fd, "plain", why + "".join(_advised(memory, hints)))
