@@ -14,7 +14,13 @@ from flexkv.io.remote.names import SHARDS
 from flexkv.io.remote.store import Listed
 from flexkv.testing.timed_store import TimedStore
 from flexkv.testing.virtual_time import run_virtual
-from flexkv.tiers.remote_gc.collector import GARBAGE_S, REFUSED_S, Collector, generation_of
+from flexkv.tiers.remote_gc.collector import (
+    GARBAGE_S,
+    REFUSED_S,
+    SWEEP_S,
+    Collector,
+    generation_of,
+)
 from flexkv.tiers.remote_gc.lease import LEASE_S, RENEW_S, Lease
 from flexkv.tiers.remote_gc.once import SinglePool, shards_of
 from flexkv.tiers.remote_gc.rules import Limits
@@ -125,7 +131,7 @@ def test_an_engine_that_is_closed_releases_the_lease() -> None:
 
     async def main() -> Collector:
         world = World()
-        rig = Rig(Limits(), world=world)
+        rig = Rig(Limits(ttl_s=TTL_S), world=world)
         await rig.start()
         assert len(world.leases()) == 1
         assert rig.collector.counts().is_collector
@@ -136,12 +142,58 @@ def test_an_engine_that_is_closed_releases_the_lease() -> None:
     assert not run_virtual(main()).counts().is_collector  # without a loop, too
 
 
-def test_garbage_of_older_generations_is_removed() -> None:
-    """The latest generation's collector deletes what is old in earlier ones, and only there."""
+def test_an_engine_without_limits_keeps_the_lease_from_nobody() -> None:
+    """Of two engines, the one with limits collects, however long the other one has been there."""
 
     async def main() -> None:
         world = World()
-        rig = Rig(Limits(), world=world)
+        other = Rig(Limits(), world=world)
+        await other.start()
+        assert world.leases() == []
+        assert not other.collector.counts().is_collector
+        await asyncio.sleep(LEASE_S)
+        rig = Rig(Limits(ttl_s=TTL_S), world=world)
+        await rig.start()
+        assert rig.collector.counts().is_collector
+        keys = rig.create(3, [2 * TTL_S])
+        await asyncio.sleep(10 * LEASE_S)
+        await rig.show(3)
+        assert rig.there(keys) == [False]
+        assert rig.collector.counts().is_collector
+        await other.tasks.stop()
+        await rig.tasks.stop()
+
+    run_virtual(main())
+
+
+def test_an_engine_without_limits_removes_leftovers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no engine has limits, what killed puts left behind still goes, once a day."""
+    swept: list[str] = []
+
+    async def sweep(self: TimedStore, prefix: str, age_s: float) -> int:
+        swept.append(prefix)
+        return 1
+
+    async def work(rig: Rig) -> None:
+        shards = [POOL.shard(shard) for shard in range(SHARDS)]
+        assert swept == shards
+        await asyncio.sleep(0.9 * SWEEP_S)
+        assert swept == shards
+        await asyncio.sleep(0.2 * SWEEP_S)
+        assert swept == shards * 2
+        assert rig.collector.counts().removed.leftovers == 2 * SHARDS
+
+    monkeypatch.setattr(TimedStore, "sweep", sweep)
+    with_rig(Limits(), work)
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(ttl_s=9 * GARBAGE_S)])
+def test_garbage_of_older_generations_is_removed(limits: Limits) -> None:
+    """Engines of the latest generation delete what is old in earlier ones, and only there."""
+
+    async def main() -> None:
+        world = World()
+        rig = Rig(limits, world=world)
         base, older, latest = POOL, generation_of(POOL, 1), generation_of(POOL, 2)
         rig.pool.current = latest
         world.objects.create(f"{base.generations}1")

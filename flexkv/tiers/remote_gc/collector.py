@@ -3,7 +3,9 @@
     listing ── a shard ──▶ census, ages ──▶ this engine has the lease? ──▶ delete its victims
     every few minutes      look at the lease, renew it; with it: remove older generations, leftovers
 
-Every engine counts, so that any of them can go on collecting. Nothing is listed for that: the pages
+Every engine with limits counts, so that any of them can go on collecting. One without limits must
+not keep the lease from those: it takes the lease only to remove garbage, and releases it at once.
+Nothing is listed for that: the pages
 by which hints are kept up to date have the times of the objects. What others delete, or a lifecycle
 rule of the bucket, is simply not there any more in the next listing.
 """
@@ -109,6 +111,7 @@ class Collector:
         self.removal = Removal(requests, delete_per_s or 1.0, forget)
         self._may_collect = delete_per_s is not None
         self._requests, self._pool, self._limits = requests, pool, limits
+        self._has_limits = limits != Limits()
         self._horizon_s = math.inf
         self._tidied_s = self._clock_s = -math.inf
         self._is_collector = False
@@ -150,7 +153,7 @@ class Collector:
         limits, census = self._limits, self._census
         if limits.spans_max is not None:
             census.listed(shard, listing.modified_s, now_s)
-        if limits != Limits():
+        if self._has_limits:
             self.ages.listed(shard, listing)
         if not self.lease.clock.is_known:
             return
@@ -168,6 +171,13 @@ class Collector:
             left = await self.removal.spans(pool, listing, chosen, expired_before_s)
             census.left(shard, listing.modified_s[left])
         await self._sweep(pool, shard, now_s)
+
+    async def _sweep_all(self, pool: Pool, now_s: float) -> None:
+        """Sweep all shards, as long as the lease can be kept."""
+        for shard in range(SHARDS):
+            if not await self.lease.hold(pool):
+                return
+            await self._sweep(pool, shard, now_s)
 
     async def _sweep(self, pool: Pool, shard: int, now_s: float) -> None:
         """Remove what killed puts have left in a shard, once a day."""
@@ -199,6 +209,9 @@ class Collector:
         """Do what is due, and return the pause until the next turn."""
         try:
             now_s = asyncio.get_running_loop().time()
+            if not self._has_limits:
+                await self._tidy_in_passing(pool, now_s)
+                return RENEW_S
             is_held = self._may_collect and await self.lease.hold(pool)
             if is_held != self._is_collector:
                 log.info("remote_collection", is_collector=is_held, pool=pool.name)
@@ -213,6 +226,23 @@ class Collector:
             log.warning("remote_collection_failed", error=str(error))
             return REFUSED_S if error.is_lasting else RENEW_S
         return RENEW_S
+
+    async def _tidy_in_passing(self, pool: Pool, now_s: float) -> None:
+        """Remove garbage if that is due and no engine collects the pool, and release the lease.
+
+        Raises:
+            RemoteError: the store failed, or did not answer in time.
+        """
+        if not self._may_collect or now_s - self._tidied_s <= TIDY_S:
+            return
+        if not await self.lease.hold(pool):
+            return
+        self._tidied_s = now_s
+        try:
+            await self.tidy(pool)
+            await self._sweep_all(pool, now_s)
+        finally:
+            await self.lease.release()
 
     async def tidy(self, pool: Pool) -> None:
         """Remove what is left of generations before the latest, and of leases.
