@@ -162,7 +162,7 @@ class Requests:
         It waits for no I/O, and changes only the blocks' recency.
         """
         request = self.intake(Operation.PREFETCH, token_ids, None, namespace)
-        found, far, _ = self.find_with_far(request.keys)
+        found, far, _ = self.find_apart(request.keys, with_coming=True)
         return prefix_match(found, self._core.residency.tiers, request.tokens_per_block, far)
 
     def find(self, keys: bytes, first: int = 0, drop: int = 0) -> Found:
@@ -170,12 +170,9 @@ class Requests:
         self._core.scheduler.update_avoid()
         return self._core.planner.find(keys, first, drop)
 
-    def find_with_far(self, keys: bytes, first: int = 0) -> SetApart:
-        """Return where a prompt's blocks are, and what is far: see `Planner.find_with_far`."""
-        self._core.scheduler.update_avoid()
-        return self._core.planner.find_with_far(keys, first)
-
-    def find_here(self, keys: bytes, first: int = 0, drop: int = 0) -> SetApart:
+    def find_apart(
+        self, keys: bytes, first: int = 0, drop: int = 0, with_coming: bool = False
+    ) -> SetApart:
         """Return where a prompt's blocks are, and what is far: see `Planner.find_apart`."""
         self._core.scheduler.update_avoid()
-        return self._core.planner.find_apart(keys, first, drop)
+        return self._core.planner.find_apart(keys, first, drop, with_coming)

@@ -16,6 +16,7 @@ from flexkv.graph.plan import LegFill, Plan, Template, even_bounds
 from flexkv.index.claims import Claims
 from flexkv.index.found import Found, Placement
 from flexkv.index.keys import leaf_keys
+from flexkv.index.residency import Residency
 
 LOAD = Route(Tier.HOST, Tier.DEVICE)
 STORE = Route(Tier.DEVICE, Tier.HOST)
@@ -42,9 +43,10 @@ class Avoid(NamedTuple):
     fillers: frozenset[int] = frozenset()
     """Ops that are filling host blocks and must not be waited for."""
 
-    def and_far(self, far: frozenset[Tier], claims: Claims) -> Avoid:
+    def and_far(self, residency: Residency) -> Avoid:
         """Return what to avoid so that nothing is fetched from far tiers, or waited for."""
-        fillers = self.fillers | claims.filling_from_others()
+        far = frozenset(Tier) - {Tier.DEVICE, *residency.tiers}
+        fillers = self.fillers | residency.claims.filling_from_others()
         return self._replace(unreadable=self.unreadable | far, fillers=fillers)
 
     def visible(self, found: Found, claims: Claims) -> Found:

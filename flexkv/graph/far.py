@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from msgspec import structs
 
-from flexkv.common.terms import BLOCK_KEY_BYTES, Positions, Tier
+from flexkv.common.terms import Positions, Tier
 from flexkv.index.catalogue import Catalogue, FarRun
 from flexkv.index.claims import Holding
 from flexkv.index.found import Found, Placement
@@ -49,7 +49,9 @@ def with_far(
         avoid: tiers that are down.
     """
     at = found.last
-    runs = catalogue.far(keys, at, end, avoid) if at < end else ()
+    if at >= end or catalogue.is_empty:
+        return Extended(found)
+    runs = catalogue.far(keys, at, end, avoid)
     above = residency.parent(keys, at) if runs and at == found.first else []
     if not runs or above is None:
         return Extended(found)
@@ -85,57 +87,16 @@ class SetApart(NamedTuple):
     """How many of these are on their way already, or are here behind such a block."""
 
 
-def set_apart(
-    keys: bytes,
-    found: Found,
-    drop: int,
-    residency: Residency,
-    catalogue: Catalogue,
-    avoid: Set[Tier],
-) -> SetApart:
-    """Return what was found without blocks that are coming from far, and what is far behind it.
+def set_apart(here: Found, found: Found, whole: Found, residency: Residency) -> SetApart:
+    """Return what is here, and what a load could bring behind that.
 
     Args:
-        keys: root and keys of the prompt's blocks.
-        found: what is resident or coming, up to what is to be avoided.
-        drop: how many more blocks must be here behind what is returned as found.
+        here: what is found without blocks that are coming from far.
+        found: what is found with these.
+        whole: what a load brings, with blocks that are far, too.
         residency: where these blocks are.
-        catalogue: what lies far.
-        avoid: tiers that are down.
     """
-    here, far = _coming(found, residency)
-    coming = found.last - here.last
-    for tier, count in far_behind(keys, found.last, residency, catalogue, avoid).items():
-        far[tier] = far.get(tier, 0) + count
-    if drop:
-        here = here.before(max(here.first, here.last - drop))
-    return SetApart(here, far, coming)
-
-
-def far_behind(
-    keys: bytes, at: int, residency: Residency, catalogue: Catalogue, avoid: Set[Tier]
-) -> dict[Tier, int]:
-    """Return how many blocks from position `at` on are said to lie far, without a gap, by tier.
-
-    For the arguments see `set_apart`.
-    """
-    end = len(keys) // BLOCK_KEY_BYTES - 1
-    if at >= end or catalogue.is_empty or not (runs := catalogue.far(keys, at, end, avoid)):
-        return {}
-    return {tier: len(ids) for tier, ids in _absent(runs, keys, at, end, residency)}
-
-
-def _coming(found: Found, residency: Residency) -> tuple[Found, dict[Tier, int]]:
-    """Return the part of a run before the first block that comes from far, and count the rest."""
-    if (pending := found.pending) is None:
-        return found, {}
-    own = {Tier.DEVICE, None, *residency.tiers}
-    sources = residency.claims.sources(Tier.HOST, pending.block_ids)
-    begin = next((n for n, source in enumerate(sources) if source not in own), None)
-    if begin is None:
-        return found, {}
-    here = found.before(pending.positions.at(begin))
-    return here, blocks_behind(found, here.last, residency)
+    return SetApart(here, blocks_behind(whole, here.last, residency), found.last - here.last)
 
 
 def blocks_behind(found: Found, first: int, residency: Residency) -> dict[Tier, int]:

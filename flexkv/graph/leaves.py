@@ -16,7 +16,7 @@ from flexkv.common.request import LeafBlocks, Operation, Request
 from flexkv.common.space import GroupRule
 from flexkv.common.terms import BLOCK_KEY_BYTES, Route, Tier
 from flexkv.graph.draft import NOTHING_AVOIDED, ONWARD, Avoid, Chunks, Draft, chunks_filled
-from flexkv.graph.far import Extended, SetApart, blocks_behind
+from flexkv.graph.far import Extended, SetApart, set_apart
 from flexkv.graph.far_prefixes import Bounds, FarPrefixes
 from flexkv.graph.ops import CHUNKS_MAX
 from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
@@ -121,29 +121,18 @@ class LeafFinder:
         device = None if leaves is None else self._device_blocks(leaves, max(0, last))
         return Limits(avoid.unreadable, avoid.fillers, device)
 
-    def find_apart(self, prefix: Prefix, avoid: Avoid) -> SetApart:
-        """Return the longest prefix without blocks that come from far, and what is far behind it.
+    def find_apart(self, prefix: Prefix, avoid: Avoid, with_coming: bool) -> SetApart:
+        """Return the longest prefix that is here, and what a load could bring behind it.
 
-        Count a use of the blocks that are here or coming.
+        Count a use of the blocks that are here or coming. What is coming from far tiers counts as
+        here only `with_coming`.
         """
         here = found = self.find(prefix, avoid, use=True)
-        pending = [each for each in (found.pending, *[of.pending for of in found.leaves]) if each]
-        if pending and (from_far := self._residency.claims.filling_from_others()):
-            fillers = avoid.fillers | from_far
-            here = self.find(prefix, avoid._replace(fillers=fillers))
-        far = self.far_behind(prefix, found, avoid, here.last)
-        return SetApart(here, far, found.last - here.last)
-
-    def far_behind(
-        self, prefix: Prefix, found: Found, avoid: Avoid, first: int | None = None
-    ) -> dict[Tier, int]:
-        """Return how many blocks of the chain a load brings with what is far, by tier.
-
-        Blocks before position `first` do not count; by default, those that were found do not.
-        """
-        first = found.last if first is None else first
+        pending = (found.pending, *[of.pending for of in found.leaves])
+        if not with_coming and any(pending):
+            here = self.find(prefix, avoid.and_far(self._residency))
         whole = self._with_far(prefix, found, avoid).found
-        return blocks_behind(whole, first, self._residency) if whole.last > first else {}
+        return set_apart(here, found, whole, self._residency)
 
     def _device_blocks(self, leaves: tuple[LeafBlocks, ...], last: int) -> NDArray[np.bool_]:
         """Return whether there is a device block for the leaf of each group at each position.

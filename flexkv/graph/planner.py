@@ -32,7 +32,7 @@ from flexkv.graph.draft import (
     template_of,
 )
 from flexkv.graph.ends import Leaves
-from flexkv.graph.far import Extended, SetApart, far_behind, set_apart, with_far
+from flexkv.graph.far import Extended, SetApart, set_apart, with_far
 from flexkv.graph.leaf_stores import LeafStores, Store
 from flexkv.graph.leaves import TOO_MANY, LeafFinder, Prefix, prefix_of
 from flexkv.graph.ops import CHUNKS_MAX
@@ -97,14 +97,15 @@ class Planner:
         if self._leaves is not None:
             avoid = self.avoid
             if near:
-                avoid = avoid.and_far(self._far, self._residency.claims)
+                avoid = avoid.and_far(self._residency)
             return self._plan_whole(self._leaves, request, run_id, avoid)
         first, drop = request.span.first_block, request.drop
         found = self._residency.find(request.keys, first, True, drop)
         found = self.avoid.visible(found, self._residency.claims)
         above: Sequence[Holding] = ()
         if not self.catalogue.is_empty:
-            found, above = self._with_far(request, found, self.avoid.unreadable)
+            end = request.span.last_block
+            found, above = self._with_far(request.keys, end, found, self.avoid.unreadable)
         if found.host_only:
             return Planned(self._claimed(self._from_host(request, found, run_id)), found, None)
         last, told = found.last, None
@@ -185,22 +186,21 @@ class Planner:
         last = len(keys) // BLOCK_KEY_BYTES - 1 - drop
         return self._leaves.find(Prefix(keys, first, last, drop), self.avoid, use=True)
 
-    def find_apart(self, keys: bytes, first: int, drop: int) -> SetApart:
-        """Return what `find` does without blocks that come from far, and what is far behind it."""
-        if self._leaves is None:
-            found, unreadable = self.find(keys, first), self.avoid.unreadable
-            return set_apart(keys, found, drop, self._residency, self.catalogue, unreadable)
-        last = len(keys) // BLOCK_KEY_BYTES - 1 - drop
-        return self._leaves.find_apart(Prefix(keys, first, last, drop), self.avoid)
+    def find_apart(self, keys: bytes, first: int, drop: int, with_coming: bool) -> SetApart:
+        """Return what `find` does, and what a load could bring behind it.
 
-    def find_with_far(self, keys: bytes, first: int) -> SetApart:
-        """Return what `find` does, and how many blocks behind it are said to lie far, by tier."""
-        found, avoid = self.find(keys, first), self.avoid
-        if self._leaves is None:
-            far = far_behind(keys, found.last, self._residency, self.catalogue, avoid.unreadable)
-            return SetApart(found, far)
-        prefix = Prefix(keys, first, len(keys) // BLOCK_KEY_BYTES - 1)
-        return SetApart(found, self._leaves.far_behind(prefix, found, avoid))
+        What is coming from far tiers is found only `with_coming`.
+        """
+        avoid, end = self.avoid, len(keys) // BLOCK_KEY_BYTES - 1
+        if self._leaves is not None:
+            prefix = Prefix(keys, first, end - drop, drop)
+            return self._leaves.find_apart(prefix, avoid, with_coming)
+        here = found = self.find(keys, first)
+        if found.pending is not None and not with_coming:
+            here = avoid.and_far(self._residency).visible(found, self._residency.claims)
+        whole = self._with_far(keys, end, found, avoid.unreadable).found
+        apart = set_apart(here, found, whole, self._residency)
+        return apart._replace(found=here.before(max(here.first, here.last - drop)))
 
     def most_places(self, request: Request) -> int:
         """Return an upper bound, cheap to compute, of the host places that a request needs."""
@@ -238,11 +238,10 @@ class Planner:
             return self._leaves.find_with_far(prefix_of(request)).found
         first, drop = request.span.first_block, request.drop
         found = self._residency.find(request.keys, first, drop=drop)
-        return self._with_far(request, found, frozenset()).found
+        return self._with_far(request.keys, request.span.last_block, found, frozenset()).found
 
-    def _with_far(self, request: Request, found: Found, avoid: frozenset[Tier]) -> Extended:
-        end = request.span.last_block
-        return with_far(request.keys, end, found, self._residency, self.catalogue, avoid)
+    def _with_far(self, keys: bytes, end: int, found: Found, avoid: frozenset[Tier]) -> Extended:
+        return with_far(keys, end, found, self._residency, self.catalogue, avoid)
 
     def _drop(self, draft: Draft) -> None:
         """Release the host places that a draft has reserved."""

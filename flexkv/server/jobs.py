@@ -140,10 +140,8 @@ class Jobs:
     def _found(self, message: Match, keys: bytes, begin: int, drop: int) -> SetApart:
         """Return where a prompt's blocks are, and if the client asks for it, what is far."""
         requests = self._engine.requests
-        if message.apart:
-            return requests.find_here(keys, begin, drop)
-        if message.with_far:
-            return requests.find_with_far(keys, begin)
+        if message.apart or message.with_far:
+            return requests.find_apart(keys, begin, drop, with_coming=not message.apart)
         return SetApart(requests.find(keys, begin, drop), {})
 
     def _host_run(self, keys: bytes, found: Found, message: Match) -> int:

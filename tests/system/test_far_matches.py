@@ -46,9 +46,11 @@ def instance(settings: Settings, served: FarServer) -> Iterator[Instance]:
     made.close()
 
 
-def matched(client: Client, keys: bytes, hold: bool = False, drop: int = 0) -> Matched:
+def matched(
+    client: Client, keys: bytes, hold: bool = False, drop: int = 0, how: str = "apart"
+) -> Matched:
     """Return the answer to a match that tells far blocks apart."""
-    return client.result(client.ask(keys, hold=hold, drop=drop, apart=True))
+    return client.result(client.ask(keys, hold=hold, drop=drop, **{how: True}))
 
 
 def test_a_match_says_how_many_blocks_behind_the_local_ones_are_far(
@@ -179,15 +181,18 @@ def test_a_put_under_way_is_no_far_block(served: FarServer, settings: Settings) 
     client.close()
 
 
-def test_a_dropped_block_is_neither_found_nor_far(served: FarServer, instance: Instance) -> None:
+@pytest.mark.parametrize("how", ["apart", "with_far"])
+def test_a_dropped_block_is_neither_found_nor_far(
+    served: FarServer, instance: Instance, how: str
+) -> None:
     """With a block to drop, the hit is one shorter, and what is far begins where it would."""
     client, keys = instance.client, instance.keys(0)
     instance.request(Operation.PUT, 0, range(HERE))
     served.hold(keys)
-    found = matched(client, keys, drop=1)
+    found = matched(client, keys, drop=1, how=how)
     assert (found.blocks, found.far) == (HERE - 1, {"remote": 5})
     served.call(served.far.hinted.clear)
-    found = matched(client, keys, drop=1)
+    found = matched(client, keys, drop=1, how=how)
     assert (found.blocks, found.far) == (HERE - 1, {})
 
 

@@ -351,7 +351,9 @@ def apart(
     tiers: Residency, far: FakeFar, first: int = 0, drop: int = 0
 ) -> tuple[int, dict[Tier, int], int]:
     """Return where the local prefix ends, what is far behind it, and how much of that is coming."""
-    found, behind, coming = Planner(tiers, LIMITS, far, RULES).find_apart(KEYS, first, drop)
+    found, behind, coming = Planner(tiers, LIMITS, far, RULES).find_apart(
+        KEYS, first, drop, with_coming=False
+    )
     return found.last, dict(behind), coming
 
 
@@ -363,7 +365,7 @@ def test_a_match_tells_far_blocks_apart() -> None:
     far = far_with({0: [4, 5], WINDOW: [2, 3, 4, 5], STATE: [3, 5]})
     assert apart(tiers, far) == (2, {Tier.HOST: 2, Tier.REMOTE: 2}, 0)
     assert apart(tiers, far, drop=1) == (2, {Tier.HOST: 2}, 0)
-    found, behind, _ = Planner(tiers, LIMITS, far, RULES).find_with_far(KEYS, 0)
+    found, behind, _ = Planner(tiers, LIMITS, far, RULES).find_apart(KEYS, 0, 0, with_coming=True)
     assert (found.last, behind) == (2, {Tier.HOST: 2, Tier.REMOTE: 2})
 
 
@@ -386,6 +388,6 @@ def test_a_tier_that_is_down_promises_nothing() -> None:
     """Far leaves are not counted on while their tier is down."""
     tiers, far = index({0: list(range(8))}), far_with(EVERY)
     planner = Planner(tiers, LIMITS, far, RULES)
-    assert planner.find_apart(KEYS, 0, 0).far == {Tier.HOST: 8}
+    assert planner.find_apart(KEYS, 0, 0, with_coming=False).far == {Tier.HOST: 8}
     planner.avoid = Avoid(unreadable=frozenset({Tier.REMOTE}))
-    assert planner.find_apart(KEYS, 0, 0).far == {}
+    assert planner.find_apart(KEYS, 0, 0, with_coming=False).far == {}
