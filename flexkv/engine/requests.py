@@ -162,8 +162,8 @@ class Requests:
         It waits for no I/O, and changes only the blocks' recency.
         """
         request = self.intake(Operation.PREFETCH, token_ids, None, namespace)
-        found, far, _ = self.find_apart(request.keys, with_coming=True)
-        return prefix_match(found, self._core.residency.tiers, request.tokens_per_block, far)
+        apart, tiers = self.find_apart(request.keys, with_coming=True), self._core.residency.tiers
+        return prefix_match(apart.found, tiers, request.tokens_per_block, apart.far)
 
     def find(self, keys: bytes, first: int = 0, drop: int = 0) -> Found:
         """Return where a prompt's blocks from `first` on are: see `Planner.find`."""

@@ -9,6 +9,7 @@ could still fail to arrive, so a match tells them apart:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from msgspec import structs
 from flexkv.common.terms import Positions, Tier
 from flexkv.index.catalogue import Catalogue, FarRun
 from flexkv.index.claims import Holding
-from flexkv.index.found import Found, Placement
+from flexkv.index.found import Found, LeafFound, Placement
 from flexkv.index.residency import ABSENT, Residency
 
 
@@ -79,36 +80,63 @@ def _absent(
 
 
 class SetApart(NamedTuple):
-    """What a match finds here, and how many blocks behind that could be had, by tier."""
+    """What a match finds here, and what a load could bring behind that.
+
+    Attributes:
+        found: what is here.
+        far: how many blocks of the chain longer the prefix could be, by the tier where they are.
+        fetched: how many blocks of all KV groups a prefetch waits for to make it so long, by the
+            tier that sends them.
+        coming: how many of `fetched` are on their way from far tiers already.
+    """
 
     found: Found
-    far: Mapping[Tier, int]
+    far: Mapping[Tier, int] = {}
+    fetched: Mapping[Tier, int] = {}
     coming: int = 0
-    """How many of these are on their way already, or are here behind such a block."""
 
 
-def set_apart(here: Found, found: Found, whole: Found, residency: Residency) -> SetApart:
+def set_apart(
+    here: Found, whole: Found, drop: int, residency: Residency, pending: Placement | None = None
+) -> SetApart:
     """Return what is here, and what a load could bring behind that.
 
     Args:
         here: what is found without blocks that are coming from far.
-        found: what is found with these.
-        whole: what a load brings, with blocks that are far, too.
+        whole: what a load brings, with these and with blocks that are far.
+        drop: how many of the last blocks of both are to be left out, though they must be there.
         residency: where these blocks are.
+        pending: blocks behind `whole` that must be there, too, and are being filled.
     """
-    return SetApart(here, blocks_behind(whole, here.last, residency), found.last - here.last)
+    first, kept = here.last, here.before(max(here.first, here.last - drop))
+    # What is far has to make up for blocks to drop that are not here.
+    last = max(first, whole.last - (drop - (here.last - kept.last)))
+    if last == first:
+        return SetApart(kept)
+    cut = whole.before(last)
+    far, _ = _behind(first, [LeafFound(0, cut.ready, cut.pending)], residency)
+    chain, dropped = LeafFound(0, whole.ready, whole.pending), LeafFound(0, whole.dropped, pending)
+    fetched, coming = _behind(first, [chain, dropped, *whole.leaves], residency)
+    fetched.pop(Tier.HOST, None)
+    return SetApart(kept, far, fetched, coming)
 
 
-def blocks_behind(found: Found, first: int, residency: Residency) -> dict[Tier, int]:
-    """Return how many blocks of a run are at position `first` or behind it, by tier.
+def _behind(
+    first: int, groups: Sequence[LeafFound], residency: Residency
+) -> tuple[dict[Tier, int], int]:
+    """Return how many blocks are at position `first` or behind it, by tier, and how many coming.
 
     Blocks that are coming from far count for the tier that sends them, others for host memory.
     """
-    behind = {tier: placed.behind(first).block_count for tier, placed in found.ready.items()}
-    if found.pending is not None:
-        own = {Tier.DEVICE, None, *residency.tiers}
-        coming = found.pending.behind(first).block_ids
-        for source in residency.claims.sources(Tier.HOST, coming):
-            tier = Tier.HOST if source in own or source is None else source
-            behind[tier] = behind.get(tier, 0) + 1
-    return {tier: count for tier, count in behind.items() if count}
+    own, counts, coming = {Tier.DEVICE, None, *residency.tiers}, Counter[Tier](), 0
+    for group in groups:
+        for tier, placed in group.ready.items():
+            counts[tier] += placed.behind(first).block_count
+        if group.pending is None:
+            continue
+        ids = group.pending.behind(first).block_ids
+        for source in residency.claims.sources(Tier.HOST, ids):
+            sender = Tier.HOST if source is None or source in own else source
+            counts[sender] += 1
+            coming += sender is not Tier.HOST
+    return dict(+counts), coming

@@ -129,10 +129,14 @@ class LeafFinder:
         """
         here = found = self.find(prefix, avoid, use=True)
         pending = (found.pending, *[of.pending for of in found.leaves])
-        if not with_coming and any(pending):
+        if not with_coming and (prefix.drop or any(pending)):
             here = self.find(prefix, avoid.and_far(self._residency))
-        whole = self._with_far(prefix, found, avoid).found
-        return set_apart(here, found, whole, self._residency)
+        whole, dropped = self._with_far(prefix, found, avoid).found, None
+        if prefix.drop and whole.last > here.last:
+            last = whole.last + prefix.drop
+            chain = self._residency.run(prefix.keys, prefix.first, last)
+            dropped = chain.pending and chain.pending.behind(whole.last)
+        return set_apart(here, whole, 0, self._residency, dropped)
 
     def _device_blocks(self, leaves: tuple[LeafBlocks, ...], last: int) -> NDArray[np.bool_]:
         """Return whether there is a device block for the leaf of each group at each position.

@@ -199,8 +199,7 @@ class Planner:
         if found.pending is not None and not with_coming:
             here = avoid.and_far(self._residency).visible(found, self._residency.claims)
         whole = self._with_far(keys, end, found, avoid.unreadable).found
-        apart = set_apart(here, found, whole, self._residency)
-        return apart._replace(found=here.before(max(here.first, here.last - drop)))
+        return set_apart(here, whole, drop, self._residency)
 
     def most_places(self, request: Request) -> int:
         """Return an upper bound, cheap to compute, of the host places that a request needs."""

@@ -19,7 +19,8 @@ class PrefixMatch(msgspec.Struct, frozen=True):
 
     `tokens` includes `pending_tokens`: those being filled right now, which a get waits for. It does
     not include `far_tokens_by_tier`: those behind them that a far tier is said to have. A get
-    fetches these, too, as far as they are really there.
+    fetches these, too, as far as they are really there. With several KV groups, tokens whose leaves
+    lie far count there as well, under the tier that has their blocks of the chain.
     """
 
     tokens: int

@@ -119,12 +119,13 @@ class Jobs:
         # Leaves at positions that the client has are not needed.
         begin = min(message.first, blocks) if message.from_first or has_leaves else 0
         drop = min(message.drop, blocks)
-        found, far, coming = self._found(message, keys, begin, drop)
+        apart = self._found(message, keys, begin, drop)
         if message.hold:  # holds are counted, so no block may occur twice
-            agreeing = engine.residency.agreeing(keys[: (found.last + 1) * BLOCK_KEY_BYTES])
-            if agreeing < found.last:  # these keys were not derived from tokens
+            agreeing = engine.residency.agreeing(keys[: (apart.found.last + 1) * BLOCK_KEY_BYTES])
+            if agreeing < apart.found.last:  # these keys were not derived from tokens
                 begin, some = min(begin, agreeing), keys[: (agreeing + 1) * BLOCK_KEY_BYTES]
-                found, far, coming = self._found(message, some, begin, drop)
+                apart = self._found(message, some, begin, drop)
+        found = apart.found
         by_tier = {
             tier.label: place.block_count - place.positions.number_before(message.first)
             for tier, place in found.ready.items()
@@ -132,8 +133,14 @@ class Jobs:
         pending = found.pending.block_count if found.pending else 0
         run = self._host_run(keys, found, message)
         chain = max(found.last, found.chain)
-        told = {tier.label: count for tier, count in far.items()}
-        answer(Matched(message.number, found.last, by_tier, pending, run, chain, told, coming))
+        far, fetched = [
+            {tier.label: count for tier, count in counts.items()}
+            for counts in (apart.far, apart.fetched)
+        ]
+        answer(
+            Matched(message.number, found.last, by_tier, pending, run, chain, far, apart.coming,
+                    fetched)
+        )  # fmt: skip
         if message.hold:
             engine.requests.holds.hold(self._instance, message.number, found.holdings)
 
@@ -142,7 +149,7 @@ class Jobs:
         requests = self._engine.requests
         if message.apart or message.with_far:
             return requests.find_apart(keys, begin, drop, with_coming=not message.apart)
-        return SetApart(requests.find(keys, begin, drop), {})
+        return SetApart(requests.find(keys, begin, drop))
 
     def _host_run(self, keys: bytes, found: Found, message: Match) -> int:
         """Return how many blocks, from the match's first one on, a put need not store."""

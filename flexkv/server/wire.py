@@ -185,7 +185,10 @@ class Matched(Message, tag="matched", frozen=True):
     the chain up to the end of a prefix that is whole then; if only leaves lie far, they may be in
     host memory."""
     coming: Number = 0
-    """How many of these are on their way already, or wait here for those before them."""
+    """How many of `fetched` are on their way from far tiers already."""
+    fetched: Mapping[str, Number] = {}
+    """How many blocks of all KV groups a prefetch waits for to bring those, by the tier that sends
+    them."""
 
 
 class LeafIds(msgspec.Struct, frozen=True, array_like=True, gc=False):

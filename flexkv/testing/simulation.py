@@ -350,7 +350,7 @@ class Simulation:
         """Return a prefetch, at times narrowed to what an engine would fetch behind a match."""
         if self.far is None or self.random.random() < 0.5:
             return request
-        here, far, _ = self.engine.requests.find_apart(request.keys)
+        here, far, *_ = self.engine.requests.find_apart(request.keys)
         last = min(here.last + sum(far.values()), request.span.last_block)
         return request.narrowed(here.last, max(here.last, last))
 

@@ -157,7 +157,8 @@ def test_blocks_that_are_here_behind_coming_ones_are_counted_with_them(
     assert instance.request(Operation.PUT, 0, range(BLOCKS)).moved == 3
     found = matched(client, keys)
     assert (found.blocks, found.by_tier) == (0, {})
-    assert (found.far, found.coming) == ({"remote": 5, "host": 3}, BLOCKS)
+    assert found.far == {"remote": 5, "host": 3}
+    assert (found.fetched, found.coming) == ({"remote": 5}, 5)
     served.pass_transfers(None)
     assert instance.end_of(number).moved == 5
     assert matched(client, keys).blocks == BLOCKS
@@ -190,7 +191,7 @@ def test_a_dropped_block_is_neither_found_nor_far(
     instance.request(Operation.PUT, 0, range(HERE))
     served.hold(keys)
     found = matched(client, keys, drop=1, how=how)
-    assert (found.blocks, found.far) == (HERE - 1, {"remote": 5})
+    assert (found.blocks, found.far, found.fetched) == (HERE - 1, {"remote": 5}, {"remote": 5})
     served.call(served.far.hinted.clear)
     found = matched(client, keys, drop=1, how=how)
     assert (found.blocks, found.far) == (HERE - 1, {})

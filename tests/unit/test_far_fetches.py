@@ -29,7 +29,15 @@ from tests.unit.transfer_rig import HELD
 PER_BLOCK, BLOCKS, HERE = 4, 20, 3
 SPACES = ModelConfig(num_layers=1, num_kv_heads=1, head_size=8, dtype="float16").spaces(PER_BLOCK)
 SEVERAL = spaces_of((STATE, 0, 2 * PER_BLOCK))
-FAR = Matched(HELD, HERE, {"host": HERE}, far={"remote": 8})
+
+
+def far(blocks: int, here: int = HERE, number: int = HELD, coming: int = 0) -> Matched:
+    """Return a match that has found some blocks here, and others far behind them."""
+    lies = {"remote": blocks}
+    return Matched(number, here, {"host": here}, far=lies, coming=coming, fetched=lies)
+
+
+FAR = far(8)
 TIMEOUT_S = 2.0
 
 
@@ -154,7 +162,7 @@ def test_a_prompt_waits_for_its_fetch_and_is_offered_what_arrived(rig: Rig) -> N
     assert rig.costs.learnt == [({"remote": 8}, 0, 0.2)]
     told = {"fetches": 1, "fetch_waits": 1, "fetch_wait_ms": 250, "fetched_blocks": 8}
     assert rig.counts == told
-    assert not rig.begin(request, Matched(2, HERE + 8, {}, far={"remote": 5}))
+    assert not rig.begin(request, far(5, HERE + 8, 2))
     rig.fetches.finish(request)
     assert (rig.client.cancelled, rig.fetches.blocks_under_way) == ([], 0)
 
@@ -264,7 +272,7 @@ def test_fetches_leave_most_of_host_memory_alone(rig: Rig) -> None:
 
 def test_there_are_only_so_many_fetches(rig: Rig) -> None:
     """However many prompts wait, few requests of the server are under way for them."""
-    small = Matched(HELD, HERE, {}, far={"remote": 1})
+    small = far(1)
     begun = [rig.begin(asked(f"{n}"), small) for n in range(2 * FETCHES_MAX)]
     assert begun == [True] * FETCHES_MAX + [False] * FETCHES_MAX
 
@@ -274,16 +282,64 @@ def test_a_fetch_ends_where_a_hit_can(rig: Rig) -> None:
     """Blocks behind the last possible end of a hit are not fetched, but the one to drop is."""
     assert rig.begin(asked())
     assert rig.client.begun == {1: (HERE, 11, HELD)}
-    assert not rig.begin(asked("b"), Matched(HELD, 4, {}, far={"remote": 1})), "no longer hit"
+    assert not rig.begin(asked("b"), far(1, 4)), "no longer hit"
     assert rig.begin(asked("c"), FAR, blocks=10)
     assert rig.client.begun[2] == (HERE, 10, HELD)
+
+
+def leaves_alone(blocks: int, leaves: int, coming: int = 0) -> Matched:
+    """Return a match of a chain that is here, without leaves that are far."""
+    fetched = {"remote": leaves}
+    return Matched(HELD, 0, {}, far={"host": blocks}, coming=coming, fetched=fetched)
+
+
+def test_leaves_are_what_a_fetch_costs_and_the_chain_what_it_wins() -> None:
+    """The cost is that of the blocks of any group that are fetched, the gain that of the prefix."""
+    rig = Rig(alignment=2 * PER_BLOCK, several=True)
+    rig.costs.pays = False
+    assert not rig.begin(asked("a"), leaves_alone(18, 3))
+    assert rig.costs.asked == [({"remote": 3}, 0, 18 * PER_BLOCK)]
+    assert +rig.counts == {"declined_far_blocks": 18}
+    rig.costs.pays = True
+    assert rig.begin(asked("b"), leaves_alone(18, 3))
+    both = Matched(HELD, 4, {}, far={"remote": 6}, fetched={"remote": 6 + 2, "disk": 1})
+    assert rig.begin(asked("c"), both)
+    assert rig.costs.asked[1:] == [
+        ({"remote": 3}, 0, 18 * PER_BLOCK),
+        ({"remote": 8, "disk": 1}, 3, 6 * PER_BLOCK),
+    ]
+    assert rig.fetches.blocks_under_way == 3 + 9
+    rig.end(18, 1, took_s=0.5)
+    rig.end(4, 2, took_s=9.0)
+    assert rig.costs.learnt == [({"remote": 3}, 0, 0.5)], "the other one was planned again"
+    assert rig.begin(asked("d"), leaves_alone(18, 5, coming=2))
+    assert rig.fetches.blocks_under_way == 3, "the others are another fetch's"
+
+
+def test_a_fetch_of_leaves_takes_as_much_of_host_memory_as_they_need() -> None:
+    """A fetch of all or nothing is declined only if the blocks that it brings do not fit."""
+    rig = Rig(alignment=2 * PER_BLOCK, several=True, host_blocks=2 * 10)
+    assert not rig.begin(asked("a"), leaves_alone(6, 11))
+    assert rig.begin(asked("b"), leaves_alone(18, 10))
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_prompt_waits_for_what_it_gains_and_no_longer(
+    drops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that are dropped behind a hit are computed anyhow, so nobody waits for these."""
+    rig = Rig(drops=drops, timeout_s=60.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: rig.now_s))
+    rig.costs.token_s = 0.25
+    assert rig.begin(asked("a"))
+    assert rig.waited_s(asked("a")) == pytest.approx(8 * PER_BLOCK * 0.25, abs=0.11)
 
 
 @pytest.mark.parametrize("drops", [False, True])
 def test_the_end_of_a_prefix_of_several_groups_is_told(drops: bool) -> None:
     """The server learns which of the blocks to fetch are to be dropped behind the prefix."""
     rig = Rig(drops=drops, alignment=2 * PER_BLOCK, several=True)
-    assert rig.begin(asked(), Matched(HELD, 4, {}, far={"remote": 6}))
+    assert rig.begin(asked(), far(6, 4))
     assert (rig.client.begun, rig.client.drops) == ({1: (4, 10 + drops, HELD)}, [int(drops)])
 
 
@@ -306,14 +362,14 @@ def test_what_arrives_late_is_counted_and_learnt(rig: Rig) -> None:
 
 def test_only_fetches_that_fetch_all_their_blocks_tell_what_they_cost(rig: Rig) -> None:
     """Blocks that another fetch brings arrive sooner, and a fetch of nothing says nothing."""
-    joins = Matched(HELD, HERE, {}, far={"remote": 8}, coming=4)
+    joins = far(8, coming=4)
     assert rig.begin(asked("a"))
     assert rig.begin(asked("b"), joins)
     assert rig.begin(asked("c"))
-    assert [ahead for _, ahead, _ in rig.costs.asked] == [0, 8 - 4, 16]
+    assert [ahead for _, ahead, _ in rig.costs.asked] == [0, 8 - 4, 8 + 4]
     for number, moved in ((1, 0), (2, 8), (3, 8)):
         rig.end(moved, number, took_s=1.0)
-    assert rig.costs.learnt == [({"remote": 8}, 16, 1.0)]
+    assert rig.costs.learnt == [({"remote": 8}, 12, 1.0)]
 
 
 def test_a_prompt_that_is_over_fetches_no_more(rig: Rig) -> None:
@@ -365,7 +421,7 @@ def test_whatever_happens_nothing_is_left_and_nobody_waits_too_long(
             request = asked(f"{made}", chance.randint(0, 12), chance.choice([None, None, 0.0, 0.3]))
             requests[request.request_id] = request
             before = len(rig.client.begun)
-            found = Matched(HELD, HERE, {}, far={"remote": chance.randint(0, 12)})
+            found = far(chance.randint(0, 12))
             rig.begin(request, found, chance.random() < 0.5)
             assert len(rig.client.begun) - before <= 1
         elif what < 0.7:

@@ -135,14 +135,16 @@ class Case:
         return max([end for end in ends if end > self.first and self.is_whole(end)], default=0)
 
 
-def random_case(random: Random) -> tuple[Case, Residency, FakeFar]:
+def random_case(
+    random: Random, span_blocks: tuple[int, ...] = (1, 2, 4)
+) -> tuple[Case, Residency, FakeFar]:
     """Return a random case, the index of what is here, and the far tier."""
     rules = []
     for group in range(1, random.randint(2, 4)):
         ratio, kind = random.choice([1, 1, 2, 3]), random.choice(list(Kind))
         window = random.randint(1, 24) if kind in (Kind.WINDOW, Kind.CHUNK) else 0
         rules.append(GroupRule(group, kind, window, ratio, 4 * ratio))
-    blocks, size = random.randint(1, 24), random.choice([1, 2, 4])
+    blocks, size = random.randint(1, 24), random.choice(span_blocks)
     prompt = keys(*range(blocks))
     tiers, far = Residency({Tier.HOST: 200, Tier.DISK: 200}, rules=rules), FakeFar(span_blocks=size)
     local = random.randint(0, blocks)
@@ -342,52 +344,3 @@ def test_what_hangs_on_its_way_is_not_waited_for(group: int) -> None:
     assert finder.find_with_far(prefix, hangs).found.last == (5 if group else 4)
     tiers.claims.settle(77, filled=False)
     assert finder.find_with_far(prefix, hangs).found.last == 6
-
-
-# -- matches ----------------------------------------------------------------------------------
-
-
-def apart(
-    tiers: Residency, far: FakeFar, first: int = 0, drop: int = 0
-) -> tuple[int, dict[Tier, int], int]:
-    """Return where the local prefix ends, what is far behind it, and how much of that is coming."""
-    found, behind, coming = Planner(tiers, LIMITS, far, RULES).find_apart(
-        KEYS, first, drop, with_coming=False
-    )
-    return found.last, dict(behind), coming
-
-
-def test_a_match_tells_far_blocks_apart() -> None:
-    """An engine is offered what is here, and told how much of the chain a prefetch would add."""
-    tiers = index({0: [0, 1, 2, 3], WINDOW: [0, 1], STATE: [1]})
-    assert apart(tiers, FakeFar()) == (2, {}, 0)
-    assert apart(tiers, far_with({0: [4, 5], WINDOW: [4, 5]})) == (2, {}, 0)
-    far = far_with({0: [4, 5], WINDOW: [2, 3, 4, 5], STATE: [3, 5]})
-    assert apart(tiers, far) == (2, {Tier.HOST: 2, Tier.REMOTE: 2}, 0)
-    assert apart(tiers, far, drop=1) == (2, {Tier.HOST: 2}, 0)
-    found, behind, _ = Planner(tiers, LIMITS, far, RULES).find_apart(KEYS, 0, 0, with_coming=True)
-    assert (found.last, behind) == (2, {Tier.HOST: 2, Tier.REMOTE: 2})
-
-
-@pytest.mark.parametrize("group", [0, WINDOW, STATE])
-def test_what_is_coming_from_far_is_not_offered(group: int) -> None:
-    """While a block of any group is being fetched, the prefix that needs it counts as far."""
-    here = {of: [at for at in some if of != group or at < 6] for of, some in EVERY.items()}
-    if group == 0:
-        here |= {of: [at for at in some if at < 6] for of, some in EVERY.items()}
-    tiers, far = index(here), far_with(EVERY)
-    planned = plan(tiers, far, Operation.PREFETCH)
-    assert moved(planned, FETCH)[group][-1] == 7
-    tier = Tier.HOST if group else Tier.REMOTE
-    assert apart(tiers, far) == (6, {tier: 2}, 2)
-    settle(tiers, planned)
-    assert apart(tiers, far) == (8, {}, 0)
-
-
-def test_a_tier_that_is_down_promises_nothing() -> None:
-    """Far leaves are not counted on while their tier is down."""
-    tiers, far = index({0: list(range(8))}), far_with(EVERY)
-    planner = Planner(tiers, LIMITS, far, RULES)
-    assert planner.find_apart(KEYS, 0, 0, with_coming=False).far == {Tier.HOST: 8}
-    planner.avoid = Avoid(unreadable=frozenset({Tier.REMOTE}))
-    assert planner.find_apart(KEYS, 0, 0, with_coming=False).far == {}

@@ -159,7 +159,7 @@ class Costs:
         The time beyond what the nearer tiers usually take is charged to the farthest one.
 
         Args:
-            by_tier: how many blocks came from each tier.
+            by_tier: how many blocks of all KV groups came from each tier.
             ahead: how many blocks were under way when it began.
             seconds: how long it took.
         """

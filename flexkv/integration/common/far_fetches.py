@@ -65,6 +65,9 @@ class _Fetch:
     end: int
     """Where the prompt's hit ends once all have come: behind it are blocks that drafts drop."""
     by_tier: Mapping[str, int]
+    """How many blocks of all KV groups it waits for, by the tier that sends them."""
+    own_blocks: int
+    """How many of these no other fetch was bringing when it began."""
     ahead: int
     """How many blocks were under way when it began."""
     is_typical: bool
@@ -80,9 +83,9 @@ class _Fetch:
     """Whether its prompt is over."""
 
     @property
-    def block_count(self) -> int:
-        """Return how many blocks it is to bring."""
-        return self.last - self.first
+    def gain(self) -> int:
+        """Return how many blocks longer the prompt's hit is once all have come."""
+        return self.end - self.first
 
 
 class FarFetches:
@@ -109,8 +112,8 @@ class FarFetches:
 
     @property
     def blocks_under_way(self) -> int:
-        """Return how many blocks are being fetched."""
-        return sum(fetch.block_count for fetch in self._under_way.values())
+        """Return how many blocks of all KV groups are being fetched."""
+        return sum(fetch.own_blocks for fetch in self._under_way.values())
 
     def begin(
         self, request: RequestTransfers, found: Matched, blocks: int, is_tried: bool,
@@ -128,15 +131,15 @@ class FarFetches:
             is_tried: whether the engine would run the request now.
             part_of: returns a part of its prompt: this many of the first blocks.
         """
-        far, may_fetch = sum(found.far.values()), request.may_fetch
-        if not far or not may_fetch or request.load_deadline_s == 0:
+        far, places = sum(found.far.values()), sum(found.fetched.values()) - found.coming
+        if not far or not request.may_fetch or request.load_deadline_s == 0:
             return False
         groups, ahead = self._groups, self.blocks_under_way
         host_blocks = self._client.welcome.num_host_blocks
         room = host_blocks // HOST_SHARE - ahead
         if groups.several and not ahead:
             room = host_blocks // WHOLE_SHARE
-        is_cut = groups.several and far > room  # a part of it would be of no use
+        is_cut = groups.several and places > room  # a part of it would be of no use
         if len(self._under_way) >= FETCHES_MAX or room <= 0 or is_cut:
             request.may_fetch = not is_tried
             self._count("declined_far_blocks", far)
@@ -147,18 +150,18 @@ class FarFetches:
             return False  # in the latter case it runs now, and computes them
         request.may_fetch = False
         last = min(blocks, end + groups.drop)
-        by_tier, others = share_of(found.far, last - found.blocks, far), ahead - found.coming
-        costs, tokens = self._costs, gain * self._per_block
-        if costs is not None and not costs.is_worth_fetching(by_tier, max(0, others), tokens):
+        by_tier = share_of(found.fetched, end - found.blocks, far)
+        costs, others = self._costs, max(0, ahead - found.coming)
+        if costs and not costs.is_worth_fetching(by_tier, others, gain * self._per_block):
             self._count("declined_far_blocks", far)
             return False
         # With several KV groups a prefix is fetched whole, so the server must know where it ends.
         drop = last - end if groups.several else 0
         number = self._client.prefetch(part_of(last), found.blocks, found.number, drop)
         self._client.flush()
-        fetch = _Fetch(
-            request.request_id, found.blocks, last, end, by_tier, ahead, not found.coming, number
-        )
+        own_blocks = max(0, sum(by_tier.values()) - found.coming)
+        fetch = _Fetch(request.request_id, found.blocks, last, end, by_tier, own_blocks, ahead,
+                       not found.coming, number)  # fmt: skip
         self._of_request[request.request_id] = self._under_way[number] = fetch
         self._count("fetches", 1)
         return not is_tried or self.waits(request)
@@ -170,7 +173,7 @@ class FarFetches:
             return False
         now_s = time.monotonic()
         if fetch.since_s is None:
-            gain = self._groups.aligned(fetch.last) - max(fetch.first, request.local_blocks)
+            gain = fetch.end - max(self._groups.aligned(fetch.first), request.local_blocks)
             limit_s = 0.0 if fetch.done is not None else self._limit_s(request, gain)
             fetch.since_s, fetch.until_s = now_s, now_s + limit_s
             if limit_s > 0:
@@ -215,19 +218,26 @@ class FarFetches:
         if fetch is None:
             return False
         fetch.done = done
-        if self._costs is not None and fetch.is_typical and done.moved:
-            by_tier = share_of(fetch.by_tier, done.moved, fetch.block_count)
-            self._costs.fetched(by_tier, fetch.ahead, done.took_s)
+        if self._costs is not None and (brought := self._brought(fetch, done)):
+            self._costs.fetched(brought, fetch.ahead, done.took_s)
         if fetch.in_time is not None:
             self._settle(fetch, done)
         return True
+
+    def _brought(self, fetch: _Fetch, done: Done) -> Mapping[str, int]:
+        """Return how many blocks by tier explain how long a fetch has taken; none if none do."""
+        if not fetch.is_typical or not done.moved:
+            return {}
+        if self._groups.several:  # if it came short, it was planned again, and brought other ones
+            return fetch.by_tier if done.moved >= fetch.gain else {}
+        return share_of(fetch.by_tier, done.moved, sum(fetch.by_tier.values()))
 
     def _settle(self, fetch: _Fetch, done: Done) -> None:
         """Count what a fetch has brought, once it is over and its prompt waits no more."""
         assert fetch.in_time is not None
         self._add("late_fetched_blocks", max(0, done.moved - fetch.in_time))
         if not fetch.is_dropped:
-            self._add("missing_far_blocks", max(0, fetch.end - fetch.first - done.moved))
+            self._add("missing_far_blocks", max(0, fetch.gain - done.moved))
 
     def finish(self, request: RequestTransfers) -> None:
         """Give up the fetch of a request that is over, if it is under way."""
