@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
@@ -143,6 +144,14 @@ class Found(msgspec.Struct, frozen=True):
         ready = [self.ready, *[of.ready for of in self.leaves]]
         ids = [each[Tier.HOST].block_ids for each in ready if Tier.HOST in each]
         return ids[0] if len(ids) == 1 else np.concatenate(ids) if ids else np.zeros(0, np.int64)
+
+    @property
+    def leaves_by_tier(self) -> Counter[Tier]:
+        """Return how many of the leaves each tier has."""
+        counts = Counter[Tier]()
+        for leaf in self.leaves:
+            counts.update({tier: placed.block_count for tier, placed in leaf.ready.items()})
+        return counts
 
     def before(self, last: int) -> Found:
         """Return the part of the run before a position.

@@ -133,13 +133,13 @@ class Jobs:
         pending = found.pending.block_count if found.pending else 0
         run = self._host_run(keys, found, message)
         chain = max(found.last, found.chain)
-        far, fetched = [
+        far, fetched, leaves = [
             {tier.label: count for tier, count in counts.items()}
-            for counts in (apart.far, apart.fetched)
+            for counts in (apart.far, apart.fetched, found.leaves_by_tier)
         ]
         answer(
             Matched(message.number, found.last, by_tier, pending, run, chain, far, apart.coming,
-                    fetched)
+                    fetched, leaves)
         )  # fmt: skip
         if message.hold:
             engine.requests.holds.hold(self._instance, message.number, found.holdings)

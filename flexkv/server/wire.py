@@ -189,6 +189,8 @@ class Matched(Message, tag="matched", frozen=True):
     fetched: Mapping[str, Number] = {}
     """How many blocks of all KV groups a prefetch waits for to bring those, by the tier that sends
     them."""
+    leaves: Mapping[str, Number] = {}
+    """How many leaves that the blocks from `first` on need each tier has."""
 
 
 class LeafIds(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -119,6 +119,8 @@ def test_what_the_device_has_is_not_loaded(instance: GroupInstance, first: int) 
     instance.wipe()
     matched = instance.match(keys, first)
     assert sum(matched.by_tier.values()) == 18 - first
+    needed = [instance.groups.needed(group, 18, first) for group in LEAVES]
+    assert matched.leaves == {"host": sum(map(len, needed))}
     assert instance.get(keys, matched, first).moved == 18 - first
 
 

@@ -55,6 +55,20 @@ def test_a_load_writes_what_the_prefix_needs_of_each_group(local: int) -> None:
     assert request.stored_blocks == (0 if local else 3)
 
 
+def test_the_cost_of_a_load_is_that_of_the_blocks_of_all_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A load of a chain from host memory whose leaves are on SSD says what the SSD costs."""
+    rig, request = rig_with(), request_with()
+    learnt = []
+    costs = rig.transfers._costs
+    assert costs is not None
+    monkeypatch.setattr(costs, "loaded", lambda by_tier, took_s: learnt.append((by_tier, took_s)))
+    rig.load_groups(request, IDS, 3, leaves={"disk": 2, "host": 1})
+    rig.step(Done(1, "success", 3, took_s=0.5))
+    assert learnt == [({"host": 3 + 1, "disk": 2}, 0.5)]
+
+
 @pytest.mark.parametrize(
     "end",
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexkv.common.request import LeafBlocks
@@ -121,9 +121,16 @@ class Rig:
         request.by_layer = by_layer
         self.transfers.load(request, [ids], len(ids))
 
-    def load_groups(self, request: RequestTransfers, ids: GroupIds, blocks: int) -> None:
-        """Begin the load of the first blocks but those that the device has, with their leaves."""
-        request.found = Matched(HELD, blocks, {"host": blocks - request.local_blocks})
+    def load_groups(
+        self, request: RequestTransfers, ids: GroupIds, blocks: int,
+        leaves: Mapping[str, int] | None = None,
+    ) -> None:  # fmt: skip
+        """Begin the load of the first blocks but those that the device has, with their leaves.
+
+        `leaves` is how many leaves the match has found in each tier.
+        """
+        by_tier = {"host": blocks - request.local_blocks}
+        request.found = Matched(HELD, blocks, by_tier, leaves=leaves or {})
         self.transfers.load(request, ids, blocks)
 
 

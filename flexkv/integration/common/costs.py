@@ -123,7 +123,7 @@ class Costs:
             self._token.add((self._ended_s - begin_s) / tokens)
 
     def loaded(self, by_tier: Mapping[str, int], seconds: float) -> None:
-        """Record how long a load took; `by_tier` counts its blocks in each tier.
+        """Record how long a load took; `by_tier` counts its blocks of all KV groups in each tier.
 
         The time beyond what the nearer tiers usually take is charged to the farthest one.
         """

@@ -16,6 +16,7 @@ Leaves of other KV groups do not count: without one, a later hit is only shorter
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -61,8 +62,8 @@ class Load:
 
     @property
     def by_tier(self) -> dict[str, int]:
-        """Return an estimate of how many of the chain's blocks that it moves are in each tier."""
-        return share_of(self.found.by_tier, len(self.block_ids), self.found.blocks - self.local)
+        """Return an estimate of how many blocks of all KV groups it moves from each tier."""
+        return moved_by_tier(self.found, len(self.block_ids), self.local)
 
 
 class Put(NamedTuple):
@@ -223,6 +224,19 @@ class RequestTransfers:
         elif not done.moved and put.first and not put.is_behind_gap:
             self.stored_blocks = 0
         return put
+
+
+def moved_by_tier(found: Matched, blocks: int, local: int) -> dict[str, int]:
+    """Return an estimate of how many blocks of all KV groups a load moves from each tier.
+
+    Args:
+        found: what it is offered.
+        blocks: how many blocks of the chain it moves.
+        local: how many blocks of the chain the device has.
+    """
+    counts = Counter(share_of(found.by_tier, blocks, found.blocks - local))
+    counts.update(found.leaves)
+    return dict(counts)
 
 
 def share_of(by_tier: Mapping[str, int], part: int, whole: int) -> dict[str, int]:

@@ -37,7 +37,7 @@ from flexkv.integration.common.far_fetches import FarFetches, FetchRules
 from flexkv.integration.common.kv_groups import GroupIds, KVGroups
 from flexkv.integration.common.own_server import OwnServer
 from flexkv.integration.common.pending_matches import PendingMatches
-from flexkv.integration.common.request_transfers import RequestTransfers, share_of
+from flexkv.integration.common.request_transfers import RequestTransfers, moved_by_tier
 from flexkv.integration.common.transfers import TransferRules, Transfers
 from flexkv.integration.vllm.events import KVEvents
 from flexkv.integration.vllm.leaf_sources import LeafSources
@@ -209,7 +209,7 @@ class SchedulerSide:
         if self._costs is None:
             return True
         moved = end - self._groups.first_to_load(end, local)
-        by_tier = share_of(found.by_tier, moved, found.blocks - local)
+        by_tier = moved_by_tier(found, moved, local)
         return self._costs.is_worth_it(by_tier, (end - local) * self._per_block)
 
     def _wanted(self, state: RequestState, computed: int) -> int:
