@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from flexkv.common.errors import DeadlineError, FlexKVError, UnfilledError
+from flexkv.common.errors import DeadlineError, FlexKVError
 from flexkv.common.request import KVResponse, Request
 from flexkv.common.terms import Tier
 from flexkv.graph.ops import OpSpec, OpState
@@ -102,23 +102,20 @@ class Flight:
         return self.run.states[op.index]
 
     @property
-    def lacks_joined_blocks(self) -> bool:
-        """Return whether blocks are missing because another request did not fill them."""
-        unfilled = any(isinstance(error, UnfilledError) for error in self.run.errors)
-        return unfilled and not self.run.cancelled
-
-    @property
-    def lacks_far_blocks(self) -> bool:
-        """Return whether this was to fetch far blocks, had to bring all or nothing, and failed.
-
-        The catalogue promises less by now, so another plan may bring a shorter prefix.
-        """
-        return self.planned.has_far and bool(self.run.errors) and not self.run.cancelled
-
-    @property
     def may_be_planned_again(self) -> bool:
-        """Return whether blocks are missing that another plan may do without."""
-        return self.lacks_joined_blocks or self.lacks_far_blocks
+        """Return whether blocks are missing that another plan may do without.
+
+        Either another request did not fill them; or they were to be fetched from far, by a load
+        that brings all or nothing: the catalogue promises less by now, so another plan may bring a
+        shorter prefix. If the device has failed, no other plan helps.
+        """
+        if not self.run.errors or self.run.cancelled:
+            return False
+        ops = [self.plan.template.ops[number] for number in self.run.failed]
+        routes = [op.route for op in ops if op.route is not None]
+        if any(route.outer is Tier.DEVICE for route in routes):
+            return False
+        return len(routes) < len(ops) or any(route.source in self.planned.far for route in routes)
 
     def unfed_op_ids(self) -> list[int]:
         """Return the ids of the ops that wait for layers to be written."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from flexkv.common.errors import CapacityError, ClearedError, FlexKVError
+from flexkv.common.errors import CapacityError, ClearedError, FlexKVError, TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request, TokenMask
+from flexkv.common.terms import Tier
 from flexkv.graph.planner import Planned
 from flexkv.graph.run import Run
 
@@ -30,13 +31,20 @@ def response_of(request: Request, planned: Planned, run: Run) -> KVResponse:
         moved = np.zeros(request.span.last_block - first, np.bool_)
     else:
         moved = _moved_blocks(request, planned, run)
-    error: FlexKVError | None = run.errors[0] if run.errors else planned.shortfall
+    error: FlexKVError | None = _error_of(run) if run.errors else planned.shortfall
     return KVResponse(
         _status(request, planned, run, bool(moved.any())),
         request.request_id,
         _tokens_of(request, moved),
         error,
     )
+
+
+def _error_of(run: Run) -> TransferError:
+    """Return the error to respond with: if the device has failed, its error, else the first one."""
+    routes = {number: run.template.ops[number].route for number in run.failed}
+    of_device = [number for number, route in routes.items() if route and route.outer is Tier.DEVICE]
+    return run.failed[of_device[0]] if of_device else run.errors[0]
 
 
 def _status(request: Request, planned: Planned, run: Run, moved: bool) -> KVResponseStatus:

@@ -56,8 +56,8 @@ class Planned(NamedTuple):
     """How many blocks each lower tier refuses as worth less than what it has."""
     is_whole: bool = False
     """Whether a load moves everything found or nothing, since the model has several KV groups."""
-    has_far: bool = False
-    """Whether such a load fetches far blocks."""
+    far: frozenset[Tier] = frozenset()
+    """The far tiers from which such a load fetches blocks."""
 
 
 class Planner:
@@ -141,8 +141,8 @@ class Planner:
                 lacks = leaves.load(request, found, draft)
                 if not lacks:
                     plan = self._claimed(draft.plan(run_id))
-                    has_far = any(leg.origin in self._far for leg in plan.template.shape.legs)
-                    return Planned(plan, found, told, is_whole=True, has_far=has_far)
+                    far = self._far.intersection(leg.origin for leg in plan.template.shape.legs)
+                    return Planned(plan, found, told, is_whole=True, far=far)
                 self._drop(draft)
             if lacks != TOO_MANY:
                 told = told or self._residency.shortfall(Tier.HOST, lacks)

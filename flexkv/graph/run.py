@@ -105,16 +105,17 @@ _LAUNCH, _CANCEL, _ANSWER, _END = LaunchRun(), CancelRun(), AnswerCaller(), EndR
 
 
 class Run:
-    """One executing plan. Others may read `states`, `errors` and `leading`.
+    """One executing plan. Others may read `states`, `errors`, `failed` and `leading`.
 
     Attributes:
+        failed: why ops have failed or are overdue, of those that were not cancelled before.
         leading: for ops that fill only some of their blocks, how many of the leading ones: ops that
             failed in part, and ops that go on with what such an op has filled.
     """
 
     __slots__ = (
         "_answers_left", "_blockers", "_goes_on_in_part", "_live", "cancelled", "errors",
-        "launched", "leading", "states", "story", "template",
+        "failed", "launched", "leading", "states", "story", "template",
     )  # fmt: skip
 
     def __init__(self, template: Template, goes_on_in_part: bool = True) -> None:
@@ -128,6 +129,7 @@ class Run:
         self.template, self._goes_on_in_part = template, goes_on_in_part
         self.states = list(template.start_states)
         self.errors: list[TransferError] = []
+        self.failed: dict[int, TransferError] = {}
         self.leading: dict[int, int] = {}
         self.story: list[RunEvent] = []
         self.launched = False
@@ -209,6 +211,7 @@ class Run:
 
     def _failed(self, op: int, event: OpFailed, commands: list[RunCommand]) -> None:
         self.errors.append(event.error)
+        self.failed[op] = event.error
         if event.filled:
             self.leading[op] = event.filled
         else:
@@ -240,6 +243,7 @@ class Run:
 
     def _overdue(self, op: int, event: OpOverdue, commands: list[RunCommand]) -> None:
         self.errors.append(event.error)
+        self.failed[op] = event.error
         self._skip_after(op, commands)
         self.states[op] = OpState.OVERDUE
         if self.template.ops[op].answers:

@@ -251,7 +251,7 @@ def test_a_load_fetches_far_leaves_beside_the_far_chain(operation: Operation) ->
     tiers, far = index({0: [0, 1, 2], WINDOW: [2], STATE: [2]}), far_with(EVERY)
     planned = plan(tiers, far, operation)
     assert moved(planned, FETCH) == {0: [3, 4, 5, 6, 7], WINDOW: [6, 7], STATE: [7]}
-    assert planned.has_far
+    assert planned.far == {Tier.REMOTE}
     onward = NEEDED if operation is Operation.GET else {}
     assert moved(planned, LOAD) == onward
     for leg, fill_ in zip(planned.plan.template.shape.legs, planned.plan.fills, strict=True):
@@ -265,7 +265,7 @@ def test_a_load_that_must_be_near_fetches_nothing() -> None:
     """A plan with `near` is that of an engine without a far tier."""
     tiers, far = index({0: [0, 1, 2], WINDOW: [1, 2], STATE: [2]}), far_with(EVERY)
     planned = plan(tiers, far, Operation.GET, near=True)
-    assert (planned.found.last, planned.has_far, moved(planned, FETCH)) == (3, False, {})
+    assert (planned.found.last, planned.far, moved(planned, FETCH)) == (3, frozenset(), {})
     settle(tiers, planned)
 
 

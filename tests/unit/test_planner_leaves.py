@@ -255,7 +255,7 @@ def test_a_far_chain_without_leaves_is_of_no_use(operation: Operation) -> None:
     planner = Planner(tiers, LIMITS, far, RULES)
     made = asked(operation, {WINDOW: list(NUMBERS), STATE: list(NUMBERS), PAIR: [1, 3, 5, 7]})
     planned = planner.plan(made, 1)
-    assert (planned.found.last, planned.found.chain, planned.has_far) == (4, 5, False)
+    assert (planned.found.last, planned.found.chain, planned.far) == (4, 5, frozenset())
     assert (planner.peek(made).last, planner.find(KEYS).last) == (4, 4)
     assert moved(planned, LOAD).keys() == ({0, 1, 2, 3} if operation is Operation.GET else set())
     settle(tiers, planned)
