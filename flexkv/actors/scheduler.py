@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.flight import Flight, wake
+from flexkv.actors.joins import FlightEvent, Joins
 from flexkv.actors.outcome import response_of
 from flexkv.actors.persistence import PersistenceHooks
 from flexkv.actors.tier_health import TierHealth
@@ -27,7 +27,6 @@ from flexkv.common.errors import (
     InvariantError,
     RecalledError,
     TransferError,
-    UnfilledError,
 )
 from flexkv.common.request import Operation, Request, Span
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Route, Tier
@@ -63,11 +62,6 @@ _BEHIND = Request(Operation.PREFETCH, -1, 0, 1, Span(0, 0, 0, 0), bytes(BLOCK_KE
 """The request of runs that write owed blocks, which no caller has asked for."""
 
 
-class _Joiner(NamedTuple):
-    flight: Flight
-    op: int
-
-
 class Scheduler:
     """Plans requests, runs their state machines, and posts their ops to the actors."""
 
@@ -92,8 +86,8 @@ class Scheduler:
         self._awaiting_layers: set[Flight] = set()
         """Puts that wait for layers to be written; no other request may wait for their blocks."""
         self._flights: dict[int, Flight] = {}
-        self._joiners: dict[int, list[_Joiner]] = {}
-        self._events: deque[tuple[Flight, RunEvent]] = deque()
+        self._joins = Joins()
+        self._events: deque[FlightEvent] = deque()
         self.behind: WriteBehind | None = None
         """Writes what lower tiers are owed; None without lower tiers."""
         self._failed: FlexKVError | None = None
@@ -195,8 +189,7 @@ class Scheduler:
         self._events.append((flight, OpOverdue(op.index, error)))
         if op.route.inbound:
             self._stuck.add(op_id)
-        for joiner in self._joiners.pop(op_id, ()):
-            self._events.append((joiner.flight, _barrier_event(joiner.op, False)))
+        self._events += self._joins.end(op_id, False)
         self._actors[op.route.outer].recall(op_id)  # what hardware has not begun
 
     def strand(self, group: int | None, why: str) -> None:
@@ -229,8 +222,7 @@ class Scheduler:
         flight.hang(DeadlineError(op_id, str(op.route), end - begin, why))
         if op.route.target is Tier.HOST:
             self._stuck.add(op_id)
-        for joiner in self._joiners.pop(op_id, ()):
-            self._events.append((joiner.flight, _barrier_event(joiner.op, False)))
+        self._events += self._joins.end(op_id, False)
 
     def cancel(self, flight: Flight) -> None:
         """End a flight early. It is answered once no hardware touches its device slots."""
@@ -419,8 +411,7 @@ class Scheduler:
         if spec.route is not None and spec.route.target is not Tier.DEVICE:
             self._settled(flight.plan, spec, command)
         flight.op_over()
-        for joiner in self._joiners.pop(op_id, ()):
-            self._events.append((joiner.flight, _barrier_event(joiner.op, command.filled)))
+        self._events += self._joins.end(op_id, command.filled)
 
     def _settled(self, plan: Plan, op: OpSpec, settle: SettleOp) -> None:
         """Record what became READY in a lower tier; owe what became READY in host memory only."""
@@ -447,20 +438,16 @@ class Scheduler:
         spec = flight.plan.template.ops[op]
         if spec.route is None:
             filler = flight.plan.fills[spec.leg].fillers[spec.chunk]
-            joiners = self._joiners[filler]
-            joiners.remove(_Joiner(flight, op))
-            if not joiners:
-                del self._joiners[filler]
-            self._events.append((flight, _barrier_event(op, False)))
+            self._events.append(self._joins.leave(filler, flight, op))
             return
         op_id = flight.plan.op_id(spec)
-        if not spec.keeps or op_id not in self._joiners:  # else another request waits
+        if not spec.keeps or op_id not in self._joins:  # else another request waits
             self._actors[spec.route.outer].recall(op_id)
 
     def _join(self, flight: Flight, spec: OpSpec) -> None:
         """Make a barrier wait for the op that fills its blocks, which was live at planning."""
         filler = flight.plan.fills[spec.leg].fillers[spec.chunk]
-        self._joiners.setdefault(filler, []).append(_Joiner(flight, spec.index))
+        self._joins.join(filler, flight, spec.index)
 
     def _answer(self, flight: Flight) -> None:
         flight.answer(response_of(flight.request, flight.planned, flight.run))
@@ -489,11 +476,3 @@ class Scheduler:
             wake(self._idle)
         if self._residency.claims.of_owner(flight.plan.run_id):
             raise InvariantError(f"run {flight.plan.run_id} ended, but has open claims")
-
-
-def _barrier_event(op: int, filled: bool) -> RunEvent:
-    """Return the event that tells a barrier how the op for which it waits has ended."""
-    if filled:
-        return OpDone(op)
-    why = "the blocks that it waited for were not filled"
-    return OpFailed(op, UnfilledError(op, "wait", 0, why))
