@@ -224,6 +224,24 @@ class Scheduler:
             self._stuck.add(op_id)
         self._events += self._joins.end(op_id, False)
 
+    def stop_waiting(self, flight: Flight) -> None:
+        """Have a flight wait no more for far blocks, nor for blocks that other requests fill.
+
+        What is being fetched arrives all the same, for later requests and for those that wait.
+        """
+        for op in flight.plan.template.ops:
+            if flight.run.states[op.index] is not OpState.IN_FLIGHT:
+                continue
+            if op.route is None:
+                filler = flight.plan.fills[op.leg].fillers[op.chunk]
+                self._events.append(self._joins.leave(filler, flight, op.index))
+            elif op.route.source > Tier.HOST and op.route.source not in self._residency.tiers:
+                begin, end = flight.plan.bounds(op)
+                op_id, why = flight.plan.op_id(op), "the time of its request is over"
+                error = DeadlineError(op_id, str(op.route), end - begin, why)
+                self._events.append((flight, OpOverdue(op.index, error)))
+        self._work()
+
     def cancel(self, flight: Flight) -> None:
         """End a flight early. It is answered once no hardware touches its device slots."""
         if not flight.run.ended:

@@ -20,6 +20,7 @@ class TierHealth:
 
     Attributes:
         all_up: whether every direction of every tier is up, so that nothing has to be avoided.
+        deadline_s: how long an I/O may take.
         watches_device: whether the deadline applies to device transfers, too. Devices of other
             processes have deadlines of their own, one for each process.
     """
@@ -42,7 +43,7 @@ class TierHealth:
         self._tell = tell
         self.all_up, self.watches_device = True, False
         self._actors = actors
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
         self._overdue = overdue
         self._breakers: dict[tuple[Tier, bool], Breaker] = {}
         self._timer = DeadlineTimer(deadline_s, self._look)
@@ -72,12 +73,12 @@ class TierHealth:
     def _look(self) -> None:
         lower = [actor for actor in self._actors.values() if actor.tier > Tier.HOST]
         for actor in lower:
-            if actor.oldest_s() > self._deadline_s:
+            if actor.oldest_s() > self.deadline_s:
                 self._hang(actor)
             else:
                 self._came_back(actor)
         device = self._actors.get(Tier.DEVICE) if self.watches_device else None
-        if device is not None and device.oldest_s() > self._deadline_s:
+        if device is not None and device.oldest_s() > self.deadline_s:
             self._overdue(Tier.DEVICE)
         if any(actor.depth for actor in lower) or (device is not None and device.depth):
             self._timer.arm()
@@ -107,7 +108,7 @@ class TierHealth:
     def ended(self, route: Route, error: TransferError | None) -> None:
         """Record the end of an op of a lower tier."""
         tier = route.outer
-        if not self.all_up and self._actors[tier].oldest_s() <= self._deadline_s:
+        if not self.all_up and self._actors[tier].oldest_s() <= self.deadline_s:
             self._came_back(self._actors[tier])
         if error is not None and not error.blames_tier:
             return

@@ -39,7 +39,10 @@ class RequestOwner(NamedTuple):
 ALONE = RequestOwner()
 
 AGAIN_MAX = 4
-"""How often a request is planned again because far blocks did not arrive; at last without any."""
+"""How often a request is planned again because far blocks did not arrive; at last without any.
+
+All tries after the first one end within `io_deadline_s` of its beginning, but for the one without
+far blocks, which comes then at the latest."""
 
 
 def times_again(flight: Flight) -> int:
@@ -91,21 +94,22 @@ class RequestRunner:
                 await self.admission.enter(turn.group)
             is_inside = True
             arrived_ns = await self._informed(request, arrived_ns)
+            clock_s = asyncio.get_running_loop().time
+            until_s = clock_s() + self._scheduler.watch.deadline_s
             flight = self._begin(request, arrived_ns, turn)
             if flight.response is None:
                 await flight.wait_answered()
-            again = 0
-            while flight.may_be_planned_again and again < times_again(flight):
+            again, near = 0, False
+            while flight.may_be_planned_again and again < times_again(flight) and not near:
                 again += 1
-                flight = self._begin(request, flight.arrived_ns, turn, flight.has_place, again)
-                await flight.wait_answered()
+                near = again == AGAIN_MAX or clock_s() >= until_s
+                flight = self._begin(request, flight.arrived_ns, turn, flight.has_place, near)
+                await self._answered(flight, None if near else until_s)
             if again and flight.may_be_planned_again:
                 self._scheduler.tell(flight)
         except asyncio.CancelledError:
             if flight is not None:
-                self._scheduler.cancel(flight)
-                with suppress(FlexKVError):  # the engine is gone, and with it the request
-                    await flight.wait_drained()
+                await self._cancelled(flight)
             raise
         else:
             return flight
@@ -123,9 +127,29 @@ class RequestRunner:
         await answered
         return arrived_ns
 
+    async def _cancelled(self, flight: Flight) -> None:
+        """Cancel a flight, and return once no hardware touches its device slots any more."""
+        self._scheduler.cancel(flight)
+        with suppress(FlexKVError):  # the engine is gone, and with it the request
+            await flight.wait_drained()
+            if flight.may_be_planned_again:  # it had its answer, and was to be planned again
+                self._scheduler.tell(flight)
+
+    async def _answered(self, flight: Flight, until_s: float | None) -> None:
+        """Wait for the answer to a flight, from `until_s` on without blocks from far or of others.
+
+        What the flight needs of these is missing then.
+        """
+        try:
+            async with asyncio.timeout_at(until_s):
+                await flight.wait_answered()
+        except TimeoutError:
+            self._scheduler.stop_waiting(flight)
+            await flight.wait_answered()
+
     def _begin(
         self, request: Request, arrived_ns: int | None, turn: RequestOwner, has_place: bool = True,
-        again: int = 0,
+        near: bool = False,
     ) -> Flight:  # fmt: skip
         """Plan and launch a request.
 
@@ -134,11 +158,11 @@ class RequestRunner:
             arrived_ns: when it arrived; None: now.
             turn: whose it is.
             has_place: whether admission counts it.
-            again: how often it was planned before.
+            near: whether to plan it without far blocks: see `Planner.plan`.
         """
         if turn.check is not None:
             turn.check()
-        flight = self._scheduler.begin(request, arrived_ns, near=again == AGAIN_MAX)
+        flight = self._scheduler.begin(request, arrived_ns, near)
         flight.group, flight.has_place = turn.group, has_place
         if turn.begun is not None:
             turn.begun()

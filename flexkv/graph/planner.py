@@ -86,7 +86,7 @@ class Planner:
     def plan(self, request: Request, run_id: int, near: bool = False) -> Planned:
         """Plan a request and open its claims, which only the run's events end.
 
-        With `near`, no far blocks are fetched for a model with several KV groups, nor waited for.
+        With `near`, no load fetches far blocks, or waits for those that others fetch.
         """
         if request.operation is Operation.PUT:
             draft = Draft(request, self.limits)
@@ -94,18 +94,16 @@ class Planner:
             first = request.span.first_block
             plan, found = self._claimed(draft.plan(run_id)), Found(first, first, {})
             return Planned(plan, found, shortfall, tuple(draft.owed), tuple(draft.declined))
+        avoid = self.avoid.and_far(self._residency) if near else self.avoid
         if self._leaves is not None:
-            avoid = self.avoid
-            if near:
-                avoid = avoid.and_far(self._residency)
             return self._plan_whole(self._leaves, request, run_id, avoid)
         first, drop = request.span.first_block, request.drop
         found = self._residency.find(request.keys, first, True, drop)
-        found = self.avoid.visible(found, self._residency.claims)
+        found = avoid.visible(found, self._residency.claims)
         above: Sequence[Holding] = ()
         if not self.catalogue.is_empty:
             end = request.span.last_block
-            found, above = self._with_far(request.keys, end, found, self.avoid.unreadable)
+            found, above = self._with_far(request.keys, end, found, avoid.unreadable)
         if found.host_only:
             return Planned(self._claimed(self._from_host(request, found, run_id)), found, None)
         last, told = found.last, None

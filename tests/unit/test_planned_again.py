@@ -9,14 +9,14 @@ from flexkv.actors.flight import Flight
 from flexkv.actors.outcome import response_of
 from flexkv.common.errors import MissingBlockError, TransferError, UnfilledError
 from flexkv.common.request import KVResponseStatus, Operation
-from flexkv.common.terms import Positions, Tier
+from flexkv.common.terms import Positions, Route, Tier
 from flexkv.graph.ops import OpSpec, OpState
 from flexkv.graph.planner import Planner
 from flexkv.graph.run import CancelRun, LaunchRun, OpDone, OpFailed, OpOverdue
 from flexkv.index.claims import Claim, Holding
-from tests.unit.prompts import LIMITS, request
+from tests.unit.prompts import LIMITS, filled, request, residency
 from tests.unit.test_far_prefixes import EVERY, KEYS, RULES, far_with, fill, index
-from tests.unit.test_planner_leaves import leaf_blocks
+from tests.unit.test_planner_leaves import leaf_blocks, moved
 
 FAR, DISK, DEVICE, JOINED = "remote→host", "disk→host", "host→device", "joined"
 
@@ -96,3 +96,16 @@ def test_a_get_whose_device_fails_ends_with_the_devices_error(failing: list[str]
     response = response_of(flight.request, flight.planned, flight.run)
     assert (response.status, response.error) == (KVResponseStatus.FAILED, errors[DEVICE])
     assert not response.return_mask.any()
+
+
+def test_without_far_blocks_a_load_of_one_group_brings_what_is_here() -> None:
+    """A plan with `near` fetches nothing, and waits for nothing that others fetch."""
+    tiers, far = residency(host=16), far_with({0: EVERY[0]})
+    filled(tiers, Tier.HOST, 0, 1)
+    planner, get = Planner(tiers, LIMITS, far), request(Operation.GET, *range(8))
+    near = planner.plan(get, 1, near=True)
+    assert (near.found.last, moved(near, Route(Tier.REMOTE, Tier.HOST))) == (2, {})
+    fetching = planner.plan(get, 2)
+    assert moved(fetching, Route(Tier.REMOTE, Tier.HOST)) == {0: [2, 3, 4, 5, 6, 7]}
+    assert planner.plan(get, 3).found.pending is not None
+    assert planner.plan(get, 4, near=True).found.last == 2
