@@ -14,7 +14,7 @@ LOCKED := install --quiet --no-deps --requirement
 #   make test TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_INDEX ?=
 APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
-TEST_APT_PACKAGES := fuse3 g++ chromium libibverbs1
+TEST_APT_PACKAGES := fuse3 g++ chromium libibverbs1 redis-server
 CEPH_APT_PACKAGES := ceph-mon ceph-osd radosgw
 MACHINE_APT_PACKAGES := xfsprogs btrfs-progs dosfstools e2fsprogs ntfs-3g
 

@@ -1,0 +1,89 @@
+"""Commands to a Redis or Valkey server, by redis.asyncio with hiredis.
+
+The library's retries, its parsing of answers and its waits are switched off: who calls decides when
+to try again, answers come as they are, and every wait has an end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from flexkv.cluster.redis_store import Command
+from flexkv.cluster.store import ClusterStoreError
+from flexkv.common.errors import BackendUnavailableError
+
+ANSWER_S = 2.0
+"""How long the server may take to answer, besides what it was asked to wait."""
+CONNECTIONS = 4
+"""The log is read on one of them; the others are for what is written, and for the registry."""
+
+
+class RedisCommands:
+    """Connections to a server.
+
+    Attributes:
+        where: host and port.
+    """
+
+    def __init__(
+        self, host: str, port: int, password: str = "", answer_s: float = ANSWER_S
+    ) -> None:
+        """Connect when the first command is sent.
+
+        Raises:
+            BackendUnavailableError: the library is not installed.
+        """
+        try:
+            import redis.asyncio as library
+            from redis.asyncio.retry import Retry
+            from redis.backoff import NoBackoff
+            from redis.exceptions import RedisError
+        except ImportError as error:
+            raise BackendUnavailableError("redis", "install flexkv[cluster]") from error
+        self.where = f"redis {host}:{port}"
+        self._error: type[Exception] = RedisError
+        self._password, self._answer_s = password, answer_s
+        pool = library.BlockingConnectionPool(
+            max_connections=CONNECTIONS,
+            timeout=answer_s,
+            host=host,
+            port=port,
+            password=password or None,
+            protocol=2,
+            socket_connect_timeout=answer_s,
+            socket_keepalive=True,
+            retry=Retry(NoBackoff(), 0),
+            client_name="flexkv",
+        )
+        self._client = library.Redis(connection_pool=pool)
+        self._client.response_callbacks.clear()
+
+    async def run(self, commands: Sequence[Command], wait_s: float = 0.0) -> list[Any]:
+        """Send commands and return their answers: see `Commands.run`.
+
+        Cancellation: the connection is closed, since an answer may still come.
+        """
+        what = str(commands[0][0])
+        try:
+            async with asyncio.timeout(self._answer_s + wait_s):
+                pipeline = self._client.pipeline(transaction=False)
+                for command in commands:
+                    pipeline.execute_command(*command)
+                answers: list[Any] = await pipeline.execute()
+        except TimeoutError as error:
+            raise ClusterStoreError(self.where, what, "no answer in time") from error
+        except (self._error, OSError) as error:
+            raise ClusterStoreError(self.where, what, self._said(error)) from error
+        return answers
+
+    def _said(self, error: Exception) -> str:
+        """Return what an error says, without the password."""
+        text = f"{type(error).__name__}: {error}"
+        return text.replace(self._password, "…") if self._password else text
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.aclose(close_connection_pool=True)
+        await self._client.connection_pool.disconnect()

@@ -1,0 +1,188 @@
+"""The cluster's store in Redis or Valkey, by a few commands that both have.
+
+    flexkv:{<pool>}:nodes         set: the ids of nodes that were registered
+    flexkv:{<pool>}:node:<id>     string: the node's beat, with a TTL
+    flexkv:{<pool>}:log:<0 … 7>   stream: entries, each in one field
+    flexkv:{<pool>}:generation    sorted set: its only score is the generation
+
+So there are ten keys besides one for each node. The braces make a Redis Cluster keep them all in
+one place. A sorted set has an atomic maximum (`ZADD GT`), which a number has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
+
+from flexkv.cluster.records import STREAMS, Beat, NodeRecord, beat_from, encoded
+from flexkv.cluster.store import BEGIN, LogPage, Positions, Registry
+from flexkv.common.errors import MalformedError
+
+STREAM_BYTES = 16 << 20
+"""About how large a stream may become."""
+ENTRY_OVERHEAD_BYTES = 24
+"""About what a stream needs for an entry besides its bytes."""
+STREAM_ENTRIES_MIN = 1000
+READ_ENTRIES_MAX = 256
+"""How many entries of each stream one read returns at most."""
+FIELD, NOW = b"e", b"now"
+
+Command = tuple[bytes | str | int, ...]
+
+
+class Commands(Protocol):
+    """A connection to Redis.
+
+    Attributes:
+        where: names the server, without credentials.
+    """
+
+    where: str
+
+    async def run(self, commands: Sequence[Command], wait_s: float = 0.0) -> list[Any]:
+        """Send commands at once and return their answers: bytes, numbers, lists or None.
+
+        Args:
+            commands: carried out in order.
+            wait_s: how long the server may wait on purpose.
+
+        Raises:
+            ClusterStoreError: there was no answer in time, or one of them is an error.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Close all connections."""
+        ...
+
+
+class RedisStore:
+    """A `ClusterStore` in Redis."""
+
+    def __init__(self, redis: Commands, pool: str, ttl_s: float) -> None:
+        """Take the connection, the digest of what the blocks are, and the TTL of a beat."""
+        self.where = redis.where
+        self._redis, self._ttl_ms = redis, max(1, round(1000 * ttl_s))
+        base = f"flexkv:{{{pool}}}"
+        self._nodes, self._generation = f"{base}:nodes", f"{base}:generation"
+        self._node = f"{base}:node:"
+        self._streams = tuple(f"{base}:log:{number}" for number in range(STREAMS))
+        self._stream_of = {name.encode(): i for i, name in enumerate(self._streams)}
+
+    # -- registry -------------------------------------------------------------------------------
+
+    async def register(self, beat: Beat, over: int | None) -> Beat | None:
+        """Register a node: see `ClusterStore.register`."""
+        key, value = self._key(beat.node.id), encoded(beat)
+        member: Command = ("SADD", self._nodes, beat.node.id)
+        if over is None:
+            new: Command = ("SET", key, value, "PX", self._ttl_ms, "NX")
+            taken, now, _ = await self._redis.run([new, ("GET", key), member])
+            return None if taken is not None else _decoded(now)
+        set_: Command = ("SET", key, value, "PX", self._ttl_ms, "GET")
+        before, _ = await self._redis.run([set_, member])
+        other = _decoded(before)
+        if other is None or other.node.life in (beat.node.life, over):
+            return None
+        await self._redis.run([("SET", key, before, "PX", self._ttl_ms)])
+        return other
+
+    async def leave(self, node: NodeRecord) -> None:
+        """Remove a node from the registry, unless another life has taken its id."""
+        key = self._key(node.id)
+        (now,) = await self._redis.run([("GET", key)])
+        beat = _decoded(now)
+        if beat is not None and beat.node.life == node.life:
+            await self._redis.run([("DEL", key), ("SREM", self._nodes, node.id)])
+
+    async def forget(self, ids: Collection[bytes]) -> None:
+        """Remove ids from the registry; a node that lives adds itself again with its next beat."""
+        if ids:
+            await self._redis.run([("SREM", self._nodes, *ids)])
+
+    async def registry(self) -> Registry:
+        """Return what is registered, in two round trips however many nodes there are."""
+        last: list[Command] = [("XREVRANGE", name, "+", "-", "COUNT", 1) for name in self._streams]
+        size: list[Command] = [("MEMORY", "USAGE", name) for name in self._streams]
+        ids, *rest = await self._redis.run([("SMEMBERS", self._nodes), *last, *size])
+        ends = tuple(entries[0][0] if entries else BEGIN for entries in rest[:STREAMS])
+        log_bytes = sum(each or 0 for each in rest[STREAMS:])
+        values: list[bytes | None] = []
+        if ids:
+            (values,) = await self._redis.run([("MGET", *map(self._key, ids))])
+        beats = [beat for value in values if (beat := _decoded(value)) is not None]
+        expired = [node for node, value in zip(ids, values, strict=True) if value is None]
+        return Registry(beats, expired, ends, log_bytes)
+
+    def _key(self, node_id: bytes) -> str:
+        return self._node + node_id.hex()
+
+    # -- log ------------------------------------------------------------------------------------
+
+    async def append(self, stream: int, entries: Sequence[bytes]) -> None:
+        """Append entries to a stream, which is cut to as many entries of their size as it may have.
+
+        Redis removes whole nodes of its stream only ("~"), so that it costs next to nothing.
+        """
+        name = self._streams[stream]
+        await self._redis.run(
+            [
+                ("XADD", name, "MAXLEN", "~", _entries_max(len(entry)), "*", FIELD, entry)
+                for entry in entries
+            ]
+        )
+
+    async def read(self, positions: Positions, wait_s: float) -> LogPage:
+        """Return what the log has behind some positions: see `ClusterStore.read`.
+
+        The generation is read behind the entries. So it is asked for once the wait is over.
+        """
+        block: Command = ("BLOCK", max(1, round(1000 * wait_s))) if wait_s else ()
+        read: Command = ("XREAD", "COUNT", READ_ENTRIES_MAX, *block)
+        streams: Command = ("STREAMS", *self._streams, *positions)
+        found, score = await self._redis.run(
+            [(*read, *streams), ("ZSCORE", self._generation, NOW)], wait_s
+        )
+        entries: list[Sequence[bytes]] = [()] * STREAMS
+        behind = list(positions)
+        for name, rows in found or ():
+            stream = self._stream_of[name]
+            entries[stream] = [fields[1] for _, fields in rows if len(fields) == 2]
+            behind[stream] = rows[-1][0]
+        at_end = [len(each) < READ_ENTRIES_MAX for each in entries]
+        return LogPage(entries, tuple(behind), at_end, int(float(score or 0)))
+
+    # -- generation -----------------------------------------------------------------------------
+
+    async def restore_generation(self, known: int) -> None:
+        """Make the generation at least this one."""
+        await self._redis.run([("ZADD", self._generation, "GT", known, NOW)])
+
+    async def advance(self, known: int) -> int:
+        """Begin another generation; an entry that says nothing wakes those who read the log."""
+        *_, score = await self._redis.run(
+            [
+                ("ZADD", self._generation, "GT", known, NOW),
+                ("ZINCRBY", self._generation, 1, NOW),
+            ]
+        )
+        await self.append(0, [b""])
+        return int(float(score))
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._redis.close()
+
+
+def _entries_max(entry_bytes: int) -> int:
+    """Return how many entries of this size a stream may have."""
+    return max(STREAM_ENTRIES_MIN, STREAM_BYTES // (entry_bytes + ENTRY_OVERHEAD_BYTES))
+
+
+def _decoded(value: bytes | None) -> Beat | None:
+    if value is None:
+        return None
+    try:
+        return beat_from(value)
+    except MalformedError:
+        return None

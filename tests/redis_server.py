@@ -1,0 +1,72 @@
+"""A real Redis or Valkey server for tests, on loopback, that writes no file.
+
+It dies with the process that started it, however that ends.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+
+PROGRAMS = "redis-server", "valkey-server"
+PATIENCE_S = 30.0
+DIES_WITH_US = "setpriv", "--pdeathsig", "KILL"
+
+
+class RedisServer:
+    """A server that can be killed and started again, empty, at the same port.
+
+    Attributes:
+        port: where it listens.
+        password: which its clients have to know; "" if none.
+    """
+
+    def __init__(self, password: str = "") -> None:
+        self.password = password
+        self._folder = tempfile.TemporaryDirectory(prefix="flexkv-redis-")
+        self._process: subprocess.Popen[bytes] | None = None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+
+    def start(self) -> None:
+        """Return once the server answers."""
+        program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+        assert program, "redis-server is not installed: run `make test`"
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", self._folder.name]
+        options += ["--save", "", "--appendonly", "no", "--loglevel", "warning"]
+        if self.password:
+            options += ["--requirepass", self.password]
+        command = [*DIES_WITH_US, program, *options]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        until_s = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+            except OSError:
+                assert self._process.poll() is None, "the server has ended"
+                assert time.monotonic() < until_s, "the server does not answer"
+                time.sleep(0.02)
+            else:
+                return
+
+    @property
+    def pid(self) -> int:
+        """Return the server's process."""
+        assert self._process is not None, "it is not running"
+        return self._process.pid
+
+    def kill(self) -> None:
+        """Kill the server: what it knew is lost."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def close(self) -> None:
+        """Kill the server and remove its folder."""
+        self.kill()
+        self._folder.cleanup()
