@@ -1,0 +1,431 @@
+"""The owner's side of sharing: which blocks it keeps in host memory for which peer, and how long.
+
+    Want ──▶ held at once ─────────────────────────▶ Grant ──▶ reads ──▶ Release, end of the link,
+         │                                             ▲                 or 30 s without a read
+         ├─▶ fetched from DISK first, a few at a time ─┘
+         └─▶ no room ──▶ Busy
+
+All grants together keep a bounded number of blocks; one that several grants keep counts once. Of
+what is still free, a peer gets half, after what it already has is taken off. So one peer alone gets
+half of the bound, more peers share it, and there is always something left for a newcomer. A grant
+that such a limit cuts says so (`Grant.is_cut`).
+
+The pins outlive the grant until the read that is under way has ended: no block is reused while it
+is being sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from enum import IntEnum
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import msgspec
+import numpy as np
+
+from flexkv import _ext
+from flexkv.cluster.wire import Busy, Grant, PeerId, PeerProtocolError, Want
+from flexkv.common.errors import CapacityError, ClosedError, TransferError
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
+from flexkv.observe.logs import get_logger
+
+log = get_logger(__name__)
+
+Spawn: TypeAlias = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+"""Starts a task, which has a name and ends by itself or when it is cancelled."""
+
+Reply: TypeAlias = Callable[[Grant | Busy], None]
+
+IDLE_S = 30.0
+"""A grant of which nothing was read for so long ends."""
+PREFETCH_S = 3.0
+"""How long a Want waits for the disk. Then it is granted what is there."""
+BUSY_MS = 100
+"""When to ask again."""
+
+
+class Held(NamedTuple):
+    """Blocks of a prompt that the engine keeps in host memory.
+
+    Attributes:
+        block_ids: their host blocks, by position from the first wanted one on. Without leaves, it
+            is an unbroken run. -1 is a position at which no leaf is held.
+        on_disk: how many positions after these the engine could fetch from its disk.
+        pins: what `Owner.release` needs.
+    """
+
+    block_ids: BlockIds
+    on_disk: int
+    pins: object
+
+
+class Owner(Protocol):
+    """What grants need of an engine."""
+
+    def hold(self, keys: bytes, first: int, last: int, group: int) -> Held:
+        """Keep those blocks of a prompt that are in host memory, and count their use.
+
+        The range may be empty. Keys come from another node: they may contradict each other.
+        """
+        ...
+
+    def release(self, held: Held) -> None:
+        """End a hold."""
+        ...
+
+    async def prefetch(self, keys: bytes, first: int, last: int, group: int) -> None:
+        """Bring blocks from disk to host memory; return when they are there, or will not come."""
+        ...
+
+
+class GrantLimits(NamedTuple):
+    """What an engine does for other nodes at most.
+
+    Attributes:
+        pinned_blocks: how many host blocks all grants keep.
+        grants: how many grants and unanswered Wants there are.
+        grants_per_peer: of one peer.
+        prefetches: how many Wants wait for the disk; 0 if nothing is fetched for others.
+        prefetches_per_peer: of one peer.
+    """
+
+    pinned_blocks: int
+    grants: int = 1024
+    grants_per_peer: int = 64
+    prefetches: int = 4
+    prefetches_per_peer: int = 2
+
+
+class ReadStatus(IntEnum):
+    """Why a read is not served."""
+
+    NO_GRANT = 1
+    NOT_GRANTED = 2
+    """The range is not part of the grant."""
+
+
+class GrantCounts(msgspec.Struct, frozen=True):
+    """What was asked of an owner.
+
+    Attributes:
+        grants: how many there are now.
+        pinned_blocks: how many blocks they keep.
+        granted: how many Wants were granted at least one block, since the start.
+        missed: Wants for blocks that were not there any more.
+        busy: Wants that were put off.
+        prefetched: Wants that waited for the disk.
+        expired: grants that ended because nothing was read.
+        reads: reads that were allowed.
+    """
+
+    grants: int
+    pinned_blocks: int
+    granted: int
+    missed: int
+    busy: int
+    prefetched: int
+    expired: int
+    reads: int
+
+
+class _Grant:
+    """One grant, or a Want that waits for the disk.
+
+    Attributes:
+        held: what is kept.
+        reserved: for how many more blocks there is room, while they are being fetched.
+        reads: how many reads are under way.
+        is_waiting: whether it waits for the disk, by `task`.
+        is_over: whether it has ended, so that the last read releases the blocks.
+        used_s: when it was granted or read from.
+    """
+
+    __slots__ = (
+        "first", "held", "is_over", "is_waiting", "number", "peer", "reads", "reserved", "task",
+        "used_s",
+    )  # fmt: skip
+
+    def __init__(self, peer: PeerId, want: Want, held: Held) -> None:
+        self.peer, self.number, self.first, self.held = peer, want.number, want.first, held
+        self.reserved = self.reads = 0
+        self.is_waiting = self.is_over = False
+        self.task: asyncio.Task[None] | None = None
+        self.used_s = 0.0
+
+
+class Grants:
+    """All grants of an owner."""
+
+    def __init__(self, owner: Owner, limits: GrantLimits, spawn: Spawn) -> None:
+        """Grant nothing yet."""
+        self._owner, self._limits, self._spawn = owner, limits, spawn
+        self._grants: dict[PeerId, dict[int, _Grant]] = {}
+        self._by_use: dict[_Grant, None] = {}
+        """Every granted one, the longest unread one first."""
+        self._keepers = np.zeros(1024, np.uint32)
+        """How many grants keep each host block."""
+        self._number = self._pinned = self._reserved = self._prefetches = 0
+        self._kept_by: dict[PeerId, int] = {}
+        """How many blocks each peer keeps, or has room reserved for."""
+        self._told = dict.fromkeys(
+            ("granted", "missed", "busy", "prefetched", "expired", "reads"), 0
+        )
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def counts(self) -> GrantCounts:
+        """Return what was asked of this owner."""
+        return GrantCounts(grants=self._number, pinned_blocks=self._pinned, **self._told)
+
+    # -- for control links ----------------------------------------------------------------------
+
+    def want(self, peer: PeerId, want: Want, answer: Reply) -> None:
+        """Answer a Want, now or when its blocks have come from the disk.
+
+        Raises:
+            PeerProtocolError: it makes no sense.
+        """
+        _check(want)
+        of_peer = self._grants.get(peer, {})
+        if want.number in of_peer:
+            raise PeerProtocolError(f"the number {want.number} is in use")
+        limits = self._limits
+        if self._number >= limits.grants or len(of_peer) >= limits.grants_per_peer:
+            self._busy(want, answer)
+            return
+        held, is_cut = self._hold(peer, want)
+        last = want.first + len(held.block_ids)
+        further = 0 if is_cut else min(held.on_disk, self._room(peer))
+        if further and self._may_prefetch(of_peer):
+            grant = _Grant(peer, want, held)
+            self._add(grant, further)
+            fetching = self._fetch(want, range(last, last + further), grant, answer)
+            grant.task = self._spawn("peer prefetch", fetching)
+        else:
+            self._decide(peer, want, (held, is_cut), answer)
+
+    def release(self, peer: PeerId, number: int) -> None:
+        """End a grant or an unanswered Want; it may have ended already."""
+        grant = self._grants.get(peer, {}).get(number)
+        if grant is not None:
+            self._end(grant)
+
+    def end_peer(self, peer: PeerId) -> None:
+        """End everything of a peer, because its link has ended."""
+        for grant in list(self._grants.get(peer, {}).values()):
+            self._end(grant)
+
+    def close(self) -> None:
+        """End everything."""
+        for peer in list(self._grants):
+            self.end_peer(peer)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # -- for data connections -------------------------------------------------------------------
+
+    def reads(self, peer: PeerId) -> GrantReads:
+        """Return the reads over one data connection of a peer."""
+        return GrantReads(self, peer)
+
+    def begin_read(
+        self, peer: PeerId, number: int, first: int, count: int
+    ) -> tuple[_Grant, BlockIds] | ReadStatus:
+        """Return the host blocks of a granted range, which stay until `end_read`."""
+        grant = self._grants.get(peer, {}).get(number)
+        if grant is None or grant.is_waiting:
+            return ReadStatus.NO_GRANT
+        begin = first - grant.first
+        if begin < 0 or not 0 < count <= len(grant.held.block_ids) - begin:
+            return ReadStatus.NOT_GRANTED
+        ids = grant.held.block_ids[begin : begin + count]
+        if int(ids.min()) < 0:
+            return ReadStatus.NOT_GRANTED
+        grant.reads += 1
+        self._told["reads"] += 1
+        self._use(grant)
+        return grant, ids
+
+    def end_read(self, grant: _Grant) -> None:
+        """Record the end of a read."""
+        grant.reads -= 1
+        if not grant.is_over:
+            self._use(grant)
+        elif not grant.reads:
+            self._unpin(grant)
+
+    # -- deciding -------------------------------------------------------------------------------
+
+    def _room(self, peer: PeerId) -> int:
+        """Return how many more blocks may be pinned for a peer."""
+        free = self._limits.pinned_blocks - self._pinned - self._reserved
+        return max(0, (free - self._kept_by.get(peer, 0) + 1) // 2)
+
+    def _hold(self, peer: PeerId, want: Want) -> tuple[Held, bool]:
+        """Hold what is in host memory, as far as limits allow; return whether they cut it."""
+        last = min(want.last, want.first + self._limits.pinned_blocks)
+        held = self._owner.hold(want.keys, want.first, last, want.group)
+        ids = held.block_ids
+        if len(ids) and (most := int(ids.max())) >= len(self._keepers):
+            self._keepers = np.concatenate([self._keepers, np.zeros(most + 1, np.uint32)])
+        is_new = (ids >= 0) & (self._keepers[ids] == 0)
+        fits = int(np.searchsorted(np.cumsum(is_new), self._room(peer), side="right"))
+        if fits >= len(ids):
+            return held, want.first + len(ids) == last < want.last
+        self._owner.release(held)
+        return self._owner.hold(want.keys, want.first, want.first + fits, want.group), True
+
+    def _may_prefetch(self, of_peer: Mapping[int, _Grant]) -> bool:
+        limits = self._limits
+        return (
+            self._prefetches < limits.prefetches
+            and sum(each.is_waiting for each in of_peer.values()) < limits.prefetches_per_peer
+        )
+
+    async def _fetch(self, want: Want, lacking: range, grant: _Grant, answer: Reply) -> None:
+        """Wait for the disk, then grant what is there. The end of the Want cancels this."""
+        try:
+            async with asyncio.timeout(PREFETCH_S):
+                await self._owner.prefetch(want.keys, lacking.start, lacking.stop, want.group)
+        except (TimeoutError, TransferError, CapacityError, ClosedError) as error:
+            log.debug("peer_prefetch_failed", peer=str(grant.peer), reason=repr(error))
+        if not grant.is_over:
+            grant.task = None
+            self._end(grant)
+            self._decide(grant.peer, want, self._hold(grant.peer, want), answer)
+
+    def _decide(self, peer: PeerId, want: Want, found: tuple[Held, bool], answer: Reply) -> None:
+        """Grant what is held, or put the peer off if there is more than limits allow now."""
+        held, is_cut = found
+        is_cut = is_cut or (held.on_disk > 0 and self._limits.prefetches > 0)
+        if count := len(held.block_ids):
+            grant = _Grant(peer, want, held)
+            self._add(grant)
+            self._use(grant)
+            self._told["granted"] += 1
+            answer(Grant(want.number, want.first, count, is_cut))
+            return
+        self._owner.release(held)
+        if is_cut:
+            self._busy(want, answer)
+        else:
+            self._told["missed"] += 1
+            answer(Grant(want.number, want.first, 0))
+
+    def _busy(self, want: Want, answer: Reply) -> None:
+        self._told["busy"] += 1
+        answer(Busy(want.number, BUSY_MS))
+
+    # -- accounts -------------------------------------------------------------------------------
+
+    def _add(self, grant: _Grant, waits_for: int = 0) -> None:
+        """Count what a grant keeps, and the blocks that it waits for."""
+        self._grants.setdefault(grant.peer, {})[grant.number] = grant
+        self._number += 1
+        self._prefetches += waits_for > 0
+        self._reserved += waits_for
+        self._told["prefetched"] += waits_for > 0
+        grant.reserved, grant.is_waiting = waits_for, waits_for > 0
+        ids = _there(grant.held)
+        self._pinned += _ext.change_counts(self._keepers, ids, 1)
+        self._change_kept(grant.peer, len(ids) + waits_for)
+
+    def _end(self, grant: _Grant) -> None:
+        """End a grant; its blocks stay while one of them is being sent."""
+        of_peer = self._grants[grant.peer]
+        del of_peer[grant.number]
+        if not of_peer:
+            del self._grants[grant.peer]
+        self._by_use.pop(grant, None)
+        self._number -= 1
+        self._prefetches -= grant.is_waiting
+        self._reserved -= grant.reserved
+        self._change_kept(grant.peer, -grant.reserved)
+        grant.is_over = True
+        if grant.task is not None:
+            grant.task.cancel()
+        if not grant.reads:
+            self._unpin(grant)
+
+    def _unpin(self, grant: _Grant) -> None:
+        ids = _there(grant.held)
+        self._pinned -= _ext.change_counts(self._keepers, ids, -1)
+        self._change_kept(grant.peer, -len(ids))
+        self._owner.release(grant.held)
+
+    def _change_kept(self, peer: PeerId, by: int) -> None:
+        kept = self._kept_by.get(peer, 0) + by
+        if kept:
+            self._kept_by[peer] = kept
+        else:
+            self._kept_by.pop(peer, None)
+
+    def _use(self, grant: _Grant) -> None:
+        """Record a use of a grant, which then lasts for another `IDLE_S`."""
+        grant.used_s = asyncio.get_running_loop().time()
+        self._by_use.pop(grant, None)
+        self._by_use[grant] = None
+        self._arm()
+
+    def _arm(self) -> None:
+        """Start the timer for the longest unread grant, if it is not running."""
+        if self._timer is None and self._by_use:
+            due_s = next(iter(self._by_use)).used_s + IDLE_S
+            self._timer = asyncio.get_running_loop().call_at(due_s, self._expire)
+
+    def _expire(self) -> None:
+        """End the grants of which nothing was read for too long."""
+        now_s = asyncio.get_running_loop().time()
+        for grant in list(self._by_use):
+            if grant.used_s + IDLE_S > now_s:
+                break
+            if grant.reads:
+                self._use(grant)
+                continue
+            self._told["expired"] += 1
+            log.info("peer_grant_expired", peer=str(grant.peer), blocks=_there(grant.held).size)
+            self._end(grant)
+        self._timer = None
+        self._arm()
+
+
+class GrantReads:
+    """The reads over one data connection, which are served one after another."""
+
+    def __init__(self, grants: Grants, peer: PeerId) -> None:
+        """Serve the grants of this peer."""
+        self._grants, self._peer = grants, peer
+        self._under_way: _Grant | None = None
+
+    def begin(self, number: int, first: int, count: int) -> BlockIds | ReadStatus:
+        """Return the host blocks of a granted range, which stay until the next call of any kind."""
+        self.end()
+        told = self._grants.begin_read(self._peer, number, first, count)
+        if isinstance(told, ReadStatus):
+            return told
+        self._under_way, block_ids = told
+        return block_ids
+
+    def end(self) -> None:
+        """Record that nothing is being sent any more; call it when the connection has ended."""
+        grant, self._under_way = self._under_way, None
+        if grant is not None:
+            self._grants.end_read(grant)
+
+
+def _there(held: Held) -> BlockIds:
+    """Return the host blocks of a hold without the positions that have none."""
+    return held.block_ids[held.block_ids >= 0]
+
+
+def _check(want: Want) -> None:
+    """Check that a Want names a range of its prompt.
+
+    Raises:
+        PeerProtocolError: it does not.
+    """
+    blocks, rest = divmod(len(want.keys), BLOCK_KEY_BYTES)
+    if rest or not want.first < want.last < blocks:
+        why = f"positions {want.first} to {want.last} of {blocks - 1} blocks"
+        raise PeerProtocolError(f"a Want that makes no sense: {why}")

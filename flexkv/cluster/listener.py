@@ -1,0 +1,220 @@
+"""Where other nodes connect: one TCP port for control and for data connections.
+
+accept ──▶ unproved ──proofs──▶ unknown ──introductions──▶ control: a session
+              │                    │                     ╲
+              │ 64 at most,        │ 5 s                  ▶ data: handed over as a bare socket
+              │ 5 s each
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from flexkv.cluster import tcp
+from flexkv.cluster.grants import Spawn
+from flexkv.cluster.handshake import (
+    HANDSHAKE_S,
+    Identity,
+    check_alike,
+    introduce_to_reader,
+    prove_to_reader,
+)
+from flexkv.cluster.wire import Introduction, PeerId, PeerProtocolError, Refused, framed
+from flexkv.common.errors import ConfigError
+from flexkv.observe.logs import get_logger
+from flexkv.process import forks
+
+log = get_logger(__name__)
+
+BACKLOG = 128
+UNPROVED_MAX = 64
+"""The most connections that have not proved anything; the oldest one is closed for a new one."""
+DATA_CONNECTIONS_MAX = 8
+"""The most data connections of one node."""
+CONNECTIONS_MAX = 4096
+"""The most connections of all nodes."""
+ACCEPTS_A_TURN = 16
+ACCEPT_PAUSE_S = 0.2
+"""How long to wait if the process has no descriptors left."""
+_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+Serve = Callable[[socket.socket, Introduction], Awaitable[None]]
+"""Serves a connection, and returns once it is over; the listener closes the socket then."""
+
+
+class ListenerHooks(NamedTuple):
+    """What a listener needs of its engine."""
+
+    control: Serve
+    data: Serve
+    spawn: Spawn
+
+
+class _Connection:
+    """One connection, and the task that serves it."""
+
+    def __init__(self, accepted: socket.socket, name: str) -> None:
+        self.socket, self.name = accepted, name
+        self.is_proved = self.is_dismissed = False
+        self.data_of: PeerId | None = None
+        self.task: asyncio.Task[None] | None = None
+
+
+class Listener:
+    """The port of a node, and all connections that others made to it.
+
+    Attributes:
+        address: what other nodes connect to.
+    """
+
+    def __init__(
+        self, listening: socket.socket, key: bytes, identity: Identity, hooks: ListenerHooks
+    ) -> None:
+        """Take over a listening socket; connections are accepted from `listen` on."""
+        self._listening, self._key, self._identity, self._hooks = listening, key, identity, hooks
+        self._connections: dict[_Connection, None] = {}
+        self._idle = asyncio.Event()
+        self._is_closed = False
+        self._pause: asyncio.TimerHandle | None = None
+        self.address = ""
+        if listening.family in (socket.AF_INET, socket.AF_INET6):
+            self.address = tcp.address_of(*listening.getsockname()[:2])
+        forks.on_fork(self._let_go_in_child)
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def listen(self) -> None:
+        """Accept connections from now on, until `close`."""
+        self._pause = None
+        if not self._is_closed:
+            asyncio.get_running_loop().add_reader(self._listening, self._accept)
+
+    def _accept(self) -> None:
+        """Accept a few of the connections that have arrived."""
+        loop = asyncio.get_running_loop()
+        for _ in range(ACCEPTS_A_TURN):
+            try:
+                accepted, address = self._listening.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _OUT_OF_RESOURCES:
+                    log.warning("peer_not_accepted", reason=str(error))
+                    loop.remove_reader(self._listening)
+                    self._pause = loop.call_later(ACCEPT_PAUSE_S, self.listen)
+                return
+            try:
+                accepted.setblocking(False)
+                tcp.set_options(accepted)
+            except OSError:  # it has ended already
+                accepted.close()
+            else:
+                self.arrived(accepted, tcp.address_of(*address[:2]))
+
+    def arrived(self, accepted: socket.socket, name: str) -> None:
+        """Serve a connection, which does not block; `name` says in logs where it comes from."""
+        if self._is_closed or len(self._connections) >= CONNECTIONS_MAX:
+            accepted.close()
+            return
+        connection = _Connection(accepted, name)
+        self._connections[connection] = None
+        connection.task = self._hooks.spawn("peer connection", self._serve(connection))
+        connection.task.add_done_callback(lambda _: self._gone(connection))
+        unproved = [
+            each for each in self._connections if not each.is_proved and not each.is_dismissed
+        ]
+        if len(unproved) > UNPROVED_MAX:
+            log.warning("peers_unproved", connections=len(unproved), closed=unproved[0].name)
+            self._dismiss(unproved[0])
+
+    def close(self) -> None:
+        """Accept no more, and end every connection."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._pause is not None:
+            self._pause.cancel()
+        asyncio.get_running_loop().remove_reader(self._listening)
+        self._listening.close()
+        for connection in list(self._connections):
+            self._dismiss(connection)
+
+    async def wait_closed(self) -> None:
+        """Return once no connection is left."""
+        while self._connections:
+            self._idle.clear()
+            await self._idle.wait()
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    async def _serve(self, connection: _Connection) -> None:
+        try:
+            theirs = await self._greeted(connection)
+        except (OSError, TimeoutError, PeerProtocolError, ConfigError) as error:
+            log.warning("peer_refused", address=connection.name, reason=str(error) or "too slow")
+            return
+        log.debug(
+            "peer_accepted",
+            peer=str(theirs.peer_id),
+            address=connection.name,
+            purpose=theirs.purpose,
+        )
+        serve = self._hooks.control if theirs.purpose == "control" else self._hooks.data
+        await serve(connection.socket, theirs)
+
+    async def _greeted(self, connection: _Connection) -> Introduction:
+        """Return who is at the other end, once it has proved that it belongs to the cluster.
+
+        Raises:
+            OSError: the connection broke.
+            TimeoutError: it took too long.
+            PeerProtocolError: it does not belong to the cluster, or does not keep to the protocol.
+            ConfigError: its blocks are not like ours, or it has too many connections.
+        """
+        peer = connection.socket
+        async with asyncio.timeout(HANDSHAKE_S):
+            await prove_to_reader(peer, self._key)
+        connection.is_proved = True
+        ours = self._identity.introduction("control")
+        async with asyncio.timeout(HANDSHAKE_S):
+            theirs = await introduce_to_reader(peer, ours)
+            try:
+                self._check(ours, theirs)
+            except ConfigError as error:
+                if theirs.purpose == "control":
+                    refusal = Refused(0, error.field, str(error.value), error.why)
+                    await asyncio.get_running_loop().sock_sendall(peer, framed(refusal))
+                raise
+        if theirs.purpose == "data":
+            connection.data_of = theirs.peer_id
+        return theirs
+
+    def _check(self, ours: Introduction, theirs: Introduction) -> None:
+        check_alike(ours, theirs)
+        peer = theirs.peer_id
+        data = sum(each.data_of == peer for each in self._connections)
+        if theirs.purpose == "data" and data >= DATA_CONNECTIONS_MAX:
+            why = f"a node may have {DATA_CONNECTIONS_MAX} to this one"
+            raise ConfigError("data_connections", data + 1, why)
+
+    def _dismiss(self, connection: _Connection) -> None:
+        connection.is_dismissed = True
+        if connection.task is not None:
+            connection.task.cancel()
+
+    def _gone(self, connection: _Connection) -> None:
+        """Close a connection's socket: its task is over, and may never have begun."""
+        self._connections.pop(connection, None)
+        connection.socket.close()
+        self._idle.set()
+
+    def _let_go_in_child(self) -> None:
+        """Drop the child's copies of all sockets, so that peers notice when the parent ends."""
+        forks.replace(self._listening.fileno())
+        for connection in self._connections:
+            forks.replace(connection.socket.fileno())

@@ -1,0 +1,183 @@
+"""The owner's ends of control links: one session for each node that reads from this one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from flexkv.actors.deadline_timer import DeadlineTimer
+from flexkv.cluster.grants import Grants
+from flexkv.cluster.link import SILENCE_S, Link
+from flexkv.cluster.wire import (
+    TO_OWNER,
+    Introduction,
+    Message,
+    PeerId,
+    PeerProtocolError,
+    Ping,
+    Pong,
+    Refused,
+    Release,
+    SnapshotPart,
+    SnapshotWanted,
+    ToOwner,
+    Want,
+)
+from flexkv.observe.logs import get_logger
+
+log = get_logger(__name__)
+
+SNAPSHOTS_MAX = 2
+"""How many snapshots one node may read at once."""
+
+
+class SpanTags(Protocol):
+    """Some of the spans that this node has, by the first 8 bytes of their keys."""
+
+    @property
+    def seq(self) -> int:
+        """Return the last entry of our log that this includes."""
+        ...
+
+    @property
+    def host_tags(self) -> bytes:
+        """Return those in host memory."""
+        ...
+
+    @property
+    def disk_tags(self) -> bytes:
+        """Return those that are only on disk."""
+        ...
+
+
+class Sessions:
+    """All control links over which other nodes read from this one.
+
+    A node has one: a second one replaces the first, whose end may not have been noticed.
+    """
+
+    def __init__(
+        self,
+        grants: Grants,
+        generation: Callable[[], int],
+        snapshot: Callable[[], Iterator[SpanTags]],
+    ) -> None:
+        """Serve nobody yet.
+
+        Args:
+            grants: what is granted.
+            generation: returns that of our blocks; requests of readers with another are refused.
+            snapshot: returns everything that we have, in parts.
+        """
+        self._grants, self._generation, self._snapshot = grants, generation, snapshot
+        self._sessions: dict[bytes, _Session] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    async def serve(self, connected: socket.socket, introduction: Introduction) -> None:
+        """Serve a control link until it ends; then everything that was granted over it ends."""
+        peer = introduction.peer_id
+        link = await Link.over(connected, TO_OWNER)
+        session = _Session(peer, link, self._grants, self._generation, self._snapshot)
+        if (before := self._sessions.pop(peer.node_id, None)) is not None:
+            log.info("peer_session_replaced", peer=str(peer))
+            before.end()
+        self._sessions[peer.node_id] = session
+        try:
+            await session.run()
+        except PeerProtocolError as error:
+            log.warning("peer_misbehaved", peer=str(peer), reason=str(error))
+        finally:
+            session.end()
+            if self._sessions.get(peer.node_id) is session:
+                del self._sessions[peer.node_id]
+
+    def close(self) -> None:
+        """End every session."""
+        for session in list(self._sessions.values()):
+            session.end()
+
+
+class _Session:
+    """One control link."""
+
+    def __init__(
+        self,
+        peer: PeerId,
+        link: Link[ToOwner],
+        grants: Grants,
+        generation: Callable[[], int],
+        snapshot: Callable[[], Iterator[SpanTags]],
+    ) -> None:
+        self._peer, self._link, self._grants = peer, link, grants
+        self._generation, self._snapshot = generation, snapshot
+        self._snapshots: dict[int, Iterator[tuple[SpanTags, bool]]] = {}
+        self._silence = DeadlineTimer(SILENCE_S, self._check_silence)
+        self._has_ended = False
+
+    async def run(self) -> None:
+        """Answer until the link ends.
+
+        Raises:
+            PeerProtocolError: the reader sent something that the protocol does not allow.
+        """
+        self._silence.arm()
+        while (message := await self._link.receive()) is not None and not self._has_ended:
+            self._handle(message)
+
+    def end(self) -> None:
+        """End the link and what was granted over it."""
+        if not self._has_ended:
+            self._has_ended = True
+            self._silence.close()
+            self._link.abort()
+            self._snapshots.clear()
+            self._grants.end_peer(self._peer)
+
+    def _check_silence(self) -> None:
+        if self._link.silent_s > SILENCE_S:
+            log.warning("peer_silent", peer=str(self._peer), silent_s=round(self._link.silent_s, 1))
+            self.end()
+        else:
+            self._silence.arm()
+
+    def _handle(self, message: ToOwner) -> None:
+        match message:
+            case Ping():
+                self._send(Pong(message.number))
+            case Release():
+                self._snapshots.pop(message.number, None)
+                self._grants.release(self._peer, message.number)
+            case Want() | SnapshotWanted() if message.generation != self._generation():
+                why = f"is {self._generation()} on this node"
+                answer = Refused(message.number, "generation", str(message.generation), why)
+                self._send(answer)
+            case Want():
+                self._grants.want(self._peer, message, self._send)
+            case SnapshotWanted():
+                self._send_part(message.number)
+
+    def _send_part(self, number: int) -> None:
+        """Send the next part of a snapshot, and begin it if the number is new."""
+        if number not in self._snapshots:
+            if len(self._snapshots) >= SNAPSHOTS_MAX:
+                raise PeerProtocolError(f"more than {SNAPSHOTS_MAX} snapshots at once")
+            self._snapshots[number] = _with_last(self._snapshot())
+        tags, is_last = next(self._snapshots[number])
+        if is_last:
+            del self._snapshots[number]
+        self._send(SnapshotPart(number, tags.seq, tags.host_tags, tags.disk_tags, is_last))
+
+    def _send(self, message: Message) -> None:
+        self._link.send(message)
+
+
+def _with_last(parts: Iterator[SpanTags]) -> Iterator[tuple[SpanTags, bool]]:
+    """Yield each part, and whether it is the last one."""
+    part = next(parts)
+    for following in parts:
+        yield part, False
+        part = following
+    yield part, True

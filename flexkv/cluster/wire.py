@@ -1,0 +1,203 @@
+"""The messages of a control link between two nodes.
+
+    reader ──want, release, snapshot wanted, ping──▶ owner
+           ◀──grant, busy, refused, snapshot part, pong──
+
+The *owner* has blocks, the *reader* asks for them; two nodes that read from each other have two
+links. A frame is four bytes of length, little-endian, and a message in MessagePack.
+
+    Want(7, root + keys, first=16, last=48)
+    Grant(7, first=16, count=24)              the owner keeps these 24 in host memory
+    …                                         the reader reads them over data connections
+    Release(7)
+
+Numbers are the reader's, and unique during its life. Each Want is answered by one Grant, Busy or
+Refused, unless a Release or the end of the link overtakes the answer. A Release of something that
+has ended already is ignored: the two may cross.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, NamedTuple, TypeAlias, TypeVar
+
+import msgspec
+
+from flexkv.common.decoding import decoded
+from flexkv.common.errors import FlexKVError, MalformedError
+from flexkv.common.space import GROUPS_MAX
+from flexkv.common.terms import BLOCK_KEY_BYTES
+
+T = TypeVar("T")
+
+LENGTH_BYTES = 4
+WANT_BLOCKS_MAX = 65_536
+"""The longest prompt whose keys fit in a Want."""
+KEYS_BYTES_MAX = (WANT_BLOCKS_MAX + 1) * BLOCK_KEY_BYTES
+TAG_BYTES = 8
+"""Spans are announced by the first bytes of their keys."""
+PART_TAGS = 65_536
+"""How many tags one SnapshotPart may have."""
+FRAME_BYTES_MAX = KEYS_BYTES_MAX + 4096
+INTRODUCTION_BYTES_MAX = 16 << 10
+NODE_ID_BYTES = 16
+
+Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Position: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=WANT_BLOCKS_MAX)]
+ShortText: TypeAlias = Annotated[str, msgspec.Meta(max_length=512)]
+Tags: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=PART_TAGS * TAG_BYTES)]
+Facts: TypeAlias = Annotated[Mapping[ShortText, int | ShortText], msgspec.Meta(max_length=64)]
+Purpose: TypeAlias = Literal["control", "data"]
+
+
+class PeerProtocolError(FlexKVError):
+    """Another node sent something that the protocol does not allow."""
+
+
+class PeerId(NamedTuple):
+    """One life of a node: it gets another one when it restarts."""
+
+    node_id: bytes
+    life: int
+
+    def __str__(self) -> str:
+        return self.node_id.hex()[:8]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Any message."""
+
+
+class Introduction(Message, tag="introduction", frozen=True):
+    """Who is at this end of a connection, and what its blocks are; sent after the handshake."""
+
+    node_id: Annotated[bytes, msgspec.Meta(min_length=NODE_ID_BYTES, max_length=NODE_ID_BYTES)]
+    life: Annotated[int, msgspec.Meta(ge=0)]
+    purpose: Purpose
+    pool: ShortText
+    generation: Number
+    facts: Facts
+    """What determines blocks and their keys, by name. All must be equal at both ends."""
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Return whose life this is."""
+        return PeerId(self.node_id, self.life)
+
+
+class Want(Message, tag="want", frozen=True):
+    """Ask the owner to keep blocks of a prompt in host memory, so that they can be read."""
+
+    number: Number
+    keys: Annotated[bytes, msgspec.Meta(max_length=KEYS_BYTES_MAX)]
+    """The root, and the keys of the prompt's blocks from the first one on."""
+    first: Position
+    last: Position
+    """Exclusive."""
+    group: Annotated[int, msgspec.Meta(ge=0, lt=GROUPS_MAX)] = 0
+    """The KV group. Of a group other than 0, these are the leaves with parents in that range."""
+    generation: Number = 0
+    """That of the reader; an owner of another one refuses."""
+
+
+class Release(Message, tag="release", frozen=True):
+    """End a grant, or a Want that is not answered yet."""
+
+    number: Number
+
+
+class SnapshotWanted(Message, tag="snapshot", frozen=True):
+    """Ask for everything that the owner has, or for the next part if the number is in use."""
+
+    number: Number
+    generation: Number = 0
+
+
+class Ping(Message, tag="ping", frozen=True):
+    """Ask whether the owner still answers, and show that the reader is alive."""
+
+    number: Number
+
+
+class Grant(Message, tag="grant", frozen=True):
+    """The owner keeps these blocks in host memory until the grant ends."""
+
+    number: Number
+    first: Position
+    count: Position
+    """How many, from `first` on; 0 if they are not there any more."""
+    is_cut: bool = False
+    """Whether a limit of the owner made it shorter; else what follows is not there."""
+
+
+class Busy(Message, tag="busy", frozen=True):
+    """The owner keeps too much for others already."""
+
+    number: Number
+    after_ms: Annotated[int, msgspec.Meta(ge=0, le=60_000)]
+
+
+class Refused(Message, tag="refused", frozen=True):
+    """The owner refuses a connection (number 0) or a request, because of a named field."""
+
+    number: Number
+    field: ShortText
+    value: ShortText
+    why: ShortText
+
+
+class SnapshotPart(Message, tag="part", frozen=True):
+    """Some of the spans that the owner has, by the first 8 bytes of their keys."""
+
+    number: Number
+    seq: Number
+    """The last entry of the owner's log that the part includes."""
+    host_tags: Tags
+    disk_tags: Tags
+    is_last: bool
+
+
+class Pong(Message, tag="pong", frozen=True):
+    """The answer to a Ping."""
+
+    number: Number
+
+
+ToOwner: TypeAlias = Want | Release | SnapshotWanted | Ping
+FromOwner: TypeAlias = Grant | Busy | Refused | SnapshotPart | Pong
+
+_ENCODER = msgspec.msgpack.Encoder()
+TO_OWNER: msgspec.msgpack.Decoder[ToOwner] = msgspec.msgpack.Decoder(ToOwner)
+FROM_OWNER: msgspec.msgpack.Decoder[FromOwner] = msgspec.msgpack.Decoder(FromOwner)
+INTRODUCTION: msgspec.msgpack.Decoder[Introduction] = msgspec.msgpack.Decoder(Introduction)
+
+
+def framed(message: Message) -> bytes:
+    """Return a message as a frame; it must fit in one."""
+    body = _ENCODER.encode(message)
+    assert len(body) <= FRAME_BYTES_MAX, type(message).__name__
+    return len(body).to_bytes(LENGTH_BYTES, "little") + body
+
+
+def length_of(head: bytes | bytearray, bytes_max: int = FRAME_BYTES_MAX) -> int:
+    """Return the length of the message that follows a frame's head.
+
+    Raises:
+        PeerProtocolError: the length is more than `bytes_max`.
+    """
+    length = int.from_bytes(head, "little")
+    if length > bytes_max:
+        raise PeerProtocolError(f"a frame of {length} bytes, more than {bytes_max}")
+    return length
+
+
+def understood(decoder: msgspec.msgpack.Decoder[T], body: bytes | bytearray) -> T:
+    """Return the message that a node sent.
+
+    Raises:
+        PeerProtocolError: the bytes are not such a message, for whatever reason.
+    """
+    try:
+        return decoded(decoder, body)
+    except MalformedError as error:
+        raise PeerProtocolError(str(error)) from error
