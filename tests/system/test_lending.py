@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from flexkv.cluster.grants import Held
 from flexkv.common.request import Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
-from flexkv.engine.lending import Lending, Lent
+from flexkv.engine.lending import Lending
 
 from .test_far import BLOCKS, Bench, on_bench
 
@@ -24,9 +25,9 @@ def pinned(bench: Bench) -> int:
     return bench.engine.statistics().tiers["host"].pinned_blocks
 
 
-def lent_keys(bench: Bench, lent: Lent) -> list[bytes]:
+def lent_keys(bench: Bench, lent: Held) -> list[bytes]:
     """Return the keys of the blocks that are lent."""
-    keys = bench.engine.residency.keys_of(Tier.HOST, lent.host_ids)
+    keys = bench.engine.residency.keys_of(Tier.HOST, lent.block_ids)
     return [keys[at : at + KEYS] for at in range(0, len(keys), KEYS)]
 
 
@@ -36,15 +37,14 @@ def test_the_leading_blocks_that_host_memory_has_are_lent_and_stay() -> None:
     async def work(bench: Bench) -> None:
         await bench.perform(Operation.PUT, 5)
         lender, keys = lending(bench), bench.request().keys
-        assert lender.here(keys) == 5
-        lent = lender.lend(keys, 1, 8)
+        lent = lender.hold(keys, 1, 8)
         assert lent_keys(bench, lent) == bench.keys()[1:5]
         assert pinned(bench) == 4
-        twice = lender.lend(keys, 3, 4)
+        twice = lender.hold(keys, 3, 4)
         assert (lent_keys(bench, twice), pinned(bench)) == (bench.keys()[3:4], 4)
-        lender.give_back(lent)
+        lender.release(lent)
         assert pinned(bench) == 1
-        lender.give_back(twice)
+        lender.release(twice)
         assert pinned(bench) == 0
 
     on_bench(work)
@@ -64,9 +64,9 @@ def test_nothing_is_lent_of_what_is_not_here() -> None:
             (bench.request().keys, 100, 200),
             (bench.request().keys[: 2 * KEYS], 1, 5),
         ]:
-            lent = lender.lend(keys, first, last)
-            assert not len(lent.host_ids)
-            lender.give_back(lent)
+            lent = lender.hold(keys, first, last)
+            assert not len(lent.block_ids)
+            lender.release(lent)
         assert pinned(bench) == 0
 
     on_bench(work)
@@ -80,12 +80,13 @@ def test_what_is_only_on_ssd_is_fetched_before_it_is_lent() -> None:
         await bench.engine.flush()
         keys, lender = bench.request().keys, lending(bench)
         bench.engine.clear(Tier.HOST)
-        assert not len(lender.lend(keys, 0, BLOCKS).host_ids)
-        assert lender.here(keys) == BLOCKS
-        await lender.fetch(keys[: 6 * KEYS])
-        lent = lender.lend(keys, 0, BLOCKS)
+        found = lender.hold(keys, 0, BLOCKS)
+        assert (len(found.block_ids), found.on_disk) == (0, BLOCKS)
+        await lender.prefetch(keys, 2, 5)
+        lent = lender.hold(keys, 0, BLOCKS)
+        assert lent.on_disk == BLOCKS - 5
         assert lent_keys(bench, lent) == bench.keys()[:5]
-        lender.give_back(lent)
+        lender.release(lent)
 
     on_bench(work, disk=32)
 
@@ -97,10 +98,11 @@ def test_lending_counts_as_a_use() -> None:
         for number in (1, 2):
             await bench.perform(Operation.PUT, number=number)
         lender = lending(bench)
-        lender.give_back(lender.lend(bench.request(1).keys, 0, BLOCKS))
+        lender.release(lender.hold(bench.request(1).keys, 0, BLOCKS))
         await bench.perform(Operation.PUT, number=3)
-        assert lender.here(bench.request(1).keys) == BLOCKS
-        assert lender.here(bench.request(2).keys) < BLOCKS
+        for number, is_whole in ((1, True), (2, False)):
+            found = bench.engine.residency.find(bench.request(number).keys)
+            assert (found.last == BLOCKS) is is_whole
 
     on_bench(work, host=2 * BLOCKS)
 
@@ -111,14 +113,14 @@ def test_a_cleared_block_is_not_lent_again_but_stays_for_its_reader() -> None:
     async def work(bench: Bench) -> None:
         await bench.perform(Operation.PUT)
         lender, keys = lending(bench), bench.request().keys
-        lent = lender.lend(keys, 0, BLOCKS)
+        lent = lender.hold(keys, 0, BLOCKS)
         bench.engine.clear()
-        assert not len(lender.lend(keys, 0, BLOCKS).host_ids)
+        assert not len(lender.hold(keys, 0, BLOCKS).block_ids)
         await bench.perform(Operation.PUT, number=1)
-        others = lender.lend(bench.request(1).keys, 0, BLOCKS)
-        assert not set(others.host_ids.tolist()) & set(lent.host_ids.tolist())
-        assert np.array_equal(np.unique(lent.host_ids), np.sort(lent.host_ids))
-        lender.give_back(lent)
-        lender.give_back(others)
+        others = lender.hold(bench.request(1).keys, 0, BLOCKS)
+        assert not set(others.block_ids.tolist()) & set(lent.block_ids.tolist())
+        assert np.array_equal(np.unique(lent.block_ids), np.sort(lent.block_ids))
+        lender.release(lent)
+        lender.release(others)
 
     on_bench(work)
