@@ -24,12 +24,14 @@ from flexkv.common.request import Operation
 from flexkv.common.space import GroupRule, Kind
 from flexkv.common.terms import Positions, Tier
 from flexkv.engine.engine import Engine
+from flexkv.index.change_hub import ChangeHub
 from flexkv.index.residency import Residency
 from flexkv.index.secret import derived
+from flexkv.index.span_changes import NODES_A_STEP, SpanChanges
 from flexkv.kvmanager import KVManager
 
 TOKENS, PER_BLOCK = 32_768, 16
-BLOCKS = TOKENS // PER_BLOCK
+BLOCKS, SPAN = TOKENS // PER_BLOCK, 8
 ROOT, HASH_SECRET = bytes(16), derived("").hash_secret
 TINY = ModelConfig(num_layers=1, num_kv_heads=1, head_size=8, dtype="float16")
 
@@ -42,6 +44,7 @@ def measure(options: Options) -> Figures:
     figures |= _matches(resident, rounds)
     figures |= _matches_with_leaves(resident, rounds)
     figures |= _evictions(resident, rounds)
+    figures |= _changes(resident, rounds)
     figures |= _memory(1 << 16 if options.quick else 20_000_000, resident)
     figures |= asyncio.run(_planning(1 << 14 if options.quick else 1 << 18, rounds))
     figures |= asyncio.run(_match_beside_writes(options))
@@ -186,6 +189,33 @@ def _evictions(resident: int, rounds: int) -> Figures:
         _insert(index, keys, 0, BLOCKS)
 
     figures["steady put of 2,048 blocks, us"] = statistics.median(_each_us(put, new))
+    return figures
+
+
+def _changes(resident: int, rounds: int) -> Figures:
+    """Time puts into a full tier, watched or not in turns, what they tell of spans, and a walk."""
+    index, prompts = Residency({Tier.HOST: resident}), _Prompts(7)
+    for _ in range(resident // BLOCKS):
+        _insert(index, prompts.keys(), 0, BLOCKS)
+    hub = ChangeHub(index)
+    took: dict[str, list[float]] = {}
+
+    def time_us(name: str, work: Callable[[], object]) -> None:
+        took.setdefault(name, []).extend(_times_us(work, 1))
+
+    for _ in range(rounds):
+        keys, watched = prompts.keys(), prompts.keys()
+        time_us("put, unwatched", lambda: _insert(index, keys, 0, BLOCKS))  # noqa: B023
+        spans = SpanChanges(hub, SPAN, 1 << 16)
+        time_us("put, watched", lambda: _insert(index, watched, 0, BLOCKS))  # noqa: B023
+        time_us("changes of spans by such a put", spans.take)
+        spans.close()
+    walk = SpanChanges(hub, SPAN, 1 << 16).walk()
+    for _ in range(resident // NODES_A_STEP):
+        time_us("a step of a walk over all spans", lambda: next(walk))
+    pairs = zip(took["put, watched"], took["put, unwatched"], strict=True)
+    figures: Figures = {f"{name}, us": statistics.median(us) for name, us in took.items()}
+    figures["put, watched / unwatched"] = statistics.median(after / plain for after, plain in pairs)
     return figures
 
 

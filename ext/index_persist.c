@@ -1,5 +1,5 @@
 /* Exports blocks of a tier as records that outlive the process, and fills a tier from them. */
-#include "index_core.h"
+#include "index_persist.h"
 
 bool index_export(const struct block_index *index, unsigned t, int64_t id,
                   struct block_record *record)

@@ -2,6 +2,8 @@
  * is READY. */
 #include "index.h"
 
+#include "index_persist.h"
+
 static PyObject *export(BlockIndex *self, struct value *values)
 {
     const struct int64_view *ids = &values[1].view;

@@ -16,7 +16,7 @@ that the walk has passed, so that no step shows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from itertools import count
 from typing import NamedTuple
 
@@ -95,8 +95,10 @@ class SpanChanges:
         on_host, on_disk = (now & self._host) != 0, (now & self._disk) != 0
         return list(map(SpanChange, keys, on_host.tolist(), on_disk.tolist()))
 
-    def walk(self, nodes: int = NODES_A_STEP) -> Iterator[SpanStates]:
-        """Yield all spans that are there, and some that come meanwhile; many steps have none.
+    def walk(self, nodes: int = NODES_A_STEP) -> Generator[SpanStates, None, None]:
+        """Yield all spans that are there, and some that come meanwhile; a step may have none.
+
+        A walk that is not finished must be closed, since takes leave nothing out until then.
 
         Args:
             nodes: how many nodes of the table to look at in each step.
