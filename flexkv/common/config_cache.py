@@ -319,14 +319,10 @@ class CacheConfig(ConfigModel):
         False,
         "Share host memory with other nodes: they may fetch what it holds, and this engine fetches "
         "what they hold.",
-        part="sharing between nodes",
-        built=(False,),
     )
     enable_p2p_ssd: bool = key(
         False,
         "Share the SSD tier, too: other nodes may fetch blocks that are only on this one's SSD.",
-        part="sharing between nodes",
-        built=(False,),
     )
     redis_host: str = key(
         "127.0.0.1", "Host of the Redis that holds the nodes' metadata.", min_length=1

@@ -10,6 +10,7 @@ from flexkv.actors.checks import BlockChecks
 from flexkv.actors.scheduler import Scheduler
 from flexkv.actors.supervisor import Supervisor
 from flexkv.actors.write_behind import WriteBehind
+from flexkv.cluster.grants import Owner
 from flexkv.common.config import CacheConfig, CacheSizes
 from flexkv.common.request import Operation, Request
 from flexkv.common.space import rules_of
@@ -119,8 +120,8 @@ class Core:
         actor.attach(self.scheduler.report)
         supervisor.keep(f"{actor.name} actor", actor.run())
 
-    def start(self, supervisor: Supervisor) -> None:
-        """Start the actors and the background work of all tiers."""
+    def start(self, supervisor: Supervisor, owner: Owner) -> None:
+        """Start the actors and the background work of all tiers; `owner` lends blocks to peers."""
         for actor in self.actors.values():
             self.start_actor(actor, supervisor)
         for parts in self._tiers:
@@ -131,6 +132,8 @@ class Core:
                 supervisor.spawn,
                 partial(self.scheduler.watch.is_failing, parts.tier),
                 partial(self.scheduler.watch.try_now, parts.tier),
+                owner,
+                self.changes,
             )
             for name, work in parts.work(hooks).items():
                 supervisor.keep(name, work)

@@ -20,12 +20,14 @@ from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ClosedError, ConfigError, InternalError, InvariantError
 from flexkv.common.layout import Order, is_natural
 from flexkv.common.request import Operation
+from flexkv.common.space import rules_of
 from flexkv.common.terms import Tier
 from flexkv.engine.admission import Admission
 from flexkv.engine.core import Core
 from flexkv.engine.departure import Departure
 from flexkv.engine.devices import Devices
 from flexkv.engine.durability import Durability, FlushReport
+from flexkv.engine.lending import Lending
 from flexkv.engine.pins import Pins
 from flexkv.engine.requests import Requests
 from flexkv.engine.retention import Retention
@@ -96,7 +98,11 @@ class Engine:
             await self._backend.take(undo, progress)
             self._compose(undo, progress)
             await self._supervisor.start()
-            self._core.start(self._supervisor)
+            lending = Lending(
+                self._core, self._requests, self.clears, self.tokens_per_block,
+                rules_of(self.sizes.spaces),
+            )  # fmt: skip
+            self._core.start(self._supervisor, lending)
             self._resources.push(undo.pop_all())
         self._open = self._used = True
         self._home = HomeProcess("the engine")

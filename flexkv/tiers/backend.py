@@ -18,6 +18,7 @@ from flexkv.common.config import CacheConfig, CacheSizes
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, PagedLayout, order_of
 from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
+from flexkv.index.hints import HintedCatalogue
 from flexkv.io.checksums.sums import PoolChecksummer
 from flexkv.io.cuda.choice import CopyPreference
 from flexkv.io.cuda.driver import BoundDriver, why_no_gds
@@ -33,6 +34,7 @@ from flexkv.process.stoppable import no_pause, run_stoppable
 from flexkv.tiers.far import hints_of
 from flexkv.tiers.limits import memory_error_named
 from flexkv.tiers.parts import TierParts
+from flexkv.tiers.peer import PeerTier
 from flexkv.tiers.remote import RemoteTier
 from flexkv.tiers.ssd import SsdTier
 from flexkv.tiers.unavailable import Unavailable
@@ -122,7 +124,8 @@ class LocalBackend:
         self.ssd = SsdTier(cache, sizes, self.unavailable)
         self.hints = hints_of(cache, sizes)
         self.remote = RemoteTier(cache, sizes, self.unavailable, self.hints)
-        self._openers = [self.ssd.open, self.remote.open]
+        self.peers = PeerTier(cache, sizes, self.unavailable, self.hints)
+        self._openers = [self.ssd.open, self.peers.open, self.remote.open]
         """Open one tier each, the nearest first; they share the sums of host memory."""
         self._tiers: list[TierParts] = []
         self._sums: Sums | None = None
@@ -189,6 +192,8 @@ class LocalBackend:
         self._sums = sums if self._tiers else None
         if self.remote.catalogue is not NOTHING_IS_FAR:
             self.catalogue = self.remote.catalogue
+        elif self.hints is not None:
+            self.catalogue = HintedCatalogue(self.hints)
         outlives = any(parts.persistence is not None for parts in self._tiers)
         if not self.space.facts["model_id"] and (self.shared or outlives):
             log.warning(

@@ -15,8 +15,10 @@ import msgspec
 from flexkv.actors.actor import Window
 from flexkv.actors.checks import BlockChecks
 from flexkv.actors.write_behind import ShipLimits
+from flexkv.cluster.grants import Owner
 from flexkv.common.errors import CorruptBlockError, StorageError
 from flexkv.common.terms import BlockIds, Tier
+from flexkv.index.change_hub import ChangeHub
 from flexkv.index.residency import Residency
 from flexkv.io.ports import DurablePort
 from flexkv.io.remote.counts import RemoteCounts
@@ -99,6 +101,10 @@ class TierHooks(NamedTuple):
     """Returns whether the tier is not used now, because its I/O failed."""
     try_now: Callable[[], None]
     """Makes the next request a trial of a tier that is not used, since it seems to work again."""
+    owner: Owner
+    """Lends blocks of the engine to other nodes."""
+    changes: ChangeHub
+    """Passes on which blocks became READY, or are not any more."""
 
 
 class StoreStatistics(msgspec.Struct, frozen=True):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from asyncio import Future
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from itertools import accumulate, count
 from typing import NamedTuple, Protocol
 
@@ -103,7 +104,7 @@ class Copier:
     def __init__(self, threads: int) -> None:
         self._pool: CopyPool | None = in_background(lambda: CopyPool(threads))
         self._numbers = count()
-        self._jobs: dict[int, Future[None]] = {}
+        self._jobs: dict[int, Callable[[], None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         forks.on_fork(self._let_go_in_child)
 
@@ -120,34 +121,35 @@ class Copier:
         """
         ends = []
         for at, pages in enumerate(blocks):
-            number, ended = self._begin()
-            assert self._pool is not None
-            own = host_ids[at : at + 1]
-            self._pool.submit(number, pages, TO_HOST, np.zeros(1, np.int64), own, True)
+            ended = asyncio.get_running_loop().create_future()
+            number, own = next(self._numbers), host_ids[at : at + 1]
+            self._open_pool().submit(number, pages, TO_HOST, np.zeros(1, np.int64), own, True)
+            self._jobs[number] = partial(_settle, ended)
             ends.append(ended)
         for ended in ends:
             await ended
 
     async def checksum(self, pages: PageMap, host_ids: BlockIds) -> None:
         """Sum host blocks; for the rest see `copy`."""
-        number, ended = self._begin()
-        assert self._pool is not None
-        self._pool.checksum(number, pages, host_ids, True)
+        ended = asyncio.get_running_loop().create_future()
+        self.start_checksum(pages, host_ids, partial(_settle, ended))
         await ended
 
-    def _begin(self) -> tuple[int, Future[None]]:
-        if self._pool is None or self._loop is None:
-            raise ClosedError("the remote port is closed, or not connected")
+    def start_checksum(self, pages: PageMap, host_ids: BlockIds, ended: Callable[[], None]) -> None:
+        """Start to sum host blocks; `ended` is called on the loop's thread when it is done."""
         number = next(self._numbers)
-        ended = self._jobs[number] = self._loop.create_future()
-        return number, ended
+        self._open_pool().checksum(number, pages, host_ids, True)
+        self._jobs[number] = ended
+
+    def _open_pool(self) -> CopyPool:
+        if self._pool is None or self._loop is None:
+            raise ClosedError("the copy threads have ended, or are not connected")
+        return self._pool
 
     def _reap(self) -> None:
         assert self._pool is not None
         for number in self._pool.reap():
-            ended = self._jobs.pop(number)
-            if not ended.done():
-                ended.set_result(None)
+            self._jobs.pop(number)()
 
     def _let_go_in_child(self) -> None:
         if self._pool is not None:
@@ -161,6 +163,11 @@ class Copier:
         if self._loop is not None:
             self._loop.remove_reader(pool.fileno())
         pool.close()
+
+
+def _settle(ended: Future[None]) -> None:
+    if not ended.done():
+        ended.set_result(None)
 
 
 class BodyLanding:

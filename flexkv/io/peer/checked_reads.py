@@ -1,0 +1,96 @@
+"""Reads of blocks from a peer that are summed while more arrive, and then compared.
+
+socket ──ring──▶ arena ──copy threads: sum──▶ sums ══ the sums that the owner sent
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from flexkv._ext import PageMap
+from flexkv.common.errors import CorruptBlockError, PeerError, TransferError
+from flexkv.common.terms import BlockIds
+from flexkv.io.peer.fence import Fence
+from flexkv.io.peer.frames import Read
+from flexkv.io.peer.receiver import Receiver
+from flexkv.io.ports import Sums
+from flexkv.io.remote.landing import Copier, HostBlocks
+
+
+class Fetched(NamedTuple):
+    """How a read has ended.
+
+    Attributes:
+        filled: how many leading blocks are in their places, with the right sums.
+        error: why not all are.
+    """
+
+    filled: int
+    error: TransferError | None
+
+
+class CheckedReads:
+    """Reads blocks into host memory, and believes only what has the sums that were promised."""
+
+    def __init__(self, host: HostBlocks, copier: Copier) -> None:
+        """Take host memory and the threads that sum; both must outlive the reads."""
+        self._host, self._copier = host, copier
+        arena = host.arena
+        self._pages = [
+            PageMap(
+                np.array([[arena.address, arena.block_stride_bytes, size, 0]], np.int64),
+                arena.num_blocks,
+                host.buffer,
+                arena.block_stride_bytes,
+                None,
+                host.sums,
+            )
+            for size in host.block_bytes
+        ]
+
+    async def fetch(
+        self, receiver: Receiver, number: int, first: int, host_ids: BlockIds, group: int = 0
+    ) -> Fetched:
+        """Read blocks of a grant into host blocks, and return how many are there.
+
+        A wrong sum breaks the connection.
+
+        Args:
+            receiver: the socket to read from.
+            number: of the grant.
+            first: the position of the first block.
+            host_ids: int64[n], where they are to be; n is at most BLOCKS_MAX.
+            group: their KV group.
+
+        Cancellation: see `Receiver.read`; nothing is summed any more, either.
+        """
+        summing, seen, promised = Fence(), 0, np.zeros(0, np.uint64)
+
+        def arrived(count: int, sums: Sums) -> None:
+            nonlocal seen, promised
+            summing.begin()
+            self._copier.start_checksum(self._pages[group], host_ids[seen:count], summing.end)
+            seen, promised = count, sums
+
+        arena = self._host.arena
+        addresses = arena.address + host_ids * arena.block_stride_bytes
+        read = Read(number, first, len(host_ids), self._host.block_bytes[group])
+        error: TransferError | None = None
+        try:
+            await receiver.read(read, addresses, arrived)
+        except PeerError as failure:
+            error = failure
+        finally:
+            await summing.passed()
+        right = self._host.sums[host_ids[:seen]] == promised[:seen]
+        if right.all():
+            return Fetched(seen, error)
+        receiver.stop()
+        wrong = host_ids[:seen][~right].tolist()
+        return Fetched(int(right.argmin()), CorruptBlockError(f"peer {receiver.peer}", 0, wrong))
+
+    def close(self) -> None:
+        """Release the arena; nothing may be on its way."""
+        self._pages = []

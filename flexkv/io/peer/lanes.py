@@ -1,0 +1,94 @@
+"""Connections over which blocks of other nodes are read: a few for each, opened when needed."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+
+from flexkv.io.peer.receiver import Receiver
+from flexkv.io.peer.sockets import SocketRing
+
+LANES = 2
+"""Connections for each node: one more lets bytes arrive while those of the other are summed."""
+
+Connect = Callable[[int], Awaitable[tuple[socket.socket, str]]]
+"""Returns a data connection to a holder, and the holder's address. Raises PeerError."""
+
+
+class _Lane:
+    """One connection, when it is open."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.receiver: Receiver | None = None
+        self.socket: socket.socket | None = None
+
+
+class Lanes:
+    """The connections to all nodes that blocks are read from."""
+
+    def __init__(self, ring: SocketRing, connect: Connect, stall_s: float) -> None:
+        """Open none yet.
+
+        Args:
+            ring: moves the bytes.
+            connect: makes connections.
+            stall_s: how long the next bytes of an answer may take to arrive.
+        """
+        self._ring, self._connect, self._stall_s = ring, connect, stall_s
+        self._lanes: dict[int, list[_Lane]] = {}
+
+    async def lane(self, holder: int, number: int) -> Receiver:
+        """Return the connection of this number, modulo `LANES`, to a holder, and open it if needed.
+
+        Raises:
+            PeerError: the holder cannot be reached.
+        """
+        lanes = self._lanes.setdefault(holder, [_Lane() for _ in range(LANES)])
+        lane = lanes[number % LANES]
+        async with lane.lock:
+            if lane.receiver is not None and lane.receiver.is_broken:
+                await self._close(lane)
+            if lane.receiver is None:
+                connection, peer = await self._connect(holder)
+                try:
+                    index = self._ring.add(connection)
+                except BaseException:
+                    connection.close()
+                    raise
+                lane.socket = connection
+                lane.receiver = Receiver(self._ring, index, peer, self._stall_s)
+            return lane.receiver
+
+    def stop(self, holder: int | None = None) -> None:
+        """Break the connections to a holder, or to all: what is read over them fails soon."""
+        for each, lanes in self._lanes.items():
+            if holder is None or holder == each:
+                for lane in lanes:
+                    if lane.receiver is not None:
+                        lane.receiver.stop()
+
+    async def forget(self, holder: int) -> None:
+        """Close the connections to a holder, whose number may be another node's later."""
+        for lane in self._lanes.pop(holder, ()):
+            async with lane.lock:
+                await self._close(lane)
+
+    async def _close(self, lane: _Lane) -> None:
+        """Close a connection; nothing is written over it any more afterwards."""
+        receiver, lane.receiver = lane.receiver, None
+        connection, lane.socket = lane.socket, None
+        if receiver is not None and connection is not None:
+            try:
+                await self._ring.remove(receiver.index)
+            finally:
+                connection.close()
+
+    def close(self) -> None:
+        """Close all sockets, once the ring is closed."""
+        for lanes in self._lanes.values():
+            for lane in lanes:
+                if lane.socket is not None:
+                    lane.socket.close()
+        self._lanes.clear()

@@ -1,0 +1,338 @@
+"""The port of the peers' tier: it reads blocks of other nodes straight into host memory.
+
+    transfer ─▶ runs, one for each holder in turn ─▶ want ─▶ grant ─▶ READs over its lanes ─▶ sums
+                                                      the holder keeps the blocks in place ──┘
+
+A transfer fills the blocks before the first one that did not arrive, or has another checksum than
+its owner said. Every end is definite: when a transfer is over, nothing of it is written any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from flexkv.common.errors import (
+    ClosedError,
+    InvariantError,
+    MissingBlockError,
+    PeerError,
+    TransferError,
+)
+from flexkv.common.extents import check_ids
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier, Transfer
+from flexkv.index.hints import HOLDERS_MAX, holders_of
+from flexkv.io.peer.checked_reads import CheckedReads, Fetched
+from flexkv.io.peer.frames import BLOCKS_MAX, MESSAGE_BYTES
+from flexkv.io.peer.lanes import Lanes
+from flexkv.io.peer.sockets import SocketRing
+from flexkv.io.ports import Completion
+from flexkv.io.remote.landing import Copier, HostBlocks
+from flexkv.io.remote.port import Spawn
+
+_OUTER_BLOCKS = 2 * HOLDERS_MAX
+"""Ids at the other end are holders, twice as many for blocks on a holder's disk."""
+READ_BYTES = 2 * MESSAGE_BYTES
+"""About how much one READ asks for."""
+COPY_THREADS = 2
+BUSY_S = 0.05
+"""When to ask a busy holder again."""
+
+
+class Wish(NamedTuple):
+    """Blocks of a prompt that are wanted of a holder.
+
+    Attributes:
+        keys: the root and the keys of the prompt's blocks, up to the last that is wanted.
+        first: the position of the first block, or of the first leaf's parent.
+        last: the position where they end, exclusive.
+        group: the KV group.
+    """
+
+    keys: bytes
+    first: int
+    last: int
+    group: int
+
+
+class Allowed(NamedTuple):
+    """What a holder lets us read.
+
+    Attributes:
+        number: of the grant.
+        positions: how many positions, from the first one on.
+        is_cut: whether a limit made it shorter; otherwise the holder does not have what follows.
+    """
+
+    number: int
+    positions: int
+    is_cut: bool
+
+
+class Holders(Protocol):
+    """The nodes from which blocks are read, by the numbers that hints have for them."""
+
+    async def want(self, holder: int, wish: Wish) -> Allowed:
+        """Ask a holder to keep blocks in place until `release`.
+
+        Raises:
+            PeerError: it refuses, is busy, does not answer in time, or is gone.
+        """
+        ...
+
+    def release(self, holder: int, number: int) -> None:
+        """End a grant."""
+        ...
+
+    def blame(self, holder: int, error: PeerError) -> None:
+        """Take note that a holder did not send what it had granted."""
+        ...
+
+
+class _Run(NamedTuple):
+    """Consecutive blocks of a transfer that are read from one holder."""
+
+    holder: int
+    wish: Wish
+    host_ids: BlockIds
+    ratio: int
+
+    def behind(self, blocks: int) -> _Run:
+        """Return the rest of it behind some blocks."""
+        first = self.wish.first + blocks * self.ratio
+        return self._replace(wish=self.wish._replace(first=first), host_ids=self.host_ids[blocks:])
+
+
+class _Part(NamedTuple):
+    """Some blocks of a run, which one READ asks for.
+
+    Attributes:
+        number: of the grant.
+        begin: index of the first of them among the run's.
+        end: exclusive.
+        lane: the number of the connection.
+    """
+
+    run: _Run
+    number: int
+    begin: int
+    end: int
+    lane: int
+
+
+class PeerPort:
+    """A transfer port between the arena and the memory of other nodes; it only reads.
+
+    Attributes:
+        spawn: starts tasks; to be set before the first transfer.
+    """
+
+    adapter = "tcp"
+
+    def __init__(
+        self,
+        ring: SocketRing,
+        lanes: Lanes,
+        holders: Holders,
+        host: HostBlocks,
+        ratios: Sequence[int],
+        patience_s: float,
+    ) -> None:
+        """Start the threads that sum what arrives.
+
+        Args:
+            ring: the sockets', to which the arena is lent; the port closes it.
+            lanes: connections over that ring.
+            holders: whom to ask.
+            host: the blocks in host memory, and their sums; they must outlive the port.
+            ratios: for each KV group, how many blocks of the chain one of its blocks covers.
+            patience_s: how long a holder may be too busy to lend anything.
+        """
+        self.spawn: Spawn | None = None
+        self.block_bytes = host.arena.block_stride_bytes
+        self._ring, self._lanes, self._holders, self._host = ring, lanes, holders, host
+        self._ratios, self._patience_s = ratios, patience_s
+        self._copier = Copier(COPY_THREADS)
+        self._reads = CheckedReads(host, self._copier)
+        self._moved_s: dict[int, float] = {}
+        """When something of each transfer has arrived last."""
+        self._ended: list[Completion] = []
+        self._wake: Callable[[], None] | None = None
+        self._is_stopped = self._closed = False
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Attach to the running loop, which calls `wake` when `reap` has something to return."""
+        self._wake = wake
+        self._ring.connect()
+        self._copier.connect()
+
+    def submit(self, transfer: Transfer) -> None:
+        """Start to read the blocks of one transfer.
+
+        Raises:
+            ClosedError: after `close`.
+            InvariantError: an id is out of range, the id lists differ in length, the blocks have no
+                keys, or the port is not connected.
+        """
+        self._check_open()
+        check_ids(transfer, self._host.arena.num_blocks, _OUTER_BLOCKS)
+        if self.spawn is None or self._wake is None or transfer.op_id in self._moved_s:
+            raise InvariantError(f"transfer {transfer.op_id}: not connected, or in flight already")
+        if transfer.route.target is not Tier.HOST or transfer.names is None:
+            raise InvariantError(f"transfer {transfer.op_id} {transfer.route}: peers are only read")
+        self._moved_s[transfer.op_id] = asyncio.get_running_loop().time()
+        self.spawn("peer get", self._get(transfer))
+
+    def reap(self) -> list[Completion]:
+        """Return every transfer that ended since the last call, each exactly once."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    # -- reading --------------------------------------------------------------------------------
+
+    async def _get(self, transfer: Transfer) -> None:
+        """Read a transfer's blocks, and report its end."""
+        filled, error = 0, None
+        for run in _runs(transfer, self._ratios[transfer.group]):
+            brought = await self._bring_all(run, transfer)
+            filled, error = filled + brought.filled, brought.error
+            if error is not None:
+                break
+        del self._moved_s[transfer.op_id]
+        self._ended.append(Completion(transfer.op_id, error, filled))
+        assert self._wake is not None
+        self._wake()
+
+    async def _bring_all(self, run: _Run, transfer: Transfer) -> Fetched:
+        """Read the blocks of one holder; ask again, for a while, if it lends us fewer at once."""
+        loop, filled = asyncio.get_running_loop(), 0
+        moved_s = loop.time()
+        while True:
+            brought = await self._bring(run, transfer)
+            filled += brought.filled
+            error = brought.error
+            if error is None or not (isinstance(error, PeerError) and error.is_busy):
+                return Fetched(filled, error)
+            if brought.filled:
+                run, moved_s = run.behind(brought.filled), loop.time()
+            elif loop.time() - moved_s >= self._patience_s:
+                return Fetched(filled, error)
+            else:
+                await asyncio.sleep(BUSY_S)
+
+    async def _bring(self, run: _Run, transfer: Transfer) -> Fetched:
+        """Read the blocks that one holder lends us now."""
+        try:
+            self._check_not_stopped()
+            allowed = await self._holders.want(run.holder, run.wish)
+        except PeerError as error:
+            return Fetched(0, error)
+        try:
+            brought = await self._read(run, allowed, transfer.op_id)
+        finally:
+            self._holders.release(run.holder, allowed.number)
+        if brought.error is not None or brought.filled == len(run.host_ids):
+            return brought
+        if allowed.is_cut:
+            why = f"it lends only {brought.filled} of {len(run.host_ids)} blocks at once"
+            return Fetched(brought.filled, PeerError(str(run.holder), "asking", why, is_busy=True))
+        why = f"node {run.holder} does not have it any more"
+        left = transfer.block_count - brought.filled
+        missing = MissingBlockError(transfer.op_id, str(transfer.route), left, why)
+        return Fetched(brought.filled, missing)
+
+    async def _read(self, run: _Run, allowed: Allowed, op_id: int) -> Fetched:
+        """Read granted blocks, in parts that arrive over all lanes at once."""
+        group = run.wish.group
+        at_once = 1
+        if self._ratios[group] == 1:
+            at_once = max(1, min(BLOCKS_MAX, READ_BYTES // self._host.block_bytes[group]))
+        ends: list[asyncio.Future[Fetched]] = []
+        assert self.spawn is not None
+        blocks = min(len(run.host_ids), -(-allowed.positions // self._ratios[group]))
+        for number, begin in enumerate(range(0, blocks, at_once)):
+            ended = asyncio.get_running_loop().create_future()
+            ends.append(ended)
+            part = _Part(run, allowed.number, begin, min(begin + at_once, blocks), number)
+            self.spawn("peer read", self._read_part(part, op_id, ended))
+        filled = 0
+        error: TransferError | None = None
+        for ended in ends:  # all must be over before the blocks are anybody else's
+            brought = await ended
+            if error is None:
+                filled, error = filled + brought.filled, brought.error
+        return Fetched(filled, error)
+
+    async def _read_part(self, part: _Part, op_id: int, ended: asyncio.Future[Fetched]) -> None:
+        """Read some blocks over one lane, and report how that ended."""
+        run, group = part.run, part.run.wish.group
+        try:
+            self._check_not_stopped()
+            receiver = await self._lanes.lane(run.holder, part.lane)
+            first = run.wish.first + part.begin * self._ratios[group]
+            own = run.host_ids[part.begin : part.end]
+            brought = await self._reads.fetch(receiver, part.number, first, own, group)
+            if brought.filled:
+                self._moved_s[op_id] = asyncio.get_running_loop().time()
+        except PeerError as error:
+            brought = Fetched(0, error)
+        if isinstance(brought.error, PeerError):
+            self._holders.blame(run.holder, brought.error)
+        ended.set_result(brought)
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """End all transfers soon: the engine is being closed."""
+        self._is_stopped = True
+        self._lanes.stop()
+
+    def waiting_since_s(self, op_id: int) -> float:
+        """Return since when nothing of a transfer has arrived."""
+        now_s = asyncio.get_running_loop().time()
+        return self._moved_s.get(op_id, now_s)
+
+    async def sync(self) -> None:
+        """Return at once: nothing is written."""
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the port to other nodes is closed")
+
+    def _check_not_stopped(self) -> None:
+        if self._is_stopped:
+            raise PeerError("any", "reading blocks", "the engine is being closed")
+
+    def close(self) -> None:
+        """End everything; nothing writes to the arena any more. Idempotent.
+
+        Raises:
+            InvariantError: transfers were in flight, or ended without being reaped.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._ring.close()
+        self._lanes.close()
+        self._copier.close()
+        self._reads.close()
+        if unreaped := len(self._moved_s) + len(self._ended):
+            raise InvariantError(f"peer port closed with {unreaped} transfers unreaped")
+
+
+def _runs(transfer: Transfer, ratio: int) -> Iterator[_Run]:
+    """Yield the runs of a transfer: consecutive blocks of one holder, in order."""
+    assert transfer.names is not None
+    keys, holders = transfer.names.keys, holders_of(transfer.source_ids)
+    positions = transfer.positions.array
+    breaks = (np.diff(positions) != ratio) | (np.diff(holders) != 0)
+    begins = [0, *(np.flatnonzero(breaks) + 1).tolist(), transfer.block_count]
+    for begin, end in pairwise(begins):
+        first, last = int(positions[begin]), int(positions[end - 1]) + 1
+        wish = Wish(keys[: (last + 1) * BLOCK_KEY_BYTES], first, last, transfer.group)
+        yield _Run(int(holders[begin]), wish, transfer.target_ids[begin:end], ratio)

@@ -1,0 +1,141 @@
+"""The reader's end of a data socket: blocks arrive straight in host memory.
+
+    read 1 ─▶ READ ──────▶ its answer arrives, message by message ─▶ sums
+    read 2 ─────▶ READ ──────(waits for its turn)──────────────────▶ its answer arrives …
+
+Several reads of one socket are asked for at once, and answered in order. A read that fails or is
+cancelled while its answer is due breaks the connection, since the rest of the stream has no meaning
+without it. A refusal breaks nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.common.errors import InvariantError, MalformedError, PeerError
+from flexkv.io.peer.frames import (
+    BLOCKS_MAX,
+    HEADER_BYTES,
+    SUM_BYTES,
+    Read,
+    Status,
+    messages,
+    unpack_answer,
+)
+from flexkv.io.peer.sockets import NO_EXTENTS, Extents, SocketRing, StreamEndedError
+from flexkv.io.ports import Sums
+
+Arrived = Callable[[int, Sums], None]
+"""Called with the number of leading blocks that have arrived, unchecked, and the sums of all."""
+
+
+class Receiver:
+    """Reads blocks of one peer over one socket.
+
+    Attributes:
+        index: of the socket in the ring; whoever added it there removes it.
+        peer: the owner's address, for errors.
+        is_broken: whether nothing can be read any more.
+    """
+
+    def __init__(self, ring: SocketRing, index: int, peer: str, stall_s: float) -> None:
+        """Take a socket that was added to the ring.
+
+        Args:
+            ring: moves the bytes; the memory of the blocks must be lent to it.
+            index: of the socket.
+            peer: the owner's address, for errors.
+            stall_s: how long the next message may take to arrive.
+        """
+        self._ring, self._stall_s = ring, stall_s
+        self.index, self.peer, self.is_broken = index, peer, False
+        self._asking = asyncio.Lock()
+        self._last_over = asyncio.Event()
+        self._last_over.set()
+
+    async def read(
+        self,
+        read: Read,
+        addresses: NDArray[np.int64],
+        arrived: Arrived = lambda _count, _sums: None,
+    ) -> Sums:
+        """Read blocks into memory, and return the sums that their owner has for them: uint64[n].
+
+        Args:
+            read: what is asked for.
+            addresses: where each block is to be, int64[count].
+            arrived: called whenever more blocks have arrived.
+
+        Cancellation: when the task is cancelled, nothing is written to the memory any more. Once
+        the READ was sent, this breaks the connection.
+
+        Raises:
+            PeerError: the peer refused, did not answer in time, broke the rules, or is gone.
+                Nothing is written to the memory any more.
+        """
+        if len(addresses) != read.blocks or not 1 <= read.blocks <= BLOCKS_MAX:
+            raise InvariantError(f"{len(addresses)} addresses for {read}")
+        over, is_asked = asyncio.Event(), False
+        try:
+            async with self._asking:
+                self._check_whole()
+                before, self._last_over, is_asked = self._last_over, over, True
+                await self._send(read.packed())
+            await before.wait()
+            self._check_whole()
+            status, sums = await self._answer(read, addresses, arrived)
+        except (OSError, StreamEndedError, MalformedError) as error:
+            self.stop()
+            why = str(error) or f"nothing moved for {self._stall_s} s"
+            raise self._failed(why) from error
+        except BaseException:
+            if is_asked:
+                self.stop()
+            raise
+        finally:
+            over.set()
+        if status is not Status.OK:
+            raise self._failed(status.why)
+        return sums
+
+    def stop(self) -> None:
+        """Break the connection: every read of it fails soon."""
+        self.is_broken = True
+        self._ring.stop(self.index)
+
+    def _check_whole(self) -> None:
+        if self.is_broken:
+            raise self._failed("the connection is broken")
+
+    def _failed(self, why: str) -> PeerError:
+        return PeerError(self.peer, "reading blocks", why)
+
+    async def _answer(
+        self, read: Read, addresses: NDArray[np.int64], arrived: Arrived
+    ) -> tuple[Status, Sums]:
+        """Receive what the peer sends for a READ."""
+        status = unpack_answer(await self._receive(NO_EXTENTS, HEADER_BYTES), read)
+        sums: Sums = np.zeros(0, np.uint64)
+        if status is not Status.OK:
+            return status, sums
+        count, head_bytes = 0, SUM_BYTES * read.blocks
+        for extents in messages(addresses, read.block_bytes):
+            due_bytes = (read.blocks - count - len(extents)) * read.block_bytes
+            head = await self._receive(extents, head_bytes, due_bytes)
+            if head_bytes:
+                sums, head_bytes = np.frombuffer(head, "<u8").astype(np.uint64), 0
+            count += len(extents)
+            arrived(count, sums)
+        return status, sums
+
+    async def _receive(self, extents: Extents, head_bytes: int, due_bytes: int = 0) -> bytes:
+        async with asyncio.timeout(self._stall_s):
+            return await self._ring.receive(self.index, extents, head_bytes, due_bytes)
+
+    async def _send(self, header: bytes) -> None:
+        async with asyncio.timeout(self._stall_s):
+            await self._ring.send(self.index, NO_EXTENTS, header)

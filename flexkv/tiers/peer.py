@@ -1,0 +1,355 @@
+"""The peers' tier: blocks of other nodes, and what this node does for them in return.
+
+    catalogue (hints) ◀── follower ◀── Redis ◀── publisher ◀── changes of our spans
+    transfers ──▶ PeerPort ──▶ links, lanes ══▶ another node's listener ──▶ its grants, its sender
+
+Everything that a node says is a hint; the owner's grant decides, and then the checksums.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import ExitStack
+from random import Random
+from socket import socket
+from typing import NamedTuple
+
+from flexkv.actors.actor import Window
+from flexkv.cluster import tcp
+from flexkv.cluster.grants import GrantLimits, Grants, ReadStatus
+from flexkv.cluster.handshake import Identity
+from flexkv.cluster.listener import BACKLOG, Listener, ListenerHooks
+from flexkv.cluster.membership import Membership
+from flexkv.cluster.peers import PeerHooks, Peers
+from flexkv.cluster.plane import MetadataPlane
+from flexkv.cluster.publisher import SpanStep
+from flexkv.cluster.records import NodeRecord, SnapshotPart
+from flexkv.cluster.redis_commands import RedisCommands
+from flexkv.cluster.redis_store import RedisStore
+from flexkv.cluster.secret import cluster_key
+from flexkv.cluster.sessions import Sessions
+from flexkv.cluster.wire import Introduction, PeerId
+from flexkv.common.config import MB, CacheConfig, CacheSizes
+from flexkv.common.errors import MalformedError, PeerError
+from flexkv.common.space import rules_of
+from flexkv.common.terms import Tier
+from flexkv.index.hints import Hints
+from flexkv.index.keys import block_identity
+from flexkv.index.span_changes import SpanChange, SpanChanges
+from flexkv.io.memory.arena import Arena
+from flexkv.io.peer.frames import Read, Status
+from flexkv.io.peer.lanes import Lanes
+from flexkv.io.peer.port import Allowed, PeerPort, Wish
+from flexkv.io.peer.sender import Granted, Sender
+from flexkv.io.peer.sockets import SocketRing, StreamEndedError
+from flexkv.io.ports import Sums
+from flexkv.io.remote.landing import HostBlocks
+from flexkv.io.remote.names import Pool, PoolDescription
+from flexkv.observe.logs import get_logger
+from flexkv.tiers.far import keep_time
+from flexkv.tiers.parts import TierHooks, TierParts, Work
+from flexkv.tiers.unavailable import Unavailable
+
+log = get_logger(__name__)
+
+SOCKETS_MAX = 4096
+"""Data connections of one node, in both directions."""
+STALL_SHARE = 0.25
+"""The share of `io_deadline_s` for which a peer may send nothing in the middle of an answer."""
+PATIENCE_SHARE = 0.4
+"""The share of `io_deadline_s` for which a peer may be too busy to lend anything."""
+SPANS_LENT = 16
+"""At least so many spans are lent to peers at once, if they are no more than half of the blocks."""
+CHANGES_MAX = 1 << 14
+"""How many changes of blocks may wait until they are told; beyond it, others take a snapshot."""
+PREFETCHES = 4
+"""How many requests of other nodes wait for our SSD at once."""
+
+
+class PeerTier:
+    """The peers' tier of one engine."""
+
+    def __init__(
+        self,
+        cache: CacheConfig,
+        sizes: CacheSizes,
+        unavailable: Unavailable,
+        hints: Hints | None,
+    ) -> None:
+        """Take the configuration, where to note what cannot be used, and the hints of far tiers."""
+        self._cache, self._sizes, self._unavailable = cache, sizes, unavailable
+        self._hints = hints
+
+    def open(self, arena: Arena, sums: Sums, undo: ExitStack) -> TierParts | None:
+        """Listen for other nodes, without answering yet; return None if nothing is shared.
+
+        Args:
+            arena: the host memory.
+            sums: of its blocks: uint64[blocks].
+            undo: takes callbacks that close what is opened.
+
+        Raises:
+            ConfigError: the address cannot be listened on.
+            BackendUnavailableError: the client of Redis is not installed.
+        """
+        cache, sizes, hints = self._cache, self._sizes, self._hints
+        if not cache.has_peers or hints is None:
+            return None
+        commands = RedisCommands(
+            cache.redis_host, cache.redis_port, cache.redis_password.get_secret_value()
+        )
+        try:
+            ring = SocketRing([arena.buffer], SOCKETS_MAX)
+        except OSError as error:
+            self._unavailable.lose_tier(Tier.PEER, f"io_uring cannot be used: {error}")
+            return None
+        undo.callback(ring.close)
+        listening = tcp.listening(cache.local_ip, cache.p2p_port, BACKLOG)
+        undo.callback(listening.close)
+        host = HostBlocks(arena, sums, tuple(sizes.block_bytes))
+        node = _Node(cache, sizes, hints, commands, (ring, host, listening))
+        undo.callback(node.port.close)
+        span_bytes = hints.span_blocks * sizes.block_stride_bytes
+        window = Window(max(int(cache.p2p_read_window_mb * MB), span_bytes), span_bytes)
+        return TierParts(
+            Tier.PEER,
+            None,
+            node.port,
+            window,
+            Window(span_bytes, span_bytes),
+            work=node.work,
+            stop=node.stop,
+            waiting_since_s=node.port.waiting_since_s,
+        )
+
+
+class _Part(NamedTuple):
+    """A part of a snapshot, as a control link carries it."""
+
+    seq: int
+    host_tags: bytes
+    disk_tags: bytes
+
+
+class _Node:
+    """This node: it is the `Holders` of its port, and the listener of its membership.
+
+    Attributes:
+        port: reads blocks of others.
+    """
+
+    def __init__(
+        self,
+        cache: CacheConfig,
+        sizes: CacheSizes,
+        hints: Hints,
+        commands: RedisCommands,
+        opened: tuple[SocketRing, HostBlocks, socket],
+    ) -> None:
+        self._ring, self._host, listening = opened
+        self._cache, self._sizes, self._hints, self._commands = cache, sizes, hints, commands
+        self._stall_s = STALL_SHARE * cache.io_deadline_s
+        secret = cache.key_secret.get_secret_value()
+        description = PoolDescription(
+            block_identity(sizes.spaces, secret), tuple(sizes.block_bytes), hints.span_blocks
+        )
+        self._pool = Pool(description)
+        self._key = cluster_key(
+            cache.cluster_secret.get_secret_value(),
+            secret,
+            cache.redis_password.get_secret_value(),
+        )
+        address = tcp.address_of(*listening.getsockname()[:2])
+        own = NodeRecord(secrets.token_bytes(16), secrets.randbits(63), address, cache.p2p_zone)
+        self._listening = listening
+        self._membership = Membership(hints, own, cache.node_ttl_seconds)
+        self._membership.listeners.append(self)
+        self._identity = Identity(
+            PeerId(own.id, own.life), self._pool.name, _facts(sizes, hints), lambda: 0
+        )
+        lanes = self._lanes = Lanes(self._ring, self._data_connection, self._stall_s)
+        ratios = [1, *(rule.ratio for rule in rules_of(sizes.spaces))]
+        self.port = PeerPort(
+            self._ring, lanes, self, self._host, ratios, PATIENCE_SHARE * cache.io_deadline_s
+        )
+        self._peers: Peers | None = None
+        self._hooks: TierHooks | None = None
+
+    # -- work -----------------------------------------------------------------------------------
+
+    def work(self, hooks: TierHooks) -> Work:
+        """Return the tasks of the tier."""
+        self.port.spawn, self._hooks = hooks.spawn, hooks
+        cache, own = self._cache, self._membership.own
+        blocks = self._sizes.num_host_blocks
+        least = min(SPANS_LENT * self._hints.span_blocks, blocks // 2)
+        pinned_blocks = max(1, least, int(cache.p2p_pinned_max * blocks))
+        fetches = PREFETCHES if cache.enable_p2p_ssd else 0
+        self._grants = Grants(
+            hooks.owner, GrantLimits(pinned_blocks, prefetches=fetches), hooks.spawn
+        )
+        self._peers = Peers(
+            self._key,
+            self._identity,
+            PeerHooks(self._membership.node, self._peer_changed, hooks.spawn),
+            Random(own.life),
+        )
+        self._spans = _Spans(
+            SpanChanges(hooks.changes, self._hints.span_blocks, CHANGES_MAX), cache
+        )
+        blocks = self._sizes.num_host_blocks + self._sizes.num_disk_blocks
+        pool = f"{self._pool.name}:{cache.p2p_zone}"
+        self.plane = MetadataPlane(
+            RedisStore(self._commands, pool, cache.node_ttl_seconds),
+            self._membership,
+            self._hints,
+            self._spans,
+            _Snapshots(self._peers),
+            blocks // self._hints.span_blocks + 1,
+        )
+        self._sessions = Sessions(self._grants, self._identity.generation, self._snapshot)
+        self._listener = Listener(
+            self._listening,
+            self._key,
+            self._identity,
+            ListenerHooks(self._sessions.serve, self._serve_data, hooks.spawn),
+        )
+        time = {} if cache.has_remote else {"hints": keep_time(self._hints)}
+        return {"peers": self._share(), **self.plane.work(hooks.spawn), **time}
+
+    async def _share(self) -> None:
+        """Serve other nodes until cancelled, and leave the cluster then."""
+        self._listener.listen()
+        log.info("peers_listening", address=self._listener.address)
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self._listener.close()
+            self._sessions.close()
+            await self._listener.wait_closed()
+            self._grants.close()
+            assert self._peers is not None
+            await self._peers.close()
+            await self.plane.leave()
+            await self._commands.close()
+            self._spans.close()
+
+    def stop(self) -> None:
+        """End what is being read from others soon: the engine is being closed."""
+        self.port.stop()
+        if self._peers is not None:
+            for member in self._membership.members():
+                self._peers.left(member.node)
+
+    # -- owner ----------------------------------------------------------------------------------
+
+    async def _serve_data(self, connection: socket, introduction: Introduction) -> None:
+        """Send blocks over a data connection until its reader closes it."""
+        peer = introduction.peer_id
+        reads, arena = self._grants.reads(peer), self._host.arena
+
+        def lookup(read: Read) -> Granted | Status:
+            if read.block_bytes not in self._host.block_bytes:
+                return Status.OTHER_SIZE
+            found = reads.begin(read.number, read.first, read.blocks)
+            if isinstance(found, ReadStatus):
+                return Status(int(found))
+            addresses = arena.address + found * arena.block_stride_bytes
+            return Granted(addresses, self._host.sums[found], reads.end)
+
+        index = self._ring.add(connection)
+        try:
+            await Sender(self._ring, self._stall_s).serve(index, lookup)
+        except (OSError, StreamEndedError, MalformedError, TimeoutError) as error:
+            log.warning("peer_data_ended", peer=str(peer), reason=str(error) or "too slow")
+        finally:
+            await self._ring.remove(index)
+            reads.end()
+
+    def _snapshot(self) -> Iterator[_Part]:
+        for part in self.plane.publisher.snapshot():
+            yield _Part(part.seq, part.on_host, part.on_disk)
+
+    # -- reader ---------------------------------------------------------------------------------
+
+    async def want(self, holder: int, wish: Wish) -> Allowed:
+        """Ask a holder for blocks: see `Holders`."""
+        assert self._peers is not None
+        grant = await self._peers.want(holder, *wish)
+        return Allowed(grant.number, grant.count, grant.is_cut)
+
+    def release(self, holder: int, number: int) -> None:
+        """End a grant."""
+        assert self._peers is not None
+        self._peers.release(holder, number)
+
+    def blame(self, holder: int, error: PeerError) -> None:
+        """Take note that a holder did not send what it had granted."""
+        log.warning("peer_read_failed", peer=error.peer, reason=error.why)
+
+    async def _data_connection(self, holder: int) -> tuple[socket, str]:
+        assert self._peers is not None
+        node = self._membership.node(holder)
+        connection = await self._peers.data_socket(holder)
+        return connection, str(holder) if node is None else node.address
+
+    def _peer_changed(self, node: object, is_up: bool) -> None:
+        life = getattr(node, "life", 0)
+        member = self._membership.member_of(life)
+        if member is not None:
+            self._hints.avoid(member.holder, not is_up)
+
+    def joined(self, holder: int, node: NodeRecord) -> None:
+        """Use a number for a node that has joined."""
+
+    def left(self, holder: int, node: NodeRecord) -> None:
+        """Close the connections to a node that has left."""
+        self._lanes.stop(holder)
+        if self._peers is not None:
+            self._peers.left(node)
+        if self._hooks is not None:
+            self._hooks.spawn("peer lanes", self._lanes.forget(holder))
+
+
+class _Spans:
+    """What this node has, as far as it is shared: the `SpanSource` of its publisher."""
+
+    def __init__(self, spans: SpanChanges, cache: CacheConfig) -> None:
+        self._changes, self._with_disk = spans, cache.enable_p2p_ssd
+
+    def changes(self) -> list[SpanChange] | None:
+        """Return what has changed since the last call."""
+        changes = self._changes.take()
+        if changes is None or self._with_disk:
+            return changes
+        return [SpanChange(key, on_host, False) for key, on_host, _ in changes]
+
+    def steps(self) -> Iterator[SpanStep]:
+        """Walk through all spans."""
+        for states in self._changes.walk():
+            only_disk = ~states.on_host & self._with_disk
+            yield SpanStep(states.keys[states.on_host].tobytes(), states.keys[only_disk].tobytes())
+
+    def close(self) -> None:
+        """Read no more changes."""
+        self._changes.close()
+
+
+class _Snapshots:
+    """Asks other nodes for what they have, over their control links."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+
+    async def parts(self, node: NodeRecord) -> AsyncGenerator[SnapshotPart, None]:
+        """Yield the parts of a node's snapshot."""
+        async for part in self._peers.snapshot(node):
+            yield SnapshotPart(part.seq, part.host_tags, part.disk_tags, part.is_last)
+
+
+def _facts(sizes: CacheSizes, hints: Hints) -> dict[str, int | str]:
+    """Return what two nodes must have alike, by name."""
+    facts = {name: str(value) for name, value in sizes.spaces[0].facts.items()}
+    return {**facts, "span_blocks": hints.span_blocks, "block_bytes": str(sizes.block_bytes)}
