@@ -6,8 +6,8 @@
                         so that readers notice the gap and ask for a snapshot
 
 What others were told is remembered, so that nothing is told twice, and a span that came and went
-within one interval not at all. While a snapshot is made, everything that changes is told: the
-snapshot may have seen what was there in between.
+within one interval not at all. If that memory is not whole, all that went is told. While a snapshot
+is made, all that changes is told: the snapshot may have seen what was there in between.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ class Publisher:
         on_host = self._untold(keys[_ON_HOST], _TOLD_ON_HOST, tell_all)
         on_disk = self._untold(keys[_ON_DISK], _TOLD_ON_DISK, tell_all)
         gone = keys[_GONE]
-        if self._is_told_known and not tell_all:
+        if self._is_told_known and not tell_all and not self._told.counts().lost:
             known = self._were_told(gone)
             gone = [
                 key for key, was in zip(gone, known, strict=True) if was or not pending[key] & _CAME
