@@ -20,6 +20,7 @@ CASES = (
     "graph",
     "index",
     "hints",
+    "cluster_log",
     "gather",
     "disk",
     "remote",

@@ -53,6 +53,7 @@ class RedisCommands:
             password=password or None,
             protocol=2,
             socket_connect_timeout=answer_s,
+            socket_timeout=None,  # with one, the library can lose the cancellation of a task
             socket_keepalive=True,
             retry=Retry(NoBackoff(), 0),
             client_name="flexkv",

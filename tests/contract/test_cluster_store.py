@@ -12,7 +12,7 @@ from flexkv.cluster.redis_commands import RedisCommands
 from flexkv.cluster.redis_store import Commands, RedisStore
 from flexkv.cluster.store import BEGIN, ClusterStoreError
 from flexkv.testing.fake_redis import FakeRedis, FakeRedisServer
-from tests.redis_server import RedisServer
+from flexkv.testing.redis_server import RedisServer
 
 TTL_S = 60.0
 ALL = (BEGIN,) * STREAMS
@@ -178,6 +178,18 @@ async def test_an_unknown_command_is_an_error(redis: Commands) -> None:
     with pytest.raises(ClusterStoreError, match="NONSENSE"):
         await redis.run([("NONSENSE", "a")])
     assert await redis.run([("GET", "nothing")]) == [None]
+
+
+async def test_no_cancellation_is_lost(redis: Commands) -> None:
+    """A task that is cancelled at any step of a command ends so, and the next command works."""
+    for steps in range(40):
+        task = asyncio.ensure_future(redis.run([("GET", "nothing"), ("GET", "nothing")]))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        if task.cancel():
+            await asyncio.wait([task])
+            assert task.cancelled(), steps
+        assert await redis.run([("GET", "nothing")]) == [None]
 
 
 async def test_no_error_tells_the_password(server: RedisServer) -> None:

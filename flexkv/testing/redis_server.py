@@ -35,7 +35,7 @@ class RedisServer:
     def start(self) -> None:
         """Return once the server answers."""
         program = next(filter(None, map(shutil.which, PROGRAMS)), None)
-        assert program, "redis-server is not installed: run `make test`"
+        assert program, "redis-server is not installed"
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", self._folder.name]
         options += ["--save", "", "--appendonly", "no", "--loglevel", "warning"]
         if self.password:
