@@ -7,6 +7,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from random import Random
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from flexkv.actors.supervisor import Supervisor
 from flexkv.cluster import tcp
-from flexkv.cluster.grants import GrantLimits, GrantReads, Grants, Held
+from flexkv.cluster.grants import GrantLimits, Grants, Held
 from flexkv.cluster.handshake import Identity
 from flexkv.cluster.listener import Listener, ListenerHooks
 from flexkv.cluster.peer import Node, PeerTimes
@@ -117,8 +118,9 @@ class Tags(NamedTuple):
     """A part of a snapshot."""
 
     seq: int
-    host_tags: bytes
-    disk_tags: bytes
+    on_host: bytes
+    on_disk: bytes
+    is_last: bool
 
 
 class FakeNode(NamedTuple):
@@ -184,7 +186,8 @@ class ClusterNode:
 
     Attributes:
         failures: what its tasks raised; must stay empty.
-        data: the data connections that others made, with their reads.
+        data: the data connections that others made.
+        open_snapshots: how many snapshots of this node are being read.
         changes: the peers that went down or up.
     """
 
@@ -199,11 +202,12 @@ class ClusterNode:
         self.limits = others.get("limits", GrantLimits(1000))
         self.nodes: dict[int, Node] = {}
         self.changes: list[tuple[bytes, bool]] = []
-        self.data: list[tuple[socket.socket, GrantReads]] = []
-        self.parts = [Tags(7, b"h" * 16, b"d" * 8)]
+        self.data: list[socket.socket] = []
+        self.parts = parts(1)
+        self.open_snapshots = 0
         spawn = self.supervisor.spawn
         self.grants = Grants(self.owner, self.limits, spawn)
-        self.sessions = Sessions(self.grants, lambda: self.generation, lambda: iter(self.parts))
+        self.sessions = Sessions(self.grants, lambda: self.generation, self._snapshot)
         sock, address = network.listening()
         hooks = ListenerHooks(self.sessions.serve, self._serve_data, spawn)
         key = others.get("key", KEY)
@@ -238,15 +242,17 @@ class ClusterNode:
 
     async def _serve_data(self, connected: socket.socket, introduction: Introduction) -> None:
         """Hold a data connection open until its reader closes it."""
-        reads = self.grants.reads(introduction.peer_id)
-        self.data.append((connected, reads))
-        try:
+        self.data.append(connected)
+        with suppress(OSError):
             while await asyncio.get_running_loop().sock_recv(connected, 1):
                 pass
-        except OSError:
-            pass
+
+    def _snapshot(self) -> Iterator[Tags]:
+        self.open_snapshots += 1
+        try:
+            yield from self.parts
         finally:
-            reads.end()
+            self.open_snapshots -= 1
 
     async def stop(self) -> None:
         """Close everything, and check that nothing is left."""
@@ -259,6 +265,7 @@ class ClusterNode:
         await self.supervisor.stop()
         assert not self.failures
         assert not len(self.sessions)
+        assert not self.open_snapshots
         assert not self.owner.holds
         assert not self.grants.counts.grants
         assert not self.grants.counts.pinned_blocks
@@ -280,6 +287,6 @@ def tasks_of(supervisor: Supervisor) -> int:
     return len(supervisor._tasks)
 
 
-def parts(seqs: Iterator[int]) -> list[Tags]:
-    """Return parts of a snapshot."""
-    return [Tags(seq, b"h" * 8, b"") for seq in seqs]
+def parts(count: int) -> list[Tags]:
+    """Return a snapshot in this many parts."""
+    return [Tags(7, bytes([n]) * 8, b"", n == count - 1) for n in range(count)]

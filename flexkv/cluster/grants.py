@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from enum import IntEnum
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import msgspec
@@ -98,11 +99,23 @@ class GrantLimits(NamedTuple):
 
 
 class ReadStatus(IntEnum):
-    """Why a read is not served."""
+    """Why a read is not served; the numbers are those of the data protocol."""
 
     NO_GRANT = 1
     NOT_GRANTED = 2
     """The range is not part of the grant."""
+
+
+class Lent(NamedTuple):
+    """Host blocks that may be read.
+
+    Attributes:
+        block_ids: which.
+        ended: to be called once, when nothing reads them any more.
+    """
+
+    block_ids: BlockIds
+    ended: Callable[[], None]
 
 
 class GrantCounts(msgspec.Struct, frozen=True):
@@ -225,14 +238,8 @@ class Grants:
 
     # -- for data connections -------------------------------------------------------------------
 
-    def reads(self, peer: PeerId) -> GrantReads:
-        """Return the reads over one data connection of a peer."""
-        return GrantReads(self, peer)
-
-    def begin_read(
-        self, peer: PeerId, number: int, first: int, count: int
-    ) -> tuple[_Grant, BlockIds] | ReadStatus:
-        """Return the host blocks of a granted range, which stay until `end_read`."""
+    def blocks(self, peer: PeerId, number: int, first: int, count: int) -> Lent | ReadStatus:
+        """Return the host blocks of a granted range; they stay until `Lent.ended` is called."""
         grant = self._grants.get(peer, {}).get(number)
         if grant is None or grant.is_waiting:
             return ReadStatus.NO_GRANT
@@ -245,10 +252,9 @@ class Grants:
         grant.reads += 1
         self._told["reads"] += 1
         self._use(grant)
-        return grant, ids
+        return Lent(ids, partial(self._end_read, grant))
 
-    def end_read(self, grant: _Grant) -> None:
-        """Record the end of a read."""
+    def _end_read(self, grant: _Grant) -> None:
         grant.reads -= 1
         if not grant.is_over:
             self._use(grant)
@@ -388,30 +394,6 @@ class Grants:
             self._end(grant)
         self._timer = None
         self._arm()
-
-
-class GrantReads:
-    """The reads over one data connection, which are served one after another."""
-
-    def __init__(self, grants: Grants, peer: PeerId) -> None:
-        """Serve the grants of this peer."""
-        self._grants, self._peer = grants, peer
-        self._under_way: _Grant | None = None
-
-    def begin(self, number: int, first: int, count: int) -> BlockIds | ReadStatus:
-        """Return the host blocks of a granted range, which stay until the next call of any kind."""
-        self.end()
-        told = self._grants.begin_read(self._peer, number, first, count)
-        if isinstance(told, ReadStatus):
-            return told
-        self._under_way, block_ids = told
-        return block_ids
-
-    def end(self) -> None:
-        """Record that nothing is being sent any more; call it when the connection has ended."""
-        grant, self._under_way = self._under_way, None
-        if grant is not None:
-            self._grants.end_read(grant)
 
 
 def _there(held: Held) -> BlockIds:

@@ -76,7 +76,7 @@ class Link(Generic[T]):
             self.abort()
 
     async def receive(self) -> T | None:
-        """Return the next message; None once the connection has ended.
+        """Return the next message; None once the connection has ended, or was aborted.
 
         Raises:
             PeerProtocolError: the peer sent something that is not a message, or is too long.
@@ -84,6 +84,8 @@ class Link(Generic[T]):
         self._taken += 1
         if not self._taken % MESSAGES_A_TURN:
             await asyncio.sleep(0)
+        if not self.is_open:
+            return None
         try:
             head = await self._reader.readexactly(LENGTH_BYTES)
             body = await self._reader.readexactly(length_of(head))

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing
 from random import Random
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -157,13 +158,14 @@ class Peer:
         if self._wants is not None:
             self._wants.release(number)
 
-    async def snapshot(self) -> AsyncIterator[SnapshotPart]:
-        """Yield everything that the peer has; see `Peers.snapshot`."""
+    async def parts(self) -> AsyncGenerator[SnapshotPart, None]:
+        """Yield everything that the peer has; see `Peers.parts`."""
         wants = await self._connected()
         generation = self._shared.identity.generation()
         try:
-            async for part in wants.snapshot(generation, self._shared.times.answer_s):
-                yield part
+            async with aclosing(wants.parts(generation, self._shared.times.answer_s)) as parts:
+                async for part in parts:
+                    yield part
         except TimeoutError:
             raise self._unanswered() from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from itertools import count
 from random import Random
 from socket import socket
@@ -93,13 +93,13 @@ class Peers:
         """
         return await self._peer_of(holder).data_socket()
 
-    def snapshot(self, node: Node) -> AsyncIterator[SnapshotPart]:
-        """Return an iterator over everything that a node has; it asks for a part at a time.
+    def parts(self, node: Node) -> AsyncGenerator[SnapshotPart, None]:
+        """Return the parts of a node's snapshot; it sends one at a time, when it is asked for.
 
         Raises:
             PeerError: the node is away, refuses, or did not answer in time.
         """
-        return self._peer(node).snapshot()
+        return self._peer(node).parts()
 
     def is_up(self, holder: int) -> bool:
         """Return whether a holder may be asked."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Protocol
 
 from flexkv.actors.deadline_timer import DeadlineTimer
@@ -33,7 +33,7 @@ SNAPSHOTS_MAX = 2
 
 
 class SpanTags(Protocol):
-    """Some of the spans that this node has, by the first 8 bytes of their keys."""
+    """A part of what this node has; the last one says so."""
 
     @property
     def seq(self) -> int:
@@ -41,13 +41,18 @@ class SpanTags(Protocol):
         ...
 
     @property
-    def host_tags(self) -> bytes:
-        """Return those in host memory."""
+    def on_host(self) -> bytes:
+        """Return the tags of spans in host memory, `PART_TAGS` at most."""
         ...
 
     @property
-    def disk_tags(self) -> bytes:
-        """Return those that are only on disk."""
+    def on_disk(self) -> bytes:
+        """Return the tags of spans that are only on disk, `PART_TAGS` at most."""
+        ...
+
+    @property
+    def is_last(self) -> bool:
+        """Return whether this is the last part."""
         ...
 
 
@@ -68,7 +73,7 @@ class Sessions:
         Args:
             grants: what is granted.
             generation: returns that of our blocks; requests of readers with another are refused.
-            snapshot: returns everything that we have, in parts.
+            snapshot: returns everything that we have, in parts; a generator is closed.
         """
         self._grants, self._generation, self._snapshot = grants, generation, snapshot
         self._sessions: dict[bytes, _Session] = {}
@@ -113,7 +118,7 @@ class _Session:
     ) -> None:
         self._peer, self._link, self._grants = peer, link, grants
         self._generation, self._snapshot = generation, snapshot
-        self._snapshots: dict[int, Iterator[tuple[SpanTags, bool]]] = {}
+        self._snapshots: dict[int, Iterator[SpanTags]] = {}
         self._silence = DeadlineTimer(SILENCE_S, self._check_silence)
         self._has_ended = False
 
@@ -133,7 +138,8 @@ class _Session:
             self._has_ended = True
             self._silence.close()
             self._link.abort()
-            self._snapshots.clear()
+            for number in list(self._snapshots):
+                self._forget_snapshot(number)
             self._grants.end_peer(self._peer)
 
     def _check_silence(self) -> None:
@@ -148,7 +154,7 @@ class _Session:
             case Ping():
                 self._send(Pong(message.number))
             case Release():
-                self._snapshots.pop(message.number, None)
+                self._forget_snapshot(message.number)
                 self._grants.release(self._peer, message.number)
             case Want() | SnapshotWanted() if message.generation != self._generation():
                 why = f"is {self._generation()} on this node"
@@ -164,20 +170,16 @@ class _Session:
         if number not in self._snapshots:
             if len(self._snapshots) >= SNAPSHOTS_MAX:
                 raise PeerProtocolError(f"more than {SNAPSHOTS_MAX} snapshots at once")
-            self._snapshots[number] = _with_last(self._snapshot())
-        tags, is_last = next(self._snapshots[number])
-        if is_last:
-            del self._snapshots[number]
-        self._send(SnapshotPart(number, tags.seq, tags.host_tags, tags.disk_tags, is_last))
+            self._snapshots[number] = self._snapshot()
+        part = next(self._snapshots[number])
+        if part.is_last:
+            self._forget_snapshot(number)
+        self._send(SnapshotPart(number, part.seq, part.on_host, part.on_disk, part.is_last))
+
+    def _forget_snapshot(self, number: int) -> None:
+        parts = self._snapshots.pop(number, None)
+        if isinstance(parts, Generator):
+            parts.close()
 
     def _send(self, message: Message) -> None:
         self._link.send(message)
-
-
-def _with_last(parts: Iterator[SpanTags]) -> Iterator[tuple[SpanTags, bool]]:
-    """Yield each part, and whether it is the last one."""
-    part = next(parts)
-    for following in parts:
-        yield part, False
-        part = following
-    yield part, True

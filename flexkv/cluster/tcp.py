@@ -27,10 +27,14 @@ def parts_of(address: str) -> tuple[str, int]:
         ValueError: it is not valid.
     """
     host, _, port = address.rpartition(":")
-    ip, number = host.removeprefix("[").removesuffix("]"), int(port)
-    ip_address(ip)
+    ip = host.removeprefix("[").removesuffix("]")
+    try:
+        ip_address(ip)
+        number = int(port)
+    except ValueError:
+        number = 0
     if not 0 < number < 1 << 16:
-        raise ValueError(f"port {number}")
+        raise ValueError(f"{address!r} is not an IP address and a port")
     return ip, number
 
 

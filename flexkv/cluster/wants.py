@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import NamedTuple, TypeAlias
 
 from flexkv.cluster.wire import (
@@ -82,7 +82,7 @@ class Wants:
         assert isinstance(answer, Grant | Busy)
         return answer
 
-    async def snapshot(self, generation: int, within_s: float) -> AsyncIterator[SnapshotPart]:
+    async def parts(self, generation: int, within_s: float) -> AsyncGenerator[SnapshotPart, None]:
         """Yield all that the owner has; it sends one part at a time, when it is asked for.
 
         Raises:

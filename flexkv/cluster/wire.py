@@ -152,8 +152,9 @@ class SnapshotPart(Message, tag="part", frozen=True):
     number: Number
     seq: Number
     """The last entry of the owner's log that the part includes."""
-    host_tags: Tags
-    disk_tags: Tags
+    on_host: Tags
+    on_disk: Tags
+    """Those that are only on disk."""
     is_last: bool
 
 

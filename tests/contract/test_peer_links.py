@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pytest
 
-from flexkv.cluster.grants import ReadStatus
+from flexkv.cluster.grants import Lent
 from flexkv.common.errors import PeerError
-from tests.cluster_rigs import ClusterNode, Network, Tags, keys_of, open_descriptors, turns
+from tests.cluster_rigs import ClusterNode, Network, keys_of, open_descriptors, parts, turns
 
 
 class Two(NamedTuple):
@@ -140,26 +140,24 @@ async def test_data_connections_are_bare_sockets_with_nothing_lost(two: Two) -> 
             await asyncio.get_running_loop().sock_sendall(second, b"READ " * 100)
             second.shutdown(1)
             await until(lambda: len(b"".join(received)) == 500)
-        _, reads = two.owner.data[0]
-        told = reads.begin(grant.number, 2, 3)
-        assert not isinstance(told, ReadStatus)
-        assert told.tolist() == [2, 3, 4]
+        lent = two.owner.grants.blocks(two.reader.id, grant.number, 2, 3)
+        assert isinstance(lent, Lent)
+        assert lent.block_ids.tolist() == [2, 3, 4]
+        lent.ended()
     assert b"".join(received) == b"READ " * 100
 
 
 async def test_a_snapshot_comes_in_parts_that_are_asked_for(two: Two) -> None:
     """A snapshot is yielded part by part; one that is given up is forgotten by the owner."""
-    two.owner.parts = [Tags(seq, bytes([seq]) * 8, b"") for seq in range(5)]
-    told = [part async for part in two.reader.peers.snapshot(two.owner.node)]
-    assert [part.seq for part in told] == [0, 1, 2, 3, 4]
-    assert [part.is_last for part in told] == [False] * 4 + [True]
-    session = next(iter(two.owner.sessions._sessions.values()))
-    async with aclosing(two.reader.peers.snapshot(two.owner.node)) as snapshot:  # type: ignore[type-var]
-        async for part in snapshot:
-            assert part.seq == 0
-            assert len(session._snapshots) == 1
+    two.owner.parts = parts(5)
+    told = [part async for part in two.reader.peers.parts(two.owner.node)]
+    assert [(part.seq, part.on_host, part.on_disk, part.is_last) for part in told] == parts(5)
+    async with aclosing(two.reader.peers.parts(two.owner.node)) as again:
+        async for part in again:
+            assert part.on_host == bytes(8)
+            assert two.owner.open_snapshots == 1
             break
-    await until(lambda: not session._snapshots)
+    await until(lambda: not two.owner.open_snapshots)
 
 
 async def test_another_generation_is_refused_by_name(two: Two) -> None:
@@ -171,7 +169,7 @@ async def test_another_generation_is_refused_by_name(two: Two) -> None:
     with pytest.raises(PeerError, match="generation=0: is 3 on this node"):
         await two.reader.peers.want(1, keys, 0, 4)
     with pytest.raises(PeerError, match="generation=0"):
-        async for _ in two.reader.peers.snapshot(two.owner.node):
+        async for _ in two.reader.peers.parts(two.owner.node):
             pass
     with pytest.raises(PeerError, match="generation=3: is 0 on this node"):
         await two.reader.peers.data_socket(1)
