@@ -324,6 +324,19 @@ static pair span_pair(struct hints *hints, struct home home, enum use use, int64
     return any;
 }
 
+void hints_nodes(struct hints *hints, struct keys keys, int64_t *ids)
+{
+    int64_t wanted = -1;
+
+    for (size_t i = 0; i < keys.count; i++) {
+        pair pair = span_pair(hints, home_at(hints, keys, i), USE_NODES, wanted);
+
+        ids[i] = pair ? pair_id(pair) : -1;
+        if (pair)
+            wanted = pair_holder(pair);
+    }
+}
+
 /* Fill `found` from span `at` on, while the store, or some node, has the spans; return where that
  * ends. More lines are loaded behind a hit only: of most prompts nothing is far. */
 static size_t run_extend(struct hints *hints, struct spans *spans, enum use use, size_t at,

@@ -75,6 +75,10 @@ size_t hints_doubt(struct hints *hints, struct keys keys, unsigned holder, unsig
 void hints_know(struct hints *hints, struct keys keys, unsigned holder, bool usable,
                 uint8_t *known);
 
+/* Set for each key, of spans that do not follow each other, the number of a node that may be asked
+ * for it, as in a run; -1 if there is none. */
+void hints_nodes(struct hints *hints, struct keys keys, int64_t *ids);
+
 /* Fill `found` with a pair for each span from that of block `first` up to that of block `last`,
  * exclusive, until one is unknown; return their number. `prompt` has the root and the keys of all
  * blocks of a prompt; it counts the blocks. */

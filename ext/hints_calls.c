@@ -86,6 +86,21 @@ static PyObject *known(Hints *self, struct value *values)
 
 static CALL(hints_call_, known, Hints, 2, HOLDER, KEYS, READ("usable", read_flag))
 
+static PyObject *nodes(Hints *self, struct value *values)
+{
+    struct keys keys;
+    PyObject *result;
+
+    if (keys_read(&values[0], NULL, &keys) < 0)
+        return NULL;
+    result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(keys.count * sizeof(int64_t)));
+    if (result)
+        hints_nodes(&self->hints, keys, (int64_t *)(void *)PyBytes_AsString(result));
+    return result;
+}
+
+static CALL(hints_call_, nodes, Hints, 1, KEYS)
+
 static int found_take(Hints *self, size_t count)
 {
     pair *found;
@@ -254,6 +269,7 @@ static PyMethodDef hints_methods[] = {
     FAST("drop", hints_call_drop, "Forget that a holder has spans."),
     FAST("doubt", hints_call_doubt, "Keep spans of a holder out of runs for some ticks."),
     FAST("known", hints_call_known, "Return which spans a holder is said to have."),
+    FAST("nodes", hints_call_nodes, "Return which node may be asked for each of some spans."),
     FAST("run", hints_call_run, "Return who has the blocks of a prompt from a position on."),
     FAST("tick", hints_call_tick, "Set the time."),
     FAST("avoid", hints_call_avoid, "Name a holder in no run while it is down."),

@@ -603,6 +603,12 @@ class Hints:
         With `usable`, spans in doubt and those of a holder that is down are left out.
         """
 
+    def nodes(self, keys: Memory) -> bytes:
+        """Return a node that may be asked for each of some spans: int64[n], -1 if none may be.
+
+        Numbers are as in a run. Spans that one node has are asked of the same one.
+        """
+
     def run(self, keys: Memory, first: int, last: int, use: int = 3) -> bytes:
         """Return who has the blocks of a prompt from `first` on, up to `last`: int64[n].
 

@@ -153,9 +153,9 @@ class FarPrefixes:
             tiers[~device[group - 1, positions]] = _UNUSABLE
         if len(absent := np.flatnonzero(tiers == _NOWHERE)):
             some = leaf_keys_at(keys, group, positions[absent])
-            tier, far_ids = self._catalogue.leaves(some, limits.tiers)
-            absent, far_ids = absent[far_ids != NOT_FAR], far_ids[far_ids != NOT_FAR]
-            tiers[absent], ids[absent] = tier, far_ids
+            for tier, far_ids in self._catalogue.leaves(some, limits.tiers):
+                new = (tiers[absent] == _NOWHERE) & (far_ids != NOT_FAR)
+                tiers[absent[new]], ids[absent[new]] = tier, far_ids[new]
         return _Leaves(rule, begin, tiers, ids)
 
     def _usable(self, alike: AlikeBlocks, limits: Limits) -> tuple[NDArray[np.int64], BlockIds]:

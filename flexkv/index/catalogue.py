@@ -15,10 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from typing import NamedTuple, Protocol
 
-import numpy as np
-
 from flexkv.common.errors import TransferError
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, BlockKey, Tier, Transfer
+from flexkv.common.terms import BlockIds, BlockKey, Tier, Transfer
 
 
 class FarRun(NamedTuple):
@@ -78,8 +76,10 @@ class Catalogue(Protocol):
         """
         ...
 
-    def leaves(self, keys: bytes, avoid: Set[Tier]) -> FarLeaves:
-        """Return which leaves a tier is said to have; each is a span of its own.
+    def leaves(self, keys: bytes, avoid: Set[Tier]) -> Sequence[FarLeaves]:
+        """Return which leaves each far tier is said to have, the nearest tier first.
+
+        Each leaf is a span of its own.
 
         Args:
             keys: of the leaves, 16 bytes each.
@@ -120,9 +120,9 @@ class NothingIsFar:
         """Return nothing."""
         return ()
 
-    def leaves(self, keys: bytes, avoid: Set[Tier]) -> FarLeaves:
-        """Return that none of the leaves is far."""
-        return FarLeaves(Tier.REMOTE, np.full(len(keys) // BLOCK_KEY_BYTES, NOT_FAR))
+    def leaves(self, keys: bytes, avoid: Set[Tier]) -> Sequence[FarLeaves]:
+        """Return nothing."""
+        return ()
 
     def doubt(self, transfer: Transfer, error: TransferError) -> None:
         """Do nothing."""

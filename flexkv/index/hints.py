@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv import _ext
-from flexkv.common.errors import TransferError
+from flexkv.common.errors import PeerError, TransferError
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, BlockKey, Tier, Transfer
 from flexkv.index.catalogue import NOT_FAR, FarLeaves, FarRun
 from flexkv.index.spans import rows_of, span_rows
@@ -126,6 +126,13 @@ class Hints:
         """Return which spans are not doubted of a holder that is not down: bool[n]."""
         return np.frombuffer(self._table.known(holder, keys, True), np.bool_)
 
+    def nodes(self, keys: bytes) -> BlockIds:
+        """Return which node may be asked for each of some spans: int64[n], -1 for none.
+
+        The numbers are those of a far run: see `holders_of`.
+        """
+        return np.frombuffer(self._table.nodes(keys), np.int64)
+
     def tick(self, now: int) -> None:
         """Set the time, in ticks; it must never go back."""
         self._table.tick(now)
@@ -221,19 +228,22 @@ class HintedCatalogue:
         """
         return tier is Tier.REMOTE and bool(self._hints.known(STORE, key)[0])
 
-    def leaves(self, keys: bytes, avoid: Set[Tier]) -> FarLeaves:
-        """Return which leaves are said to be in the remote store; no other tier is looked up."""
-        ids = np.full(len(keys) // BLOCK_KEY_BYTES, NOT_FAR)
+    def leaves(self, keys: bytes, avoid: Set[Tier]) -> Sequence[FarLeaves]:
+        """Return which leaves other nodes, and the remote store, are said to have."""
+        found = []
+        if Tier.PEER not in avoid:
+            found.append(FarLeaves(Tier.PEER, self._hints.nodes(keys)))
         if Tier.REMOTE not in avoid:
-            ids[self._hints.usable(STORE, keys)] = STORE
-        return FarLeaves(Tier.REMOTE, ids)
+            ids = np.where(self._hints.usable(STORE, keys), STORE, NOT_FAR)
+            found.append(FarLeaves(Tier.REMOTE, ids))
+        return found
 
     def clear(self, root: bytes | None) -> None:
         """Forget everything: hints do not say to which namespace a span belongs."""
         self._hints.clear()
 
     def doubt(self, transfer: Transfer, error: TransferError) -> None:
-        """Drop the span that is missing or has wrong bytes; doubt all if the tier is to blame.
+        """Drop the span that is missing or has wrong bytes; doubt all if the holder is to blame.
 
         Args:
             transfer: the rest of one, from the first block that did not arrive on.
@@ -242,7 +252,7 @@ class HintedCatalogue:
         if error.is_miss:
             for holder, keys in self._spans(transfer.part(0, 1)):
                 self._hints.drop(holder, keys)
-        elif error.blames_tier:
+        elif error.blames_tier or isinstance(error, PeerError):
             for holder, keys in self._spans(transfer):
                 self._hints.doubt(holder, keys, self._doubt_ticks)
 

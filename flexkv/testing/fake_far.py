@@ -145,11 +145,11 @@ class FakeFar:
         count = min(end, last) - first
         return [FarRun(self.tier, np.zeros(count, np.int64))] if count > 0 else ()
 
-    def leaves(self, keys: bytes, avoid: Set[Tier]) -> FarLeaves:
+    def leaves(self, keys: bytes, avoid: Set[Tier]) -> Sequence[FarLeaves]:
         """Return which leaves the hints promise."""
         usable = set() if self.tier in avoid else self.hinted
         is_far = [key in usable for key in key_list(keys)]
-        return FarLeaves(self.tier, np.where(is_far, 0, NOT_FAR))
+        return [FarLeaves(self.tier, np.where(is_far, 0, NOT_FAR))]
 
     def has(self, tier: Tier, key: BlockKey) -> bool:
         """Return whether the hints promise the span that ends with a block."""

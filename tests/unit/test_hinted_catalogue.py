@@ -9,13 +9,22 @@ from flexkv.common.errors import (
     CorruptBlockError,
     DeadlineError,
     MissingBlockError,
+    PeerError,
     RecalledError,
     TransferError,
     UnfilledError,
 )
-from flexkv.common.terms import BlockNames, Positions, Route, Tier, Transfer
+from flexkv.common.terms import BlockIds, BlockNames, Positions, Route, Tier, Transfer
 from flexkv.index.catalogue import NOT_FAR, FarRun
-from flexkv.index.hints import STORE, HintCounts, HintedCatalogue, Hints, holders_of, on_disk
+from flexkv.index.hints import (
+    HOLDERS_MAX,
+    STORE,
+    HintCounts,
+    HintedCatalogue,
+    Hints,
+    holders_of,
+    on_disk,
+)
 from flexkv.index.keys import block_keys, leaf_keys
 from flexkv.index.spans import span_keys
 
@@ -205,11 +214,15 @@ def leaf(*positions: int) -> bytes:
     return b"".join(block_keys(LEAVES)[at] for at in positions)
 
 
-def leaves_at(hints: Hints, avoid: frozenset[Tier] = NOBODY) -> list[int]:
-    """Return the positions of the leaves that the catalogue promises."""
-    tier, ids = HintedCatalogue(hints).leaves(leaf(*range(BLOCKS)), avoid)
-    assert (tier, ids.dtype) == (Tier.REMOTE, np.int64)
-    assert set(ids.tolist()) <= {NOT_FAR, STORE}
+def leaves_at(hints: Hints, avoid: frozenset[Tier] = NOBODY, tier: Tier = Tier.REMOTE) -> list[int]:
+    """Return the positions of the leaves that a tier is said to have."""
+    found = dict(HintedCatalogue(hints).leaves(leaf(*range(BLOCKS)), avoid))
+    if tier not in found:
+        return []
+    ids = found[tier]
+    assert ids.dtype == np.int64
+    holders = {STORE} if tier is Tier.REMOTE else {NODE, OTHER, NODE + HOLDERS_MAX}
+    assert set(ids.tolist()) <= {NOT_FAR, *holders}
     return np.flatnonzero(ids != NOT_FAR).tolist()
 
 
@@ -232,6 +245,48 @@ def test_each_leaf_is_a_span_of_its_own() -> None:
     assert leaves_at(hints, frozenset({Tier.PEER})) == [2, 3, 9]
     hints.avoid(STORE, True)
     assert leaves_at(hints) == []
+
+
+def test_leaves_of_nodes_are_asked_of_one_that_may_be_asked() -> None:
+    """Each leaf that a node has is found there; one that is down, or doubted, is not asked."""
+    hints = hints_of(store=(0, 12))
+    assert leaves_at(hints, tier=Tier.PEER) == []
+    hints.note(NODE, leaf(2, 3, 4))
+    hints.note(OTHER, leaf(4, 7), on_disk=False)
+    assert leaves_at(hints, tier=Tier.PEER) == [2, 3, 4, 7]
+    assert leaves_at(hints, frozenset({Tier.PEER}), Tier.PEER) == []
+    ids = hints.nodes(leaf(4, 2, 4, 7, 4, 0)).tolist()
+    assert ids[1:4] == [NODE, NODE, OTHER], "a node is kept for as long as it has the leaves"
+    assert ids[4:] == [OTHER, NOT_FAR]
+    hints.avoid(OTHER, True)
+    assert leaves_at(hints, tier=Tier.PEER) == [2, 3, 4]
+    hints.doubt(NODE, leaf(3), 5)
+    assert leaves_at(hints, tier=Tier.PEER) == [2, 4]
+    hints.note(NODE, leaf(9), on_disk=True)
+    assert hints.nodes(leaf(9)).tolist() == [NODE + HOLDERS_MAX]
+
+
+def test_blocks_that_a_peer_did_not_send_are_doubted_of_that_peer_alone() -> None:
+    """After an error of a peer others are asked, and that one again after a while."""
+    hints = hints_of(node=(0, 12), other=(0, 12))
+    catalogue = HintedCatalogue(hints, 5)
+    (run,) = catalogue.far(KEYS, 0, BLOCKS, NOBODY)
+    first = int(run.block_ids[0])
+
+    def fetch_of(ids: BlockIds) -> Transfer:
+        names, route = BlockNames(KEYS, Positions(0, 12)), Route(Tier.PEER, Tier.HOST)
+        return Transfer(0, 0, route, ids, np.arange(12), names=names)
+
+    catalogue.doubt(
+        fetch_of(run.block_ids), PeerError("10.0.0.2:1", "asking", "its link has ended")
+    )
+    (again,) = catalogue.far(KEYS, 0, BLOCKS, NOBODY)
+    assert set(again.block_ids.tolist()) == {NODE, OTHER} - {first}
+    other = fetch_of(again.block_ids)
+    catalogue.doubt(other, PeerError("10.0.0.3:1", "asking", "its link has ended"))
+    assert catalogue.far(KEYS, 0, BLOCKS, NOBODY) == ()
+    hints.tick(6)
+    assert len(catalogue.far(KEYS, 0, BLOCKS, NOBODY)[0].block_ids) == 12
 
 
 @pytest.mark.parametrize("arrived", range(3))
