@@ -202,7 +202,7 @@ class Peer:
                 self._task = self._shared.spawn("peer link", self._keep())
                 self._task.add_done_callback(self._stopped)
             # `wait` leaves the future alone when the caller is cancelled.
-            await asyncio.wait([self._attempt], timeout=self._shared.times.connect_s)
+            await asyncio.wait([self._attempt], timeout=self._shared.times.answer_s)
         if self._wants is None:
             raise self._error("connecting", self._why or "no connection in time")
         return self._wants
