@@ -21,8 +21,8 @@ from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 
-ABSENT_TTLS = 2 / 3
-"""A node registers itself every third of a TTL, so it may miss one beat after a loss."""
+ABSENT_TTLS = 1 / 2
+"""After a loss of the registry, nodes register themselves within a third of a TTL."""
 NODES_MAX = 350
 """How many nodes one store carries, if all follow each other: beyond, use more zones."""
 

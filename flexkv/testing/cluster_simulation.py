@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, NamedTuple
@@ -108,9 +109,9 @@ class SimulatedSpans:
                 key = self._gone.pop(self._random.randrange(len(self._gone)))
             else:
                 key = self._random.randbytes(BLOCK_KEY_BYTES)
-            self._put(key, *self._random.choice([(True, False), (True, True), (False, True)]))
+            self.put(key, *self._random.choice([(True, False), (True, True), (False, True)]))
             if self._random.random() < 0.2:
-                self._put(key, False, False)
+                self.put(key, False, False)
             return
         key = self._random.choice(list(self.spans)) if len(self.spans) < 50 else self._any()
         on_host, _ = self.spans[key]
@@ -119,9 +120,9 @@ class SimulatedSpans:
             if on_host
             else [(True, True), (False, False)]
         )
-        self._put(key, *self._random.choice(after))
+        self.put(key, *self._random.choice(after))
         if self._random.random() < 0.2:
-            self._put(key, True, False)
+            self.put(key, True, False)
 
     def _any(self) -> bytes:
         """Return one of the oldest spans."""
@@ -130,7 +131,8 @@ class SimulatedSpans:
             next(keys)
         return next(keys)
 
-    def _put(self, key: bytes, is_on_host: bool, is_on_disk: bool) -> None:
+    def put(self, key: bytes, is_on_host: bool, is_on_disk: bool) -> None:
+        """Set where a span is."""
         self.spans.pop(key, None)
         if is_on_host or is_on_disk:
             self.spans[key] = is_on_host, is_on_disk
@@ -212,13 +214,19 @@ class ClusterSimulation:
         Raises:
             AssertionError: hints are not what nodes have, or another law does not hold.
         """
-        async with self._group:
+        async with self.running():
             for number in range(self.scene.nodes):
                 self.start(self.random.randbytes(16), follows=number < self.scene.followers)
             await self._disturbed()
             await self._calm()
             self.check()
             await self._idle()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the nodes that are started, and kill them at the end."""
+        async with self._group:
+            yield
             for node in list(self.living.values()):
                 self.kill(node)
 

@@ -31,6 +31,7 @@ class FakeRedisServer:
         """Begin with nothing."""
         self.is_down = False
         self.written = 0
+        self._epoch_s = 0.0
         self._values: dict[str, Any] = {}
         self._ends_s: dict[str, float] = {}
         self._last: dict[str, tuple[int, int]] = {}
@@ -51,8 +52,10 @@ class FakeRedisServer:
             "MEMORY": self._size,
         }
 
-    def flush(self) -> None:
+    def flush(self, is_clock_set_back: bool = False) -> None:
         """Lose everything, as FLUSHALL does, or a restart without a file."""
+        if is_clock_set_back:
+            self._epoch_s = asyncio.get_running_loop().time()
         self._values.clear()
         self._ends_s.clear()
         self._last.clear()
@@ -143,7 +146,8 @@ class FakeRedisServer:
         assert (_text(maxlen), _text(approximately), _text(new_id)) == ("MAXLEN", "~", "*")
         key, self.written = _text(key), self.written + 1
         stream: _Stream = self._values.setdefault(key, [])
-        now = (round(asyncio.get_running_loop().time() * 1000) + 1, 0)
+        now_s = asyncio.get_running_loop().time() - self._epoch_s
+        now = (round(now_s * 1000) + 1, 0)
         last = self._last.get(key, (0, 0))
         self._last[key] = now if now > last else (last[0], last[1] + 1)
         stream.append((self._last[key], [_bytes(field), _bytes(value)]))
