@@ -86,6 +86,7 @@ class Scene:
         engines: how many there are.
         kill_every_s: how often the engine that collects is killed; it is back a minute later.
         hot_share: the part of the spans that is read again and again.
+        stays_hot: the part of the hot spans that is still hot after a read.
         returning_share: the part that is read once more, after any time.
         read_within_s: hot spans are read at least so often.
         pace: how fast the store's clock runs.
@@ -99,6 +100,7 @@ class Scene:
     engines: int = 3
     kill_every_s: float = math.inf
     hot_share: float = 0.1
+    stays_hot: float = 0.95
     returning_share: float = 0.05
     read_within_s: float = 1000.0
     pace: float = 1.0
@@ -330,7 +332,7 @@ class PoolSimulation:
         self._orphans.discard(key)
         self.outcome.read += 1
         self._engine_uses(key)
-        if is_hot and self.random.random() < 0.95:
+        if is_hot and self.random.random() < self.scene.stays_hot:
             gap_s = self.random.uniform(0, self.scene.read_within_s)
             heapq.heappush(self._reads, (now_s + gap_s, key, True))
 

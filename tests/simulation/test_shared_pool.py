@@ -57,6 +57,23 @@ def test_a_budget_alone_keeps_what_is_read(seed: int) -> None:
     assert min(outcome.fill) >= 0.90
 
 
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
+def test_the_budget_holds_if_every_span_is_read_within_a_round(seed: int) -> None:
+    """A pool whose spans are all touched faster than they are listed loses its oldest all the same.
+
+    Nothing is older than the last listings of other shards show their spans to be.
+    """
+    spans, round_s = 800, 2 * SHARDS
+    scene = Scene(
+        Limits(spans), writes_per_s=spans / 20 / round_s, seconds=6 * round_s,
+        list_per_s=SHARDS / round_s, hot_share=1.0, stays_hot=1.0, returning_share=0.0,
+        read_within_s=round_s / 8,
+    )  # fmt: skip
+    outcome = run_skewed(PoolSimulation(scene, seed).run(int(0.96 * spans), round_s))
+    assert max(outcome.fill) <= 1.05
+    assert min(outcome.fill) >= 0.90
+
+
 def test_an_empty_pool_is_listed_at_the_wanted_rate() -> None:
     """An engine lists shards that are empty no faster than it may send requests."""
     scene = Scene(Limits(), writes_per_s=0, seconds=100, list_per_s=2, engines=1)

@@ -10,6 +10,7 @@ import pytest
 
 from flexkv.io.remote.names import SHARDS
 from flexkv.tiers.remote_gc.rules import (
+    ARREARS,
     EDGE,
     FULL,
     SLACK_S,
@@ -19,6 +20,7 @@ from flexkv.tiers.remote_gc.rules import (
     Limits,
     ShardListing,
     victims,
+    with_oldest,
 )
 
 TTL_S = 10_000.0
@@ -151,6 +153,58 @@ def test_deleted_spans_do_not_count_any_more() -> None:
     assert census.spans == 40 * SHARDS
     census.listed(0, np.zeros(50), 10.0)
     assert census.total(10.0) == pytest.approx(40 * SHARDS + 10 + 255 * 10, rel=0.01)
+
+
+def test_a_shard_that_loses_nothing_is_in_arrears() -> None:
+    """What shards keep beyond their part of the low mark adds up, and then their oldest must go."""
+    census, ages = census_of(100)
+    budget = int(0.9 * len(ages))
+    low = 0.95 * budget / SHARDS
+    due, shards = 0, 0
+    while not due:
+        shards += 1
+        due = census.overdue(budget, 100, 0)
+        census.deleted(budget, 100, due, 0.0)
+    assert shards == math.ceil(ARREARS * budget / (100 - low))
+    for _ in range(SHARDS - shards):
+        due = census.overdue(budget, 100, 4)
+        assert due == pytest.approx(100 - low - 4, abs=2)  # the others go by the cut
+        census.deleted(budget, 100, 4 + due, 0.0)
+    assert census.overdue(budget, 3, 2) <= 1
+
+
+def test_arrears_end_once_there_is_room() -> None:
+    """A pool that has come below its low mark owes nothing from before."""
+    census, ages = census_of(100)
+    tight, wide = len(ages) // 2, 2 * len(ages)
+    for _ in range(50):
+        census.deleted(tight, 100, 0, 0.0)
+    assert census.overdue(tight, 100, 0) == 100
+    census.deleted(wide, 100, 0, 0.0)
+    assert census.overdue(tight, 100, 50) == 0
+
+
+def test_shards_that_differ_by_chance_are_not_in_arrears() -> None:
+    """Where each shard loses what exceeds its part on average, nothing more is deleted."""
+    random, per_shard = Random(5), 25
+    census, ages = census_of(per_shard)
+    budget = int(0.99 * len(ages))
+    counts = [sum(random.random() < 0.5 for _ in range(2 * per_shard)) for _ in range(SHARDS)]
+    for _ in range(10):
+        for count in counts:
+            gone = sum(random.random() < 1 - 0.95 * 0.99 for _ in range(count))
+            assert census.overdue(budget, count, gone) == 0
+            census.deleted(budget, count, gone, 0.0)
+
+
+def test_the_oldest_of_a_shard_are_added_to_what_goes() -> None:
+    """So many more spans are chosen, the oldest of those that were not, and never more than all."""
+    times = np.array([5.0, 1.0, 3.0, 2.0, 4.0])
+    chosen = np.array([True, False, False, False, False])
+    assert with_oldest(times, chosen, 2).tolist() == [True, True, False, True, False]
+    assert with_oldest(times, chosen, 0).tolist() == chosen.tolist()
+    assert with_oldest(times, chosen, 9).all()
+    assert chosen.sum() == 1
 
 
 def test_the_horizon_is_the_age_of_the_oldest_that_have_room() -> None:

@@ -29,7 +29,14 @@ from flexkv.io.remote.requests import Requests
 from flexkv.observe.logs import get_logger
 from flexkv.tiers.remote_gc.lease import RENEW_S, Lease, numbers_in, within
 from flexkv.tiers.remote_gc.removal import Removal, RemovalCounts
-from flexkv.tiers.remote_gc.rules import Ages, Census, Limits, ShardListing, victims
+from flexkv.tiers.remote_gc.rules import (
+    Ages,
+    Census,
+    Limits,
+    ShardListing,
+    victims,
+    with_oldest,
+)
 
 log = get_logger(__name__)
 
@@ -167,9 +174,16 @@ class Collector:
             return
         expired_before_s = limits.expired_before_s(early_s)
         chosen = victims(listing, cut, expired_before_s)
+        if limits.spans_max is not None and cut is not None:
+            more = census.overdue(limits.spans_max, len(listing), int(chosen.sum()))
+            chosen = with_oldest(listing.modified_s, chosen, more)
+        deleted = 0
         if chosen.any():
             left = await self.removal.spans(pool, listing, chosen, expired_before_s)
             census.left(shard, listing.modified_s[left])
+            deleted = len(listing) - int(left.sum())
+        if limits.spans_max is not None:
+            census.deleted(limits.spans_max, len(listing), deleted, now_s)
         await self._sweep(pool, shard, now_s)
 
     async def _sweep_all(self, pool: Pool, now_s: float) -> None:

@@ -11,6 +11,11 @@ oldest spans that the budget has room for.
 
 Spans are spread over the shards by their keys, which look random. So all shards are alike, and
 what a listing of one shard shows is used at once: nothing waits for a whole round.
+
+The age at which spans go follows from the last listings of all shards. If most spans are touched in
+less time than a round takes, those listings show them older than they are, and no span of the shard
+that was just listed is that old. What a shard should have lost, and has not, is its *arrears*. Once
+there are many of them, each shard loses its own oldest spans, however young they are.
 """
 
 from __future__ import annotations
@@ -36,6 +41,8 @@ SLACK_S, SLACK_SHARE = 60.0, 0.1
 SAMPLES = 16
 """How many ages are remembered of a shard: 4096 of a pool, which take a quarter of a millisecond to
 sort."""
+ARREARS = 0.02
+"""The share of the budget that arrears may reach: shards differ by chance."""
 _GOLDEN = (math.sqrt(5) - 1) / 2
 EDGE = 0.05
 """The oldest part of a pool, which does not count for the horizon: a few ages may be wrong."""
@@ -118,6 +125,14 @@ def victims(listing: ShardListing, cut: Cut | None, expired_before_s: float) -> 
     return chosen
 
 
+def with_oldest(times: Times, chosen: NDArray[np.bool_], more: int) -> NDArray[np.bool_]:
+    """Return the chosen spans of a shard, and so many more of it: the oldest that are left."""
+    rows = np.flatnonzero(~chosen)
+    both = chosen.copy()
+    both[rows[np.argsort(times[rows], kind="stable")[: max(0, more)]]] = True
+    return both
+
+
 class Census:
     """How many spans a pool has, and how old they are, by the last listing of each shard.
 
@@ -131,6 +146,9 @@ class Census:
         self._left = np.zeros(SHARDS)
         """How many spans a shard had once it was listed, and victims deleted."""
         self._listed_s = np.full(SHARDS, np.nan)
+        self._arrears = 0.0
+        """How many spans the shards should have lost, and have not, since the pool was over its
+        low mark."""
         self._gained, self._apart_s = np.zeros(SHARDS), np.zeros(SHARDS)
         """By how many spans a shard grew between its last two listings, and in which time."""
 
@@ -178,9 +196,30 @@ class Census:
 
         Until it is listed again, a shard grows; the mean of all shards must stay within the budget.
         """
+        return self.total(now_s) - self._low_mark(spans_max)
+
+    def _low_mark(self, spans_max: int) -> float:
+        """Return how many spans all shards are to have when each was just listed."""
         growth = max(0.0, self._gain_per_s) * float(self._apart_s.mean()) * SHARDS
         room = max((1 - LOW) * spans_max, (1 - LOW) / 2 * spans_max + growth / 2)
-        return self.total(now_s) - (spans_max - min(room, spans_max / 2))
+        return spans_max - min(room, spans_max / 2)
+
+    def overdue(self, spans_max: int, count: int, chosen: int) -> int:
+        """Return how many more spans to delete of the shard that was just listed than the cut does.
+
+        Args:
+            spans_max: the budget.
+            count: how many spans the shard has.
+            chosen: how many of them are to be deleted anyway.
+        """
+        arrears = self._arrears + count - self._low_mark(spans_max) / SHARDS - chosen
+        return min(count - chosen, max(0, int(arrears - _arrears_max(spans_max))))
+
+    def deleted(self, spans_max: int, count: int, deleted: int, now_s: float) -> None:
+        """Record how many of the shard's `count` spans were deleted, for the arrears."""
+        arrears = self._arrears + count - self._low_mark(spans_max) / SHARDS - deleted
+        is_over = self._excess(spans_max, now_s) > 0
+        self._arrears = max(-_arrears_max(spans_max), arrears) if is_over else 0.0
 
     def cut(self, spans_max: int, now_s: float) -> Cut | None:
         """Return what to delete of the shard that was just listed; None if there is room."""
@@ -215,6 +254,11 @@ class Census:
         older = float(sums[first - 1]) if first else 0.0
         equal = float(sums[last - 1]) - older
         return Cut(before_s, min(1.0, (rank - older) / equal))
+
+
+def _arrears_max(spans_max: int) -> float:
+    """Return how many arrears there may be by chance."""
+    return max(ARREARS * spans_max, math.sqrt(spans_max))
 
 
 class Ages:
