@@ -74,8 +74,8 @@ class Core:
         self.backing |= {parts.tier: parts.port.adapter for parts in self._tiers}
         stores = [(parts.tier, parts.store) for parts in self._tiers]
         self.stores = {tier: store for tier, store in stores if store is not None}
-        asked = [(parts.tier, parts.inquire) for parts in self._tiers]
-        self._inquiries = [(tier, inquire) for tier, inquire in asked if inquire is not None]
+        lookups = [(parts.tier, parts.look_up) for parts in self._tiers]
+        self._lookups = [(tier, look_up) for tier, look_up in lookups if look_up is not None]
         self.actors: dict[Tier, TransferActor] = {}
         for parts in self._tiers:
             windows = parts.inbound, parts.outbound
@@ -138,18 +138,18 @@ class Core:
             for name, work in parts.work(hooks).items():
                 supervisor.keep(name, work)
 
-    def inquire(self, request: Request) -> Awaitable[None] | None:
+    def look_up(self, request: Request) -> Awaitable[None] | None:
         """Ask a far tier what it has behind the blocks that a load finds, if that is unknown.
 
         Returns:
             What ends with the answer, or after a moment; None if there is nothing to wait for.
         """
-        if request.operation is Operation.PUT or not self._inquiries:
+        if request.operation is Operation.PUT or not self._lookups:
             return None
         avoided, end = self.planner.avoid.unreadable, request.span.last_block
         at = self.planner.peek(request).last
-        for tier, inquire in self._inquiries:
-            answered = None if tier in avoided else inquire(request.keys, at, end)
+        for tier, look_up in self._lookups:
+            answered = None if tier in avoided else look_up(request.keys, at, end)
             if answered is not None:
                 return answered
         return None

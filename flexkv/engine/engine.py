@@ -133,7 +133,7 @@ class Engine:
         self._tracing = Tracing(cache, sizes, self._observer, self._sources)
         undo.callback(self._tracing.stop)
         runner = RequestRunner(
-            self._admission, self._scheduler, self._observer, self._behind, core.inquire
+            self._admission, self._scheduler, self._observer, self._behind, core.look_up
         )
         self._requests = Requests(self._intake, core, runner, self._devices, self._tracing)
         if cache.enable_trace:

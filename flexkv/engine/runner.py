@@ -1,6 +1,6 @@
 """Takes a request from its arrival to its answer: admission, planning, and waiting.
 
-perform ─▶ Admission ─▶ inquire ─▶ check ─▶ Scheduler.begin ─▶ answered ─▶ leave
+perform ─▶ Admission ─▶ look up ─▶ check ─▶ Scheduler.begin ─▶ answered ─▶ leave
                                                 │
                     its device hangs: it no longer counts in admission;
                     the answer comes when hardware has let go
@@ -62,13 +62,13 @@ class RequestRunner:
         scheduler: Scheduler,
         observer: Observer,
         behind: WriteBehind,
-        inquire: Callable[[Request], Awaitable[None] | None],
+        look_up: Callable[[Request], Awaitable[None] | None],
     ) -> None:
         """Take the parts of an engine; a request that hangs leaves `admission` early.
 
-        `inquire` asks a far tier what a load may find there: see `Core.inquire`.
+        `look_up` asks a far tier what a load may find there: see `Core.look_up`.
         """
-        self._behind, self._inquire = behind, inquire
+        self._behind, self._look_up = behind, look_up
         self.admission = admission
         self._scheduler, self._observer = scheduler, observer
         scheduler.on_hang = self._give_place_back
@@ -120,7 +120,7 @@ class RequestRunner:
 
     async def _informed(self, request: Request, arrived_ns: int | None) -> int | None:
         """Wait a moment for what a far tier says that it has; return when the request arrived."""
-        if (answered := self._inquire(request)) is None:
+        if (answered := self._look_up(request)) is None:
             return arrived_ns
         if arrived_ns is None:
             arrived_ns = self._observer.now_ns()

@@ -69,7 +69,7 @@ class MoverSizes(NamedTuple):
     answer_s: float
 
 
-class _Asked(NamedTuple):
+class _Unanswered(NamedTuple):
     """A request that is not answered yet."""
 
     request: Request
@@ -98,7 +98,7 @@ class MoverLife:
         self.is_ready = False
         self._where, self._sizes = config.where, sizes
         self._numbers = itertools.count()
-        self._asked: dict[int, _Asked] = {}
+        self._unanswered: dict[int, _Unanswered] = {}
         self._overdue: dict[str, asyncio.TimerHandle] = {}
         """By kind, for kinds with requests that are not answered."""
         self._waiting: deque[Future[Slot]] = deque()
@@ -123,7 +123,7 @@ class MoverLife:
     @property
     def requests(self) -> int:
         """Return how many requests the mover has not answered."""
-        return len(self._asked)
+        return len(self._unanswered)
 
     # -- slots and requests ---------------------------------------------------------------------
 
@@ -179,14 +179,14 @@ class MoverLife:
 
     def _send_names(self) -> None:
         """Send requests without a slot, as many as the mover may have."""
-        while self.is_ready and self._names and self._names_asked < NAMES_AT_ONCE:
+        while self.is_ready and self._names and self._names_unanswered < NAMES_AT_ONCE:
             request, reply = self._names.popleft()
             if not reply.done():
                 self._send(request, reply, None)
 
     @property
-    def _names_asked(self) -> int:
-        return sum(each.slot is None for each in self._asked.values())
+    def _names_unanswered(self) -> int:
+        return sum(each.slot is None for each in self._unanswered.values())
 
     def _send(self, request: Request, reply: Future[Done | Found], slot: Slot | None) -> None:
         try:
@@ -201,7 +201,7 @@ class MoverLife:
             self.end(f"it takes no requests: {error.strerror}")
             reply.set_exception(self.error("request"))
             return
-        self._asked[request.number] = _Asked(request, reply, slot)
+        self._unanswered[request.number] = _Unanswered(request, reply, slot)
         if _kind_of(request) not in self._overdue:
             self._expect(_kind_of(request))
 
@@ -240,16 +240,16 @@ class MoverLife:
         self._grant()
 
     def _answered(self, answer: Done | Found) -> None:
-        asked = self._asked.get(answer.number)
+        asked = self._unanswered.get(answer.number)
         if asked is None:
             return
         if not _is_answer(asked.request, answer):
             self.end("its connection failed: an answer does not fit its request")
             return
-        del self._asked[answer.number]
+        del self._unanswered[answer.number]
         kind = _kind_of(asked.request)
         self._overdue.pop(kind).cancel()
-        if any(_kind_of(each.request) == kind for each in self._asked.values()):
+        if any(_kind_of(each.request) == kind for each in self._unanswered.values()):
             self._expect(kind)
         is_wanted = not asked.reply.done()
         if asked.slot is not None:
@@ -344,7 +344,7 @@ class MoverLife:
             self._loop.remove_reader(self._socket)
         self._socket.close()
         self._window.close()
-        asked, self._asked = self._asked, {}
+        asked, self._unanswered = self._unanswered, {}
         for overdue in self._overdue.values():
             overdue.cancel()
         waiting: list[Future[Slot] | Future[Done | Found]] = [

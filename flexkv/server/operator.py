@@ -53,7 +53,7 @@ def ask(address: str, verb: str, **arguments: Any) -> Answer:
         BackendUnavailableError: no server listens there, or it does not answer.
         ConfigError: the server refuses us.
     """
-    return _asked(address, Command(1, verb, arguments), lambda peer: peer.settimeout(COMMAND_S))
+    return _answer_to(address, Command(1, verb, arguments), lambda peer: peer.settimeout(COMMAND_S))
 
 
 def ask_for_long(address: str, verb: str, pause: Callable[[], None]) -> Answer:
@@ -69,15 +69,17 @@ def ask_for_long(address: str, verb: str, pause: Callable[[], None]) -> Answer:
         while not is_readable(peer, PAUSE_S):
             pause()
 
-    return _asked(address, Command(1, verb), wait_answered)
+    return _answer_to(address, Command(1, verb), wait_answered)
 
 
-def _asked(address: str, asked: Command, wait_answered: Callable[[socket.socket], None]) -> Answer:
+def _answer_to(
+    address: str, sent: Command, wait_answered: Callable[[socket.socket], None]
+) -> Answer:
     """Send a command, and return its answer, for which `wait_answered` waits."""
     try:
         connected = connect(address, Hello(PROTOCOL_VERSION, "control", os.getpid()))
         with connected.socket as peer:
-            peer.sendall(framed(asked))
+            peer.sendall(framed(sent))
             wait_answered(peer)
             answer = message(peer)
     except (OSError, ClosedError, ProtocolError) as error:

@@ -40,8 +40,8 @@ class FakeFar:
         held: keys of the blocks that are held now.
         hinted: keys of the blocks that the catalogue believes to be held.
         doubts: what the catalogue was told of blocks that did not arrive.
-        looks: the position of each look-up.
-        residency: if given, each look-up is checked: it must ask for a block that is not here.
+        looks: the position of each look at the hints.
+        residency: if given, each look is checked: it must ask for a block that is not here.
         generation: grows by one when everything is cleared; what was stored before is not there.
     """
 

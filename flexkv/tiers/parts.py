@@ -169,9 +169,9 @@ class TierParts:
             once nothing goes on there, after some seconds at most.
         waiting_since_s: see `TransferActor`.
         store: returns what a far tier knows of its store; None for other tiers.
-        inquire: asks a far tier which blocks of a prompt it has between two positions, if its
+        look_up: asks a far tier which blocks of a prompt it has between two positions, if its
             catalogue does not know. It returns what ends with the answer, or after a moment
-            without it; None if there is nothing to wait for. None for tiers that are not asked.
+            without it; None if there is nothing to wait for. None for tiers without lookups.
     """
 
     tier: Tier
@@ -188,4 +188,4 @@ class TierParts:
     stop: Callable[[], None] = lambda: None
     leave: Callable[[], Awaitable[None]] = _nothing_goes_on
     waiting_since_s: Callable[[int], float] | None = None
-    inquire: Callable[[bytes, int, int], Awaitable[None] | None] | None = None
+    look_up: Callable[[bytes, int, int], Awaitable[None] | None] | None = None

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from random import Random
 from socket import socket
-from typing import NamedTuple
 
 from flexkv.actors.actor import Window
 from flexkv.cluster import tcp
@@ -25,7 +24,7 @@ from flexkv.cluster.membership import Membership
 from flexkv.cluster.peers import PeerHooks, Peers
 from flexkv.cluster.plane import MetadataPlane
 from flexkv.cluster.publisher import SpanStep
-from flexkv.cluster.records import NodeRecord, SnapshotPart
+from flexkv.cluster.records import NodeRecord
 from flexkv.cluster.redis_commands import RedisCommands
 from flexkv.cluster.redis_store import RedisStore
 from flexkv.cluster.secret import cluster_key
@@ -125,14 +124,6 @@ class PeerTier:
         )
 
 
-class _Part(NamedTuple):
-    """A part of a snapshot, as a control link carries it."""
-
-    seq: int
-    host_tags: bytes
-    disk_tags: bytes
-
-
 class _Node:
     """This node: it is the `Holders` of its port, and the listener of its membership.
 
@@ -206,10 +197,12 @@ class _Node:
             self._membership,
             self._hints,
             self._spans,
-            _Snapshots(self._peers),
+            self._peers,
             blocks // self._hints.span_blocks + 1,
         )
-        self._sessions = Sessions(self._grants, self._identity.generation, self._snapshot)
+        self._sessions = Sessions(
+            self._grants, self._identity.generation, self.plane.publisher.snapshot
+        )
         self._listener = Listener(
             self._listening,
             self._key,
@@ -248,16 +241,16 @@ class _Node:
     async def _serve_data(self, connection: socket, introduction: Introduction) -> None:
         """Send blocks over a data connection until its reader closes it."""
         peer = introduction.peer_id
-        reads, arena = self._grants.reads(peer), self._host.arena
+        arena = self._host.arena
 
         def lookup(read: Read) -> Granted | Status:
             if read.block_bytes not in self._host.block_bytes:
                 return Status.OTHER_SIZE
-            found = reads.begin(read.number, read.first, read.blocks)
+            found = self._grants.blocks(peer, read.number, read.first, read.blocks)
             if isinstance(found, ReadStatus):
                 return Status(int(found))
-            addresses = arena.address + found * arena.block_stride_bytes
-            return Granted(addresses, self._host.sums[found], reads.end)
+            addresses = arena.address + found.block_ids * arena.block_stride_bytes
+            return Granted(addresses, self._host.sums[found.block_ids], found.ended)
 
         index = self._ring.add(connection)
         try:
@@ -266,11 +259,6 @@ class _Node:
             log.warning("peer_data_ended", peer=str(peer), reason=str(error) or "too slow")
         finally:
             await self._ring.remove(index)
-            reads.end()
-
-    def _snapshot(self) -> Iterator[_Part]:
-        for part in self.plane.publisher.snapshot():
-            yield _Part(part.seq, part.on_host, part.on_disk)
 
     # -- reader ---------------------------------------------------------------------------------
 
@@ -335,18 +323,6 @@ class _Spans:
     def close(self) -> None:
         """Read no more changes."""
         self._changes.close()
-
-
-class _Snapshots:
-    """Asks other nodes for what they have, over their control links."""
-
-    def __init__(self, peers: Peers) -> None:
-        self._peers = peers
-
-    async def parts(self, node: NodeRecord) -> AsyncGenerator[SnapshotPart, None]:
-        """Yield the parts of a node's snapshot."""
-        async for part in self._peers.snapshot(node):
-            yield SnapshotPart(part.seq, part.host_tags, part.disk_tags, part.is_last)
 
 
 def _facts(sizes: CacheSizes, hints: Hints) -> dict[str, int | str]:

@@ -3,7 +3,7 @@
     written behind, by whole spans ──▶ store ◀── listed, round after round ──▶ hints ──▶ catalogue
 
 The store is not asked whether it has a block: hints say so, and a wrong one costs a fetch. A store
-that cannot be listed (Mooncake) is asked for spans that no hint names: see `remote_asked`.
+that cannot be listed (Mooncake) is asked for spans that no hint names: see `remote_lookups`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from flexkv.io.remote.seal import SEAL_BYTES
 from flexkv.tiers.far import keep_time
 from flexkv.tiers.limits import WRITE_WINDOWS
 from flexkv.tiers.parts import StoreStatistics, TierHooks, TierParts, Work
-from flexkv.tiers.remote_asked import AskingCatalogue, Inquiries
 from flexkv.tiers.remote_gc.collector import CollectionCounts, Collector
 from flexkv.tiers.remote_gc.removal import RemovalCounts
 from flexkv.tiers.remote_gc.rules import Limits
 from flexkv.tiers.remote_gc.touches import TouchCounts, Touches
 from flexkv.tiers.remote_listing import Listing
+from flexkv.tiers.remote_lookups import LookupCatalogue, Lookups
 from flexkv.tiers.remote_pool import SharedPool
 from flexkv.tiers.remote_probe import Probe, TierState
 from flexkv.tiers.unavailable import Unavailable
@@ -88,7 +88,7 @@ class RemoteTier:
         cache, sizes, hints = self._cache, self._sizes, self._hints
         if not cache.has_remote or hints is None:
             return None
-        if len(sizes.spaces) > 1 and self._is_asked:
+        if len(sizes.spaces) > 1 and not self._can_list:
             why = "blocks of models with several KV groups are not kept in Mooncake Store yet"
             self._unavailable.lose_tier(Tier.REMOTE, why)
             return None
@@ -102,17 +102,18 @@ class RemoteTier:
             deadline_s=DEADLINE_SHARE * cache.io_deadline_s,
             gets_max=read,
             puts_max=write,
-            hedged_share=0.0 if self._is_asked else RemoteOptions.hedged_share,
+            hedged_share=RemoteOptions.hedged_share if self._can_list else 0.0,
         )
         secret = cache.key_secret.get_secret_value()
         identity = block_identity(sizes.spaces, secret)
         description = PoolDescription(identity, tuple(sizes.block_bytes), size)
         requests = self.requests = Requests(self._store(options, size), options)
         pool = self.pool = SharedPool(requests.store, description)
-        known = self._asked(requests, hints) if self._is_asked else self._listed(requests, hints)
-        self.catalogue = known.catalogue
+        discover = self._by_listing if self._can_list else self._by_lookups
+        discovery = discover(requests, pool, hints)
+        self.catalogue = discovery.catalogue
         host = HostBlocks(arena, sums, tuple(sizes.block_bytes))
-        port = RemotePort(requests, pool, host, options, known.news)
+        port = RemotePort(requests, pool, host, options, discovery.news)
         undo.callback(port.close)
         return TierParts(
             Tier.REMOTE,
@@ -121,19 +122,19 @@ class RemoteTier:
             Window(read * span_bytes, read * span_bytes),
             Window(write * span_bytes, span_bytes),
             pool,
-            work=partial(_work, port, pool, hints, known.work),
+            work=partial(_work, port, pool, hints, discovery.work),
             ship=self._ship(size, write),
-            store=partial(_statistics, requests, pool, hints, known),
+            store=partial(_statistics, requests, pool, hints, discovery),
             stop=port.stop,
             leave=requests.store.leave,
             waiting_since_s=port.waiting_since_s,
-            inquire=known.inquire,
+            look_up=discovery.look_up,
         )
 
     @property
-    def _is_asked(self) -> bool:
-        """Return whether the store cannot be listed, so that it has to be asked."""
-        return self._cache.use_mooncake_store_backend
+    def _can_list(self) -> bool:
+        """Return whether the store can be listed; otherwise spans have to be looked up."""
+        return not self._cache.use_mooncake_store_backend
 
     def _store(self, options: RemoteOptions, size: int) -> OpenStore:
         """Return the store, to which nothing is sent yet."""
@@ -144,11 +145,9 @@ class RemoteTier:
         (address,) = cache.remote_cache_path
         return open_store(address, cache.remote_config_custom.get_secret_value(), options)
 
-    def _listed(self, requests: Requests, hints: Hints) -> _Known:
-        """Return how an engine knows what a store has that can be listed."""
-        cache, pool = self._cache, self.pool
-        assert pool is not None
-        blocks = cache.num_remote_blocks
+    def _by_listing(self, requests: Requests, pool: SharedPool, hints: Hints) -> _Discovery:
+        """Return how an engine learns what a store has that can be listed."""
+        cache, blocks = self._cache, self._cache.num_remote_blocks
         budget = None if blocks is None else max(1, blocks // hints.span_blocks)
         forget = partial(_drop, hints)
         deletes = cache.remote_delete_per_s if cache.remote_list_per_s else None
@@ -164,30 +163,29 @@ class RemoteTier:
                 "remote collection": collector.run(spawn),
             }
 
-        return _Known(
+        return _Discovery(
             HintedCatalogue(hints),
             SpanNews(partial(_note, hints, touches.used), forget),
             work,
             lambda: (listing.rounds, collector.counts(), touches.counts()),
         )
 
-    def _asked(self, requests: Requests, hints: Hints) -> _Known:
-        """Return how an engine knows what a Mooncake Store has."""
-        store, pool = requests.store, self.pool
+    def _by_lookups(self, requests: Requests, pool: SharedPool, hints: Hints) -> _Discovery:
+        """Return how an engine learns what a Mooncake Store has."""
+        store = requests.store
         assert isinstance(store, MooncakeStore)
-        assert pool is not None
-        inquiries = Inquiries(store, requests, pool, hints, store.mover.sizes.answer_s)
+        lookups = Lookups(store, requests, pool, hints, store.mover.sizes.answer_s)
 
         def work(_: Spawn) -> Work:
-            return {"remote inquiries": inquiries.run(), "mover": store.mover.keep()}
+            return {"remote lookups": lookups.run(), "mover": store.mover.keep()}
 
         nothing = CollectionCounts(False, 0, None, RemovalCounts()), TouchCounts(0, 0, 0, 0)
-        return _Known(
-            AskingCatalogue(hints, inquiries),
+        return _Discovery(
+            LookupCatalogue(hints, lookups),
             SpanNews(partial(_note, hints, _nothing), partial(_drop, hints)),
             work,
             lambda: (0, *nothing),
-            inquiries.inquire,
+            lookups.look_up,
         )
 
     def _ship(self, size: int, write: int) -> ShipLimits | None:
@@ -198,22 +196,22 @@ class RemoteTier:
         return ShipLimits(size, WRITE_WINDOWS * write * size, when == "reused", per_s)
 
 
-class _Known(NamedTuple):
-    """How an engine knows which spans a store has.
+class _Discovery(NamedTuple):
+    """How an engine learns which spans a store has.
 
     Attributes:
         catalogue: says which.
         news: takes what the port has learnt of them.
         work: returns the tasks that learn it from the store.
         counts: returns how often the pool was listed, and what was collected and touched.
-        inquire: see `TierParts`.
+        look_up: see `TierParts`.
     """
 
     catalogue: HintedCatalogue
     news: SpanNews
     work: Callable[[Spawn], Work]
     counts: Callable[[], tuple[int, CollectionCounts, TouchCounts]]
-    inquire: Callable[[bytes, int, int], Awaitable[None] | None] | None = None
+    look_up: Callable[[bytes, int, int], Awaitable[None] | None] | None = None
 
 
 def _work(
@@ -235,10 +233,10 @@ def _work(
 
 
 def _statistics(
-    requests: Requests, pool: SharedPool, hints: Hints, known: _Known
+    requests: Requests, pool: SharedPool, hints: Hints, discovery: _Discovery
 ) -> StoreStatistics:
     current = pool.current
-    listed_rounds, collection, touches = known.counts()
+    listed_rounds, collection, touches = discovery.counts()
     return StoreStatistics(
         where=requests.store.where,
         is_joined=current is not None,

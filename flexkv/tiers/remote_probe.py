@@ -3,8 +3,8 @@
     tier down ──▶ asked each second ──no answer──▶ silent ──an answer──▶ the next request is a trial
 
 A trial is the fetch of somebody's prompt, and if it fails, the pause before the next one doubles. A
-question costs nobody anything. A store that answers all questions, and fails other requests, gets
-its trials after the pauses only.
+probe costs nobody anything. A store that answers all probes, and fails other requests, gets its
+trials after the pauses only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flexkv.io.remote.until import Until
 from flexkv.tiers.remote_pool import SharedPool
 
 PERIOD_S = 1.0
-"""The pause between two questions."""
+"""The pause between two probes."""
 ANSWER_S = 2.0
 """How long the store may take to answer one."""
 
@@ -54,7 +54,7 @@ class Probe:
                 state.try_now()
 
     async def _answers(self) -> bool:
-        """Return whether the store answers a question about the pool's description."""
+        """Return whether the store answers a request about the pool's description."""
         until = Until(asyncio.get_running_loop().time() + ANSWER_S)
         name = self._pool.base.description_name
         try:

@@ -129,7 +129,7 @@ def test_a_get_loads_what_is_here_and_what_lies_far_behind_it() -> None:
         assert bench.engine.match(_tokens(0, BLOCKS)).tokens == 8 * TOKENS_PER_BLOCK
         second = await bench.perform(Operation.GET)
         assert (second.status, loaded(second)) == (SUCCESS, 8)
-        assert bench.far.looks == [3, 3], "what is here needs no look-up"
+        assert bench.far.looks == [3, 3], "what is here needs no look"
         assert bench.fetched() == [0, 0, 0, 1, 1, 1, 1, 1]
         told = bench.engine.statistics()
         assert told.hit_blocks == {"host": 3 + 8, "remote": 5}

@@ -85,14 +85,14 @@ def test_a_store_that_answers_again_is_tried_soon(answers_s: float, hangs: bool)
 
 
 def test_a_tier_that_is_up_asks_nothing() -> None:
-    """While the tier is used, its store gets no questions, silent or not."""
+    """While the tier is used, its store gets no probes, silent or not."""
     rig = Rig((0.0, 50.0), (1e9, 2e9), hangs=True)
     rig.run(100.0)
     assert not rig.asked_s
 
 
-def test_a_store_that_answers_questions_only_gets_no_early_trials() -> None:
-    """If questions were answered all the time, an answer says nothing about the failures."""
+def test_a_store_that_answers_probes_only_gets_no_early_trials() -> None:
+    """If probes were answered all the time, an answer says nothing about the failures."""
     rig = Rig((1e9, 2e9), (9.0, 1e9), hangs=True)
     rig.run(100.0)
     assert rig.asked_s

@@ -15,7 +15,7 @@ log = get_logger(__name__)
 
 COUNTS: dict[str, str] = {
     "matches": "Prompts that were looked up.",
-    "late_matches": "Lookups put off to the next step: no answer yet, or too many open.",
+    "late_matches": "Matches put off to the next step: no answer yet, or too many open.",
     "hits": "Prompts of which blocks could be loaded.",
     "offered_blocks": "Blocks found beyond those that the engine had itself.",
     "declined_blocks": "Blocks found, but not loaded because computing them is faster.",

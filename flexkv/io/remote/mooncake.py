@@ -173,7 +173,7 @@ class MooncakeStore:
             raise
         is_kept = _GENERATIONS in name or name.endswith(f"/{DESCRIPTION}")
         full = self.prefix + name
-        code = await self._asked(life, lambda n: Put(n, full, slot.at, size, is_kept), slot)
+        code = await self._request(life, lambda n: Put(n, full, slot.at, size, is_kept), slot)
         if code == EXISTS:
             if not all(await self._exist([full])):
                 raise self._unfinished()
@@ -240,7 +240,7 @@ class MooncakeStore:
     async def head(self, name: str) -> Listed:
         """Return an object's size; its age is not known."""
         full = self.prefix + name
-        code = await self._asked(self.mover.life(), lambda number: Size(number, full))
+        code = await self._request(self.mover.life(), lambda number: Size(number, full))
         if code < 0:
             raise self._error(code, "head")
         return Listed(name, code, 0.0)
@@ -261,7 +261,7 @@ class MooncakeStore:
     async def delete(self, name: str) -> None:
         """Delete an object; one that is not there is no error."""
         full = self.prefix + name
-        code = await self._asked(self.mover.life(), lambda number: Remove(number, full))
+        code = await self._request(self.mover.life(), lambda number: Remove(number, full))
         if code < 0 and code not in _MISSING:
             raise self._error(code, "delete")
 
@@ -284,9 +284,10 @@ class MooncakeStore:
 
     # -- answers --------------------------------------------------------------------------------
 
-    async def _asked(
+    async def _request(
         self, life: MoverLife, make: Callable[[int], Request], slot: Slot | None = None
     ) -> int:
+        """Send a request to the mover, and return the code of its answer."""
         return self._code_of(await life.ask(make, slot))
 
     def _code_of(self, reply: Done | Found) -> int:

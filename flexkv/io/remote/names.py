@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import re
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 
@@ -46,6 +46,19 @@ class PoolDescription(msgspec.Struct, frozen=True):
 
 
 _DECODER = msgspec.json.Decoder(PoolDescription)
+
+
+class CurrentPool(Protocol):
+    """The pool that an engine uses: see `SharedPool`."""
+
+    @property
+    def current(self) -> Pool | None:
+        """Return the pool; None while nothing may be read or written."""
+        ...
+
+    async def joined(self) -> Pool:
+        """Return the pool, once there is one."""
+        ...
 
 
 class Pool:

@@ -35,7 +35,7 @@ from flexkv.common.extents import check_ids
 from flexkv.common.terms import BlockKey, Tier, Transfer
 from flexkv.io.ports import Completion
 from flexkv.io.remote.landing import Copier, HostBlocks, buffers_of
-from flexkv.io.remote.names import Pool
+from flexkv.io.remote.names import CurrentPool, Pool
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.reader import Brought, SpanReader, failed
 from flexkv.io.remote.requests import Requests
@@ -50,8 +50,8 @@ _OUTER_BLOCKS = 1 << 62
 """Ids at the other end mean nothing here: blocks are addressed by their keys."""
 
 
-class CurrentPool(Protocol):
-    """The pool that is in use."""
+class SpanPool(CurrentPool, Protocol):
+    """The pool in use, as the home of spans that are transferred."""
 
     @property
     def span_blocks(self) -> int:
@@ -59,17 +59,8 @@ class CurrentPool(Protocol):
         ...
 
     @property
-    def current(self) -> Pool | None:
-        """Return the pool; None while nothing may be read or written."""
-        ...
-
-    @property
     def clears(self) -> int:
         """Return how often the pool was left for another; earlier transfers must not go on then."""
-        ...
-
-    async def joined(self) -> Pool:
-        """Return the pool, once there is one."""
         ...
 
 
@@ -116,7 +107,7 @@ class RemotePort:
     def __init__(
         self,
         requests: Requests,
-        pool: CurrentPool,
+        pool: SpanPool,
         host: HostBlocks,
         options: RemoteOptions,
         news: SpanNews,

@@ -17,13 +17,12 @@ import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
 
 import msgspec
 
 from flexkv.common.errors import RemoteError
 from flexkv.common.terms import BlockKey
-from flexkv.io.remote.names import SHARDS, Pool
+from flexkv.io.remote.names import SHARDS, CurrentPool, Pool
 from flexkv.io.remote.port import Spawn
 from flexkv.io.remote.requests import Requests
 from flexkv.observe.logs import get_logger
@@ -57,16 +56,6 @@ PAGE_S = 30.0
 def generation_of(pool: Pool, number: int) -> Pool:
     """Return another generation of a pool; 0 is the one that names the others."""
     return Pool(msgspec.structs.replace(pool.description, generation=number))
-
-
-class CurrentPool(Protocol):
-    """The pool that an engine uses: see `SharedPool`."""
-
-    current: Pool | None
-
-    async def joined(self) -> Pool:
-        """Return the pool in use, once there is one."""
-        ...
 
 
 class CollectionCounts(msgspec.Struct, frozen=True):

@@ -20,11 +20,12 @@ import msgspec
 from flexkv.actors.supervisor import Bell
 from flexkv.common.errors import RemoteError
 from flexkv.common.terms import BlockKey
+from flexkv.io.remote.names import CurrentPool
 from flexkv.io.remote.port import Spawn
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.until import Until
 from flexkv.observe.logs import get_logger
-from flexkv.tiers.remote_gc.collector import REFUSED_S, Collector, CurrentPool
+from flexkv.tiers.remote_gc.collector import REFUSED_S, Collector
 from flexkv.tiers.remote_gc.turns import Pacer, side_by_side
 
 log = get_logger(__name__)

@@ -1,4 +1,4 @@
-"""Questions to a store that cannot be listed, and the hints that its answers make."""
+"""Lookups in a store that cannot be listed, and the hints that its answers make."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flexkv.io.remote.names import Pool
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.requests import Requests
 from flexkv.testing.virtual_time import run_virtual
-from flexkv.tiers.remote_asked import COUNTS_S, WAIT_S, AskingCatalogue, Inquiries
+from flexkv.tiers.remote_lookups import COUNTS_S, WAIT_S, LookupCatalogue, Lookups
 from tests.remote_rigs import POOL, PROMPT, SPAN_BLOCKS, span_key
 
 G = SPAN_BLOCKS
@@ -28,7 +28,7 @@ SILENT_S = 8.0
 NOWHERE: frozenset[Tier] = frozenset()
 
 
-class AskedStore:
+class CountingStore:
     """A store that counts what it is asked."""
 
     kind, where = "mooncake", "a store"
@@ -53,7 +53,7 @@ class AskedStore:
         return [name in self.there for name in names]
 
 
-class CurrentPool:
+class ChangingPool:
     """A pool that a test may change."""
 
     def __init__(self) -> None:
@@ -66,14 +66,14 @@ class CurrentPool:
 
 
 class Rig:
-    """Inquiries over a store in memory."""
+    """Lookups over a store in memory."""
 
     def __init__(self, pairs: int = 1000) -> None:
-        self.store, self.pool = AskedStore(), CurrentPool()
+        self.store, self.pool = CountingStore(), ChangingPool()
         self.hints = Hints(pairs, G)
         self.requests = Requests(cast("Any", self.store), RemoteOptions(), Random(1))
-        self.inquiries = Inquiries(self.store, self.requests, self.pool, self.hints, SILENT_S)
-        self.catalogue = AskingCatalogue(self.hints, self.inquiries)
+        self.lookups = Lookups(self.store, self.requests, self.pool, self.hints, SILENT_S)
+        self.catalogue = LookupCatalogue(self.hints, self.lookups)
 
     def has(self, *spans: int) -> None:
         """Make some spans of the prompt be all that the store has."""
@@ -90,13 +90,13 @@ class Rig:
 
 
 def with_rig(work: Callable[[Rig], Awaitable[None]]) -> None:
-    """Do the work of a test while the inquiries run."""
+    """Do the work of a test while the lookups run."""
 
     async def main() -> None:
         rig = Rig()
         tasks = Supervisor(_raise)
         await tasks.start()
-        tasks.keep("inquiries", rig.inquiries.run())
+        tasks.keep("lookups", rig.lookups.run())
         await work(rig)
         await tasks.stop()
 
@@ -139,7 +139,7 @@ def test_an_answer_counts_for_some_seconds() -> None:
 
 
 def test_only_whole_spans_behind_what_is_known_are_asked_for() -> None:
-    """Spans that hints name, or that the prompt does not fill, are in no question."""
+    """Spans that hints name, or that the prompt does not fill, are in no lookup."""
 
     async def work(rig: Rig) -> None:
         rig.hints.note(STORE, span_key(0) + span_key(1))
@@ -159,7 +159,7 @@ def test_a_load_waits_for_the_answer() -> None:
     async def work(rig: Rig) -> None:
         rig.has(0, 1)
         rig.store.takes_s = WAIT_S / 2
-        answered = rig.inquiries.inquire(PROMPT, 0, BLOCKS)
+        answered = rig.lookups.look_up(PROMPT, 0, BLOCKS)
         assert answered is not None
         await answered
         assert rig.known() == [0, 1]
@@ -173,14 +173,14 @@ def test_loads_do_not_wait_for_a_slow_store() -> None:
     async def work(rig: Rig) -> None:
         rig.store.takes_s = 1.0
         begin_s = asyncio.get_running_loop().time()
-        first = rig.inquiries.inquire(PROMPT, 0, BLOCKS)
+        first = rig.lookups.look_up(PROMPT, 0, BLOCKS)
         assert first is not None
         await first
         assert asyncio.get_running_loop().time() - begin_s == WAIT_S
-        assert rig.inquiries.inquire(PROMPT, G, BLOCKS) is None
+        assert rig.lookups.look_up(PROMPT, G, BLOCKS) is None
         rig.store.takes_s = 0.0
         await asyncio.sleep(2 * COUNTS_S)
-        again = rig.inquiries.inquire(PROMPT, 0, BLOCKS)
+        again = rig.lookups.look_up(PROMPT, 0, BLOCKS)
         assert again is not None
         await again
 
@@ -219,7 +219,7 @@ def test_a_store_that_is_slow_for_each_span_is_asked_for_fewer() -> None:
         for _ in range(5):
             rig.far()
             await asyncio.sleep(2 * COUNTS_S)
-        rig.inquiries.about(PROMPT, 0, BLOCKS, is_new=True)
+        rig.lookups.ask(PROMPT, 0, BLOCKS, is_new=True)
         await asyncio.sleep(0.01)
         assert rig.store.asked[-1] == 5
 
@@ -233,7 +233,7 @@ def test_loads_do_not_wait_for_a_store_that_fails() -> None:
         rig.store.error = RemoteError("a store", "exist", "broken")
         rig.far()
         await asyncio.sleep(0.01)
-        assert rig.inquiries.inquire(PROMPT, G, BLOCKS) is None
+        assert rig.lookups.look_up(PROMPT, G, BLOCKS) is None
         assert rig.known() == []
 
     with_rig(work)
@@ -244,9 +244,9 @@ def test_nobody_waits_without_a_pool() -> None:
 
     async def work(rig: Rig) -> None:
         rig.pool.current = None
-        assert Inquiries(
+        assert Lookups(
             rig.store, cast("Any", SimpleNamespace()), rig.pool, rig.hints, SILENT_S
-        ).inquire(PROMPT, 0, BLOCKS) is None  # fmt: skip
+        ).look_up(PROMPT, 0, BLOCKS) is None  # fmt: skip
         rig.pool.current = POOL
 
     with_rig(work)
