@@ -202,13 +202,13 @@ class Planner:
     def most_places(self, request: Request) -> int:
         """Return an upper bound, cheap to compute, of the host places that a request needs."""
         span, leaves = request.span, sum([len(each.device_ids) for each in request.leaves])
-        return (span.last_block - span.first_block) * self.groups + leaves
+        return (span.last_block - span.first_block) * self.groups + request.drop + leaves
 
     def places_wanted(self, request: Request) -> int:
         """Return how many host places a request would need if it were planned now."""
         if request.operation is not Operation.PUT:
             found = self.peek(request)
-            ready = [found.ready, *[leaves.ready for leaves in found.leaves]]
+            ready = [found.ready, found.dropped, *[leaves.ready for leaves in found.leaves]]
             lacking = [
                 placed.block_count
                 for each in ready

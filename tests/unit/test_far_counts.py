@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from msgspec import structs
 
-from flexkv.common.request import Operation, Span
+from flexkv.common.request import Operation, Request, Span
 from flexkv.common.terms import Route, Tier
 from flexkv.graph.draft import Avoid
 from flexkv.graph.far import SetApart
@@ -31,13 +31,13 @@ from tests.unit.test_far_prefixes import (
 from tests.unit.test_planner_leaves import moved, settle
 
 
-def fetch(planner: Planner, apart: SetApart, drop: int, whole: bool) -> Planned:
-    """Plan what an engine would prefetch behind a match: a prefix of several KV groups `whole`."""
+def prefetch(apart: SetApart, drop: int, whole: bool) -> Request:
+    """Return what an engine would prefetch behind a match: a prefix of several groups `whole`."""
     first, end = apart.found.last, apart.found.last + sum(apart.far.values())
     made = request(Operation.PREFETCH, *range(end + drop))
     last = end if whole else end + drop
     span = Span(first, last, first, last)
-    return planner.plan(structs.replace(made, span=span, drop=drop if whole else 0), 1)
+    return structs.replace(made, span=span, drop=drop if whole else 0)
 
 
 def sent(planned: Planned) -> dict[Tier, int]:
@@ -56,7 +56,11 @@ def test_a_match_says_what_a_fetch_of_several_groups_moves(seed: int) -> None:
     if not apart.far:
         assert (apart.fetched, apart.coming) == ({}, 0)
         return
-    planned = fetch(planner, apart, case.drop, whole=True)
+    made = prefetch(apart, case.drop, whole=True)
+    places = sum(apart.fetched.values())
+    assert planner.most_places(made) >= places
+    assert case.down or planner.places_wanted(made) == places
+    planned = planner.plan(made, 1)
     assert sent(planned) == apart.fetched
     coming = planner.find_apart(case.prompt, case.first, case.drop, with_coming=False)
     assert coming.coming == apart.fetched[Tier.REMOTE]
@@ -86,7 +90,7 @@ def test_a_match_says_what_a_fetch_of_one_group_moves(seed: int) -> None:
         assert (apart.fetched, apart.coming) == ({}, 0)
         return
     assert apart.fetched == {Tier.REMOTE: reach - local}
-    planned = fetch(planner, apart, drop, whole=False)
+    planned = planner.plan(prefetch(apart, drop, whole=False), 1)
     assert moved(planned, Route(Tier.REMOTE, Tier.HOST)) == {0: list(range(local, reach))}
     coming = planner.find_apart(prompt, 0, drop, with_coming=False)
     assert (coming.far, coming.fetched) == (apart.far, apart.fetched)
