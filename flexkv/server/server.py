@@ -263,6 +263,7 @@ class Server:
             arena.block_stride_bytes,
             arena.fd_offset_bytes,
             tuple(p.tier.label for p in self._backend.tiers() if p.capacity_blocks is None),
+            self._engine.planner.catalogue.span_blocks,
         )
         fds = [arena.fd] if hello.role == "agent" else []
         socket.send_fds(peer, [framed(welcome)], fds)

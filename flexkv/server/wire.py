@@ -112,6 +112,8 @@ class Welcome(Message, tag="welcome", frozen=True):
     fd_offset_bytes: Number = 0
     far_tiers: tuple[ShortText, ...] = ()
     """The labels of the tiers that others fill: see `flexkv.index.catalogue`."""
+    span_blocks: Number = 1
+    """How many consecutive blocks of a prompt these tiers have, or have not, together."""
 
 
 class State(Message, tag="state", frozen=True):

@@ -58,7 +58,7 @@ def test_a_match_says_how_many_blocks_behind_the_local_ones_are_far(
 ) -> None:
     """Three blocks are here, five far: they are counted apart, and only where that is asked for."""
     client, keys = instance.client, instance.keys(0)
-    assert client.welcome.far_tiers == ("remote",)
+    assert (client.welcome.far_tiers, client.welcome.span_blocks) == (("remote",), 1)
     assert matched(client, keys).far == {}
     assert served.far.looks == [], "an empty catalogue is asked for nothing"
     instance.request(Operation.PUT, 0, range(HERE))

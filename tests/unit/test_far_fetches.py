@@ -44,10 +44,11 @@ TIMEOUT_S = 2.0
 class Client:
     """A client that records what is begun and cancelled."""
 
-    def __init__(self, host_blocks: int) -> None:
+    def __init__(self, host_blocks: int, span_blocks: int = 1) -> None:
         self.welcome = Welcome(
-            PROTOCOL_VERSION, 1, num_host_blocks=host_blocks, far_tiers=("remote",)
-        )
+            PROTOCOL_VERSION, 1, num_host_blocks=host_blocks, far_tiers=("remote",),
+            span_blocks=span_blocks,
+        )  # fmt: skip
         self.begun: dict[int, tuple[int, int, int]] = {}
         self.cancelled: list[int] = []
         self.drops: list[int] = []
@@ -97,8 +98,10 @@ class Rig:
     def __init__(
         self, stop: StopRule = "timeout", drops: bool = False, host_blocks: int = 1000,
         alignment: int = PER_BLOCK, timeout_s: float = TIMEOUT_S, several: bool = False,
+        span_blocks: int = 1,
     ) -> None:  # fmt: skip
-        self.client, self.counts, self.costs = Client(host_blocks), Counter[str](), FakeCosts()
+        self.client, self.counts = Client(host_blocks, span_blocks), Counter[str]()
+        self.costs = FakeCosts()
         groups = KVGroups(SEVERAL if several else SPACES, alignment, drops)
         self.now_s = 100.0
         self.fetches = FarFetches(
@@ -321,6 +324,25 @@ def test_a_fetch_of_leaves_takes_as_much_of_host_memory_as_they_need() -> None:
     rig = Rig(alignment=2 * PER_BLOCK, several=True, host_blocks=2 * 10)
     assert not rig.begin(asked("a"), leaves_alone(6, 11))
     assert rig.begin(asked("b"), leaves_alone(18, 10))
+    assert rig.client.begun == {1: (0, 18, HELD)}, "all that is won, however long that is"
+    assert not rig.begin(asked("c"), leaves_alone(18, 3, coming=2))
+    assert rig.begin(asked("d"), leaves_alone(18, 3, coming=3)), "it needs no room"
+
+
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize(("room", "last"), [(0, None), (4, None), (5, 8), (12, 8), (13, 16)])
+def test_a_fetch_for_which_there_is_no_room_is_cut_between_spans(
+    room: int, last: int | None, drops: bool
+) -> None:
+    """Without the key of its last block no span is found, so a part of one is not asked for."""
+    here = HERE - drops
+    rig = Rig(host_blocks=HOST_SHARE * room, drops=drops, span_blocks=8)
+    assert rig.begin(asked(), far(21, here), blocks=24) is (last is not None)
+    expected = {} if last is None else {1: (here, last, HELD)}
+    assert rig.client.begun == expected
+    assert [sum(by_tier.values()) for by_tier, *_ in rig.costs.asked] == (
+        [] if last is None else [last - HERE]
+    )
 
 
 @pytest.mark.parametrize("drops", [False, True])

@@ -131,20 +131,14 @@ class FarFetches:
             is_tried: whether the engine would run the request now.
             part_of: returns a part of its prompt: this many of the first blocks.
         """
-        far, places = sum(found.far.values()), sum(found.fetched.values()) - found.coming
+        far, groups, ahead = sum(found.far.values()), self._groups, self.blocks_under_way
         if not far or not request.may_fetch or request.load_deadline_s == 0:
             return False
-        groups, ahead = self._groups, self.blocks_under_way
-        host_blocks = self._client.welcome.num_host_blocks
-        room = host_blocks // HOST_SHARE - ahead
-        if groups.several and not ahead:
-            room = host_blocks // WHOLE_SHARE
-        is_cut = groups.several and places > room  # a part of it would be of no use
-        if len(self._under_way) >= FETCHES_MAX or room <= 0 or is_cut:
+        if not (fitting := self._fitting(found, far)):
             request.may_fetch = not is_tried
             self._count("declined_far_blocks", far)
             return False
-        end = groups.aligned(found.blocks + min(far, room))
+        end = groups.aligned(found.blocks + fitting)
         gain = end - max(groups.aligned(found.blocks), request.local_blocks)
         if gain <= 0 or (is_tried and self._limit_s(request, gain) <= 0):
             return False  # in the latter case it runs now, and computes them
@@ -165,6 +159,25 @@ class FarFetches:
         self._of_request[request.request_id] = self._under_way[number] = fetch
         self._count("fetches", 1)
         return not is_tried or self.waits(request)
+
+    def _fitting(self, found: Matched, far: int) -> int:
+        """Return how many of the far blocks may be fetched now: all, or as many as fit.
+
+        With several KV groups a part would be of no use, and neither is a part of a span: it is
+        named by its last block, so it cannot be fetched for a prefix that ends before that.
+        """
+        groups, ahead, welcome = self._groups, self.blocks_under_way, self._client.welcome
+        if len(self._under_way) >= FETCHES_MAX:
+            return 0
+        share = WHOLE_SHARE if groups.several and not ahead else HOST_SHARE
+        room = max(0, welcome.num_host_blocks // share - ahead)
+        if sum(found.fetched.values()) - found.coming <= room:
+            return far
+        if groups.several:
+            return 0
+        begin, span_blocks = found.blocks + groups.drop, max(1, welcome.span_blocks)
+        end = (begin + found.coming + room) // span_blocks * span_blocks
+        return max(0, min(far, end - begin))
 
     def waits(self, request: RequestTransfers) -> bool:
         """Return whether a request that the engine would run now waits for its far blocks."""
