@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,10 +159,25 @@ def test_addresses(
         ("s3://b", {"bucket": "c"}, "remote_config_custom.bucket"),
         ("s3://b", {"endpoint": "ftp://h"}, "remote_config_custom.endpoint"),
         ("s3://b", {"endpoint": "https://SECRET@h"}, "remote_config_custom.endpoint"),
+        ("s3://b", {"endpoint": "http://h:port"}, "remote_config_custom.endpoint"),
+        ("s3://b", {"endpoint": "http://h:0"}, "remote_config_custom.endpoint"),
+        ("s3://b", {"endpoint": "http://h:65536"}, "remote_config_custom.endpoint"),
+        ("s3://b", {"endpoint": "http://a host"}, "remote_config_custom.endpoint"),
+        ("s3://b", {"endpoint": "https://h/b"}, "remote_config_custom.endpoint"),
+        ("s3://b", {"endpoint": "https://h/x/b/"}, "remote_config_custom.endpoint"),
+        ("s3://b", {"endpoint": "https://h#b"}, "remote_config_custom.endpoint"),
+        ("s3://b", {"endpoint": 9000}, "remote_config_custom.endpoint"),
+        ("s3://b", {"region": "SECRET 1"}, "remote_config_custom.region"),
+        ("s3://b", {"bucket": 7}, "remote_config_custom.bucket"),
+        ("s3://b", {"secret_key": "SECRET\n"}, "remote_config_custom.secret_access_key"),
+        ("s3://b", {"aws_session_token": "SECRETé"}, "remote_config_custom.aws_session_token"),
+        ("s3://a bucket", {}, "remote_cache_path"),
+        ("s3://b/p//q", {}, "remote_cache_path"),
+        ("s3://b/p/../q", {}, "remote_cache_path"),
         ("file:///mnt", {"region": "SECRET"}, "remote_config_custom.region"),
     ],
 )
-def test_wrong_addresses_are_refused_by_field(url: str, custom: dict[str, str], field: str) -> None:
+def test_wrong_addresses_are_refused_by_field(url: str, custom: dict[str, Any], field: str) -> None:
     """The error names the field, and shows nothing that may be secret."""
     with pytest.raises(ConfigError) as caught:
         parse_address(url, custom)
@@ -193,13 +209,34 @@ def test_no_credentials_are_shown() -> None:
         assert "SECRET" not in shown
 
 
-def test_an_option_that_the_store_lacks_is_refused_by_name() -> None:
-    """An unknown option is a ConfigError with its name, and without its value."""
-    with pytest.raises(ConfigError, match="no_such_option") as caught:
-        open_store("s3://bucket", {"no_such_option": "SECRET"}, RemoteOptions())
+@pytest.mark.parametrize(
+    ("custom", "shown", "why"),
+    [
+        ({"no_such_option": "SECRET", "region": "here"}, ".no_such_option", "not have this option"),
+        ({"timeout": "SECRET", "region": "here"}, ".timeout", "wrong value"),
+        ({"allow_http": "SECRET"}, ".allow_http", "wrong value"),
+        ({"region": "here", "aws_region": "SECRET"}, "=['aws_region', 'region']", "one option"),
+        ({"timeout": "SECRET", "no_option": "SECRET"}, "=['no_option', 'timeout']", "lacks one"),
+    ],
+)
+def test_an_option_that_is_refused_is_named(custom: dict[str, str], shown: str, why: str) -> None:
+    """Of the options, a ConfigError names those that are wrong, and shows no value."""
+    with pytest.raises(ConfigError, match=why) as caught:
+        open_store("s3://bucket", custom, RemoteOptions())
+    assert str(caught.value).startswith(f"remote_config_custom{shown}: ")
     assert "SECRET" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("name", ["AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_REGION"])
+def test_what_the_environment_has_is_checked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that cannot be sent is refused by name: obstore would panic in each request."""
+    monkeypatch.setenv(name, "SECRET\n")
+    with pytest.raises(ConfigError, match="line break") as caught:
+        open_store("s3://bucket", {}, RemoteOptions())
+    assert caught.value.field == name
+    assert "SECRET" not in str(caught.value)
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

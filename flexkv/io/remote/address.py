@@ -7,10 +7,11 @@ remote_config_custom    {"endpoint": …, "region": …, …}: options as obstor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from flexkv.common.errors import HIDDEN, ConfigError
 from flexkv.observe.logs import get_logger
@@ -37,6 +38,20 @@ _CLIENT_OPTIONS = {
 """What obstore takes as options of its HTTP client, and not of the store."""
 _AWS_ENDPOINT = "s3.amazonaws.com"
 """AWS's endpoint of all regions redirects to those of the regions, which obstore knows."""
+SENT = {"access_key_id", "secret_access_key", "session_token", "token", "region", "bucket"}
+"""Options that are sent as parts of a URL or a header. obstore panics if they cannot be."""
+_BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._-]*")
+_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9a-f:.]+")
+
+
+class _Hidden:
+    """A value that errors do not show."""
+
+    def __repr__(self) -> str:
+        return HIDDEN
+
+
+UNSHOWN = _Hidden()
 
 
 class RemoteAddress(NamedTuple):
@@ -73,6 +88,9 @@ def parse_address(url: str, custom: Mapping[str, Any]) -> RemoteAddress:
         why = f"must be a bucket and a prefix only; credentials belong in {OPTIONS_KEY}"
         raise ConfigError(PATH_KEY, _shown(url), why)
     options = {_OTHER_NAMES.get(name, name): value for name, value in custom.items()}
+    for name, value in options.items():
+        if name.removeprefix("aws_") in SENT:
+            check_sent(f"{OPTIONS_KEY}.{name}", value)
     client_options = {name: options.pop(name) for name in _CLIENT_OPTIONS & options.keys()}
     if kind == "directory":
         return _directory(url, parts.netloc, parts.path, options)
@@ -81,11 +99,24 @@ def parse_address(url: str, custom: Mapping[str, Any]) -> RemoteAddress:
     return _cloud(kind, url, options, client_options)
 
 
+def check_sent(field: str, value: object) -> None:
+    """Check a value that is sent in a URL or a header.
+
+    Raises:
+        ConfigError: it cannot be; the value is not shown.
+    """
+    if not isinstance(value, str):
+        raise ConfigError(field, UNSHOWN, "must be a text")
+    if not value.isascii() or not value.isprintable() or " " in value:
+        why = "has a space, a line break, or another character that cannot be sent"
+        raise ConfigError(field, UNSHOWN, why)
+
+
 def _directory(url: str, host: str, path: str, options: dict[str, Any]) -> RemoteAddress:
     if host not in ("", "localhost") or not path.strip("/"):
         raise ConfigError(PATH_KEY, url, "must be an absolute directory, as in file:///mnt/kv")
     if options:
-        raise ConfigError(f"{OPTIONS_KEY}.{min(options)}", _HIDDEN, "a directory has no options")
+        raise ConfigError(f"{OPTIONS_KEY}.{min(options)}", UNSHOWN, "a directory has no options")
     return RemoteAddress("directory", path, {}, {})
 
 
@@ -100,37 +131,60 @@ def _cloud(
     bucket = bucket or given
     if not bucket:
         raise ConfigError(PATH_KEY, url, "names no bucket")
-    endpoint = str(options.pop("endpoint", "") or "").rstrip("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise ConfigError(PATH_KEY, url, f"no bucket can have the name {bucket!r}")
+    endpoint = options.pop("endpoint", None) or ""
+    if not isinstance(endpoint, str):
+        raise ConfigError(f"{OPTIONS_KEY}.endpoint", endpoint, "must be a host, or a http URL")
+    endpoint = endpoint.rstrip("/")
     if endpoint.removeprefix("https://") == _AWS_ENDPOINT:
         endpoint = ""
     if endpoint:
-        secure = _check_endpoint(endpoint)
+        secure = _check_endpoint(endpoint, bucket)
         endpoint = endpoint if "://" in endpoint else f"https://{endpoint}"
         options["base_url" if kind == "gs" else "endpoint"] = endpoint
         if not secure:
             client_options.setdefault("allow_http", True)
     prefix = urlsplit(url).path.strip("/")
+    if prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/")):
+        why = "its prefix has a part that is empty, '.' or '..'"
+        raise ConfigError(PATH_KEY, url, why)
     scheme = urlsplit(url).scheme
     shown = f"{scheme}://{bucket}/{prefix}".rstrip("/")
     return RemoteAddress(kind, shown, options, client_options)
 
 
-def _check_endpoint(endpoint: str) -> bool:
+def _check_endpoint(endpoint: str, bucket: str) -> bool:
     """Return whether what is sent to an endpoint is encrypted; warn if others could read it.
 
     Raises:
-        ConfigError: it is not the URL of a host.
+        ConfigError: it is not the URL of a host, or has the bucket in its path.
     """
+    field = f"{OPTIONS_KEY}.endpoint"
     parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
-    if parts.username or parts.password or parts.query:
+    if parts.username or parts.password or parts.query or parts.fragment:
         why = "must be a host and a port; credentials have options of their own"
-        raise ConfigError(f"{OPTIONS_KEY}.endpoint", _HIDDEN, why)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{OPTIONS_KEY}.endpoint", endpoint, "must be a host, or a http URL")
-    if parts.scheme == "http" and not _is_loopback(parts.hostname):
+        raise ConfigError(field, UNSHOWN, why)
+    host = parts.hostname or ""
+    if parts.scheme not in ("http", "https") or not _HOST.fullmatch(host):
+        raise ConfigError(field, endpoint, "must be a host, or a http URL")
+    if not _has_port(parts):
+        raise ConfigError(field, endpoint, "its port must be a number from 1 to 65535")
+    if parts.path.rpartition("/")[2] == bucket:
+        why = f"must not end in the bucket, which {PATH_KEY} names"
+        raise ConfigError(field, endpoint, why)
+    if parts.scheme == "http" and not _is_loopback(host):
         why = "anyone on the way can read and change the blocks"
         log.warning("remote_not_encrypted", endpoint=endpoint, reason=why)
     return parts.scheme == "https"
+
+
+def _has_port(parts: SplitResult) -> bool:
+    """Return whether the port of a URL, if it names one, can be a port."""
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
 
 
 def _is_loopback(host: str) -> bool:
@@ -140,16 +194,6 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class _Hidden:
-    """A value that errors do not show."""
-
-    def __repr__(self) -> str:
-        return HIDDEN
-
-
-_HIDDEN = _Hidden()
-
-
 def _shown(url: str) -> str | _Hidden:
     """Return a URL for an error, unless it may contain credentials."""
-    return _HIDDEN if "@" in url or "?" in url else url
+    return UNSHOWN if "@" in url or "?" in url else url

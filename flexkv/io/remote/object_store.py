@@ -51,7 +51,22 @@ _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _BUSY = {"429", "503"}
 _LASTING = {"400", "401", "403", "405", "501"}
 _GONE = ("NoSuchBucket", "ContainerNotFound", "specified bucket does not exist")
+_NO_BUCKET = "there is no such bucket"
+_METADATA = re.compile(r"://(169\.254\.\d+\.\d+|metadata\.google\.internal)/")
+"""Where clients look for the role of a machine if they have found no credentials before."""
+_NO_CREDENTIALS = (
+    "there are no credentials: in its options, the environment or a role of the machine"
+)
+_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w{1,32})")
 _TOO_LONG = "it answered a range with more bytes"
+_UNREACHED = {
+    "dns error": "the name of its host cannot be resolved",
+    "ConnectionRefused": "nothing listens at its address: the connection was refused",
+    "InvalidContentType": "it does not speak TLS: is its endpoint http:// and not https://?",
+    "Parse(": "what listens at its address does not speak HTTP",
+    "Unreachable": "there is no route to its address",
+}
+"""Why a request could not be sent, by a sign in what the error says of its sources."""
 _REASONS = {
     _TOO_LONG: _TOO_LONG,
     "non-partial": "it answered a range with the whole object",
@@ -211,16 +226,16 @@ class ObjectStore:
         error = self.error_of(raised, "put")
         if isinstance(error, RemoteError):
             return error
-        return RemoteError(self.where, "put", "there is nowhere to put it")
+        return RemoteError(self.where, "put", "status 404: is that its endpoint?")
 
     def error_of(
         self, raised: BaseException, what: str
     ) -> RemoteError | FileNotFoundError | EOFError:
         """Return the error of a request that raised."""
         text = str(raised)
+        if any(gone in text for gone in _GONE):
+            return RemoteError(self.where, what, _NO_BUCKET, is_lasting=True)
         if isinstance(raised, FileNotFoundError):
-            if any(gone in text for gone in _GONE):
-                return RemoteError(self.where, what, "the bucket is gone", is_lasting=True)
             return FileNotFoundError(f"{self.where}: the object is not there")
         found = _STATUS.search(text)
         status = found[1] if found else ""
@@ -297,10 +312,19 @@ def _listed(found: ObjectMeta) -> Listed:
 
 def _reason(raised: BaseException, text: str, status: str) -> str:
     """Return why a request failed, in words that quote nothing secret."""
+    if _METADATA.search(text):
+        return _NO_CREDENTIALS
     if status:
         code = _CODE.search(text)
         return f"status {status}{f' ({code[1]})' if code else ''}"
     for sign, reason in _REASONS.items():
         if sign in text:
-            return reason
+            return _unreached(text) or reason
     return type(raised).__name__
+
+
+def _unreached(text: str) -> str:
+    """Return why a request could not be sent, or "" if its error does not say that."""
+    if found := _CERTIFICATE.search(text):
+        return f"its certificate is not valid here ({found[1]})"
+    return next((reason for sign, reason in _UNREACHED.items() if sign in text), "")

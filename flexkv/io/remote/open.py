@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
 from flexkv.common.errors import BackendUnavailableError, ConfigError, RemoteError
-from flexkv.io.remote.address import OPTIONS_KEY, PATH_KEY, RemoteAddress, parse_address
+from flexkv.io.remote.address import (
+    OPTIONS_KEY,
+    PATH_KEY,
+    SENT,
+    UNSHOWN,
+    RemoteAddress,
+    check_sent,
+    parse_address,
+)
 from flexkv.io.remote.directory import DirectoryStore
 from flexkv.io.remote.landing import OpenStore
 from flexkv.io.remote.mooncake import MooncakeStore, check_installed
@@ -80,35 +89,68 @@ def _object_store(address: RemoteAddress, options: RemoteOptions) -> OpenStore:
         raise BackendUnavailableError(f"the remote tier at {address.url}", why) from error
     if address.kind == "memory":
         return ObjectStore(stores.MemoryStore(), "memory", "memory")
-    config = dict(address.config)
+    config: dict[str, Any] = {}
+    client_options = {"timeout": f"{options.deadline_s:g}s"}
     if address.kind == "s3":
-        config.setdefault("unsigned_payload", True)  # each block has its checksum
-    client_options = {"timeout": f"{options.deadline_s:g}s", **address.client_options}
-    try:
-        client = stores.from_url(  # type: ignore[call-overload]
+        config["unsigned_payload"] = True  # each block has its checksum
+        for name in SENT:
+            if value := os.environ.get(f"AWS_{name.upper()}"):
+                check_sent(f"AWS_{name.upper()}", value)
+
+    def client(given: Mapping[str, Any]) -> Any:
+        ours = {name: given[name] for name in address.config.keys() & given.keys()}
+        theirs = {name: given[name] for name in address.client_options.keys() & given.keys()}
+        return stores.from_url(  # type: ignore[call-overload]
             address.url,
-            config={name: _text(value) for name, value in config.items()},
-            client_options=client_options,
+            config={name: _text(value) for name, value in (config | ours).items()},
+            client_options=client_options | theirs,
             retry_config={"max_retries": 0},
         )
-    except (BaseError, ValueError, TypeError) as error:
-        raise _refused(error, config) from None  # its text may contain credentials
-    return ObjectStore(client, address.kind, address.url)
+
+    given = {**address.config, **address.client_options}
+    refusals = BaseError, ValueError, TypeError
+    try:
+        return ObjectStore(client(given), address.kind, address.url)
+    except refusals as error:
+        blamed = [name for name in given if _is_made(client, given, name, refusals)]
+        raise _refused(error, blamed, given) from None  # its text may contain credentials
+
+
+def _is_made(
+    make: Callable[[Mapping[str, Any]], Any],
+    given: Mapping[str, Any],
+    name: str,
+    refusals: tuple[type[Exception], ...],
+) -> bool:
+    """Return whether a client can be made without one of its options."""
+    try:
+        make({each: value for each, value in given.items() if each != name})
+    except refusals:
+        return False
+    return True
 
 
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _refused(error: BaseException, config: Mapping[str, Any]) -> ConfigError:
-    """Return the error of a client that could not be made; it names an option, and no value."""
+def _refused(error: Exception, blamed: Sequence[str], given: Iterable[str]) -> ConfigError:
+    """Return the error of a client that could not be made; it shows no value.
+
+    Args:
+        error: what the client said.
+        blamed: the options without any of which it can be made.
+        given: all of its options.
+    """
     text = str(error)
-    named = [name for name in config if f"'{name}'" in text or f": {name}" in text]
-    if named:
-        names = ", ".join(named)
-        return ConfigError(OPTIONS_KEY, names, "the store does not have this option")
-    why = f"the store's client refuses its options ({type(error).__name__})"
-    return ConfigError(OPTIONS_KEY, sorted(config), why)
+    if len(blamed) > 1:
+        return ConfigError(OPTIONS_KEY, sorted(blamed), "are names of one option: give one of them")
+    if not blamed:
+        why = f"the store's client refuses them, or lacks one ({type(error).__name__})"
+        return ConfigError(OPTIONS_KEY, sorted(given), why)
+    is_unknown = f"'{blamed[0]}'" in text or f": {blamed[0]}" in text
+    why = "the store does not have this option" if is_unknown else "has a wrong value"
+    return ConfigError(f"{OPTIONS_KEY}.{blamed[0]}", UNSHOWN, why)
 
 
 async def join_pool(store: Store, pool: Pool) -> None:
