@@ -60,8 +60,7 @@ def doctor(
     findings += host_tier(cache)
     if cache.enable_ssd:
         findings += ssd_tier(cache)
-    if cache.has_remote:
-        findings += remote_tier(cache)
+    findings += remote_tier(cache)
     findings += of_model
     if as_json:
         typer.echo(json.dumps({f.name: f._asdict() for f in findings}, indent=2))

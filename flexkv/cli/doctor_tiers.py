@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-from flexkv.cli.remote_store import opened
+from flexkv.cli.remote_store import opened, run_until_signal
 from flexkv.common.config import GB, CacheConfig
 from flexkv.common.errors import BackendUnavailableError, ConfigError, RemoteError
 from flexkv.io.memory.arena import check_memory
@@ -28,6 +29,17 @@ from flexkv.io.ssd.paths import shown
 PROBE_NAME = ".flexkv-doctor"
 ROUND_TRIP_S = 60.0
 """How long the remote tier's store may take to take an object and return it."""
+ADVICE = defaultdict(
+    lambda: "check its address, credentials and rights",
+    directory="check that it is mounted, whether it has room, and who may write to it",
+    mooncake="check that its master runs at this address, and that a node adds memory",
+)
+"""What to look at if a store cannot be used, by its kind."""
+SWITCHES = {
+    "remote_cache_path": "enable_remote",
+    "mooncake_store_config_path": "use_mooncake_store_backend",
+}
+"""Which key makes the engine use the store that a key names."""
 
 
 class Finding(NamedTuple):
@@ -92,6 +104,12 @@ def ssd_tier(cache: CacheConfig) -> Iterator[Finding]:
 def remote_tier(cache: CacheConfig) -> Iterator[Finding]:
     """Yield whether the remote tier's store takes an object and returns it, and how fast."""
     name = "remote tier"
+    if not cache.has_remote:
+        given = {"remote_cache_path", "mooncake_store_config_path"} & cache.model_fields_set
+        for key in sorted(given):
+            switch = SWITCHES[key]
+            yield Finding(name, f"off, though {key} is given", False, f"set {switch} to use it")
+        return
     uses_mooncake = cache.use_mooncake_store_backend
     keys = "mooncake_store_config_path" if uses_mooncake else "remote_cache_path"
     try:
@@ -101,10 +119,10 @@ def remote_tier(cache: CacheConfig) -> Iterator[Finding]:
         return
     where = requests.store.where
     try:
-        found = asyncio.run(_round_trip(requests))
+        found = run_until_signal(_round_trip(requests))
     except (RemoteError, TimeoutError) as error:
         why = str(error) or f"{where}: no answer within {ROUND_TRIP_S:g} s"
-        yield Finding(name, why, False, "check its address, credentials and rights", fatal=True)
+        yield Finding(name, why, False, ADVICE[requests.store.kind], fatal=True)
     else:
         text = (
             f"{where}: put {found.put_mb_per_s:.0f} MB/s, get {found.get_mb_per_s:.0f} MB/s, "

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Annotated, Any, NamedTuple
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -36,6 +37,9 @@ WantedPool = Annotated[
     str, typer.Option("--pool", help="A pool's name, or how it begins; all pools if not given.")
 ]
 FAULTS_SHOWN = 20
+SHOWN_OF_NAME = 8
+"""Characters of a pool's name in tables, which have to fit into a terminal; JSON has all."""
+NO_POOL = "the store has no pool"
 AT_ONCE, READS_PER_S = 8, 1e6
 DAY_S = 24 * 3600.0
 
@@ -55,10 +59,16 @@ def list_pools(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(pools, indent=2))
         return
-    names = list(pools[0]) if pools else ["pool"]
-    table = Table(*(name.replace("_", " ") for name in names), title="pools of the remote tier")
+    if not pools:
+        typer.echo(NO_POOL)
+        return
+    names = [name.replace("_", " ") for name in pools[0]]
+    table = Table(
+        *names, title="pools of the remote tier", box=box.SIMPLE_HEAD, pad_edge=False, padding=0
+    )
     for pool in pools:
-        table.add_row(*(str(value) for value in pool.values()))
+        name, *others = pool.values()
+        table.add_row(name[:SHOWN_OF_NAME], *map(str, others))
     Console().print(table)
 
 
@@ -217,9 +227,11 @@ def gc(
     results = run(cache, work, quiet=as_json)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
+    elif not results:
+        typer.echo(NO_POOL)
     else:
         for name, figures in results.items():
-            _show(figures, f"pool {name}", as_json=False)
+            _show(figures, f"pool {name[:SHOWN_OF_NAME]}", as_json=False)
     if any("refused" in figures for figures in results.values()):
         raise typer.Exit(1)
 
@@ -246,6 +258,7 @@ async def _collected(
     finally:
         await lease.release()
     return done._asdict() | {
+        "oldest_s": round(done.oldest_s, 1),
         "spared": removal.counting["spared"],
         "failed": removal.counting["failed"],
     }
@@ -266,8 +279,12 @@ def clear(
     """
     cache = load_settings().cache_config
     bases = run(cache, lambda session: _bases(session, wanted))
+    if not bases:
+        typer.echo(NO_POOL)
+        return
     spans = sum(found.spans for found, _ in bases)
-    what = f"{spans} spans of {len(bases)} pools at {' '.join(cache.remote_cache_path)}"
+    pools = "1 pool" if len(bases) == 1 else f"{len(bases)} pools"
+    what = f"{spans} spans of {pools} at {' '.join(cache.remote_cache_path)}"
     if not yes:
         typer.confirm(f"{'Delete' if delete else 'Leave'} {what}?", abort=True)
     deleted = run(cache, lambda session: _cleared(session, cache, bases, delete))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, TypeVar
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -51,7 +53,35 @@ def run(
         async with _session(cache, quiet) as session:
             return await work(session)
 
-    return asyncio.run(main())
+    return run_until_signal(main())
+
+
+def run_until_signal(work: Coroutine[Any, Any, T]) -> T:
+    """Run some work, which SIGTERM cancels as ctrl-C does, so that it can leave the store tidy.
+
+    Raises:
+        Exit: SIGTERM came; the status is what a shell reports of a process that it has ended.
+    """
+    is_ended = False
+
+    async def main() -> T:
+        running = asyncio.current_task()
+        assert running is not None
+
+        def end() -> None:
+            nonlocal is_ended
+            is_ended = True
+            running.cancel()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end)
+        return await work
+
+    try:
+        return asyncio.run(main())
+    except asyncio.CancelledError:
+        if is_ended:
+            raise typer.Exit(128 + signal.SIGTERM) from None
+        raise
 
 
 @asynccontextmanager
@@ -59,8 +89,9 @@ async def _session(cache: CacheConfig, quiet: bool) -> AsyncIterator[Session]:
     requests = opened(cache)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     console = Console(stderr=True)
+    hidden = quiet or not console.is_terminal
     try:
-        with Progress(*columns, TimeElapsedColumn(), console=console, disable=quiet) as progress:
+        with Progress(*columns, TimeElapsedColumn(), console=console, disable=hidden) as progress:
             async with asyncio.TaskGroup() as group:
                 yield Session(requests, lambda _, work: group.create_task(work), progress)
     except BaseExceptionGroup as errors:

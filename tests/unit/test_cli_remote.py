@@ -6,18 +6,23 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
 from flexkv.cli.main import commands
-from flexkv.common.errors import ConfigError
+from flexkv.cli.remote_store import Session, run
+from flexkv.common.errors import ConfigError, RemoteError
 from flexkv.io.remote.open import open_store
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.requests import Requests
+from flexkv.io.remote.round_trip import round_trip
+from flexkv.settings import load_settings
 from flexkv.tiers.remote_gc.collector import generation_of
 from flexkv.tiers.remote_gc.lease import Lease
 from tests.remote_pools import POOL, fill, span_key
@@ -169,11 +174,49 @@ def test_clear_begins_a_generation(shared: Shared) -> None:
 
 
 def test_an_empty_store_is_no_error(shared: Shared) -> None:
-    """Commands on a store without pools do nothing."""
+    """Commands on a store without pools do nothing, and say that there is none."""
     assert shared.json("ls") == []
     assert shared.json("verify")["spans read"] == 0
     assert shared.json("gc") == {}
-    shared.run("clear", "--yes")
+    for command in ("ls", "gc", "clear"):
+        assert shared.run(command).stdout == "the store has no pool\n"
+
+
+def test_tables_fit_into_a_terminal(shared: Shared) -> None:
+    """In 80 columns the list shows how each pool's name begins, and every figure whole."""
+    shared.fill()
+    shared.fill(generation=1)
+    shown = shared.run("ls").stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    assert f"{POOL.name[:8]} " in shown
+    assert "…" not in shown
+    assert shared.json("ls")[0]["pool"] == POOL.name
+    assert shared.run("verify", "--pool", POOL.name[:8]).stdout
+
+
+@pytest.mark.parametrize("command", [("ls",), ("verify",), ("gc",), ("clear", "--yes")])
+def test_progress_is_for_terminals(shared: Shared, command: tuple[str, ...]) -> None:
+    """Where standard error is no terminal, such as in a job's log, no bars are drawn."""
+    shared.fill()
+    assert shared.run(*command).stderr == ""
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(shared: Shared) -> None:
+    """SIGTERM cancels the work, which may still leave the store tidy; the status says why."""
+    steps = []
+
+    async def work(session: Session) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            steps.append("tidied")
+
+    with pytest.raises(typer.Exit) as ended:
+        run(load_settings().cache_config, work)
+    assert (ended.value.exit_code, steps) == (143, ["tidied"])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_commands_need_a_store(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,4 +250,72 @@ def test_doctor_says_why_the_remote_tier_cannot_be_used(shared: Shared) -> None:
     finding = json.loads(result.stdout)["remote tier"]
     assert finding["fatal"]
     assert "s3://bucket/kv" in finding["found"]
+    assert "connection was refused" in finding["found"]
+    assert "credentials" in finding["advice"]
     assert SECRET not in result.output
+
+
+def test_doctor_says_what_a_directory_needs(shared: Shared) -> None:
+    """A directory has no address and no credentials: the advice is about its mount and rights."""
+    shared.set("FLEXKV_ENABLE_REMOTE", "1")
+    shared.folder.parent.joinpath("kv").write_text("a file")
+    result = RUNNER.invoke(commands, ["doctor", "--json"])
+    finding = json.loads(result.stdout)["remote tier"]
+    assert (result.exit_code, finding["fatal"]) == (1, True)
+    assert "mounted" in finding["advice"]
+
+
+@pytest.mark.parametrize(
+    ("key", "switch"),
+    [("remote_cache_path", "enable_remote"),
+     ("mooncake_store_config_path", "use_mooncake_store_backend")],
+)  # fmt: skip
+def test_doctor_notices_a_store_that_is_not_used(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, key: str, switch: str
+) -> None:
+    """A store that is given but not enabled is a finding that names the missing key."""
+    monkeypatch.delenv("FLEXKV_REMOTE_CACHE_PATH")
+    result = RUNNER.invoke(commands, ["doctor", "--json"])
+    assert "remote tier" not in json.loads(result.stdout)
+    shared.set(f"FLEXKV_{key.upper()}", "file:///mnt/kv")
+    result = RUNNER.invoke(commands, ["doctor", "--json"])
+    finding = json.loads(result.stdout)["remote tier"]
+    assert (result.exit_code, finding["fatal"], finding["good"]) == (0, False, False)
+    assert finding["found"] == f"off, though {key} is given"
+    assert finding["advice"] == f"set {switch} to use it"
+
+
+class Failing:
+    """A store that keeps what is put, and fails its reads and deletions."""
+
+    kind = where = "failing"
+
+    def __init__(self, cancels: bool) -> None:
+        self.cancels, self.objects = cancels, set[str]()
+        self.deleted: list[str] = []
+
+    async def put(self, name: str, buffers: Any) -> bool:
+        """Store an object; be cancelled afterwards if wanted."""
+        self.objects.add(name)
+        if self.cancels:
+            raise asyncio.CancelledError
+        return True
+
+    async def read(self, name: str) -> bytes:
+        """Fail."""
+        raise RemoteError("failing", "get", "its own error")
+
+    async def delete(self, name: str) -> None:
+        """Fail, and remember what was to be deleted."""
+        self.deleted.append(name)
+        raise RemoteError("failing", "delete", "another error")
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+def test_a_trial_that_fails_deletes_its_object(cancels: bool) -> None:
+    """A trial's object is deleted also after an interrupted put; its first error is reported."""
+    store = Failing(cancels)
+    with pytest.raises((RemoteError, asyncio.CancelledError)) as caught:
+        asyncio.run(round_trip(store, 4096))  # type: ignore[arg-type]
+    assert set(store.deleted) == store.objects
+    assert cancels or "its own error" in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -30,21 +31,30 @@ async def round_trip(store: Store, nbytes: int = ROUND_TRIP_BYTES) -> RoundTrip:
     """
     name = f"doctor/{secrets.token_hex(16)}"
     wanted = np.random.default_rng().bytes(nbytes)
-    begin_s = time.perf_counter()
-    await store.put(name, [wanted])
-    put_s = time.perf_counter() - begin_s
     try:
         begin_s = time.perf_counter()
-        found = await store.read(name)
+        await store.put(name, [wanted])
+        put_s = time.perf_counter() - begin_s
+        begin_s = time.perf_counter()
+        found = await _found(store, name)
         get_s = time.perf_counter() - begin_s
         begin_s = time.perf_counter()
         await store.head(name)
         head_s = time.perf_counter() - begin_s
-    except FileNotFoundError:
-        why = "what was written cannot be found"
-        raise RemoteError(store.where, "get", why) from None
-    finally:
-        await store.delete(name)
+    except BaseException:  # cancelled, too; its own error tells more than that of the deletion
+        with suppress(RemoteError):
+            await store.delete(name)
+        raise
+    await store.delete(name)
     if found != wanted:
         raise RemoteError(store.where, "get", "it returned other bytes than were written")
     return RoundTrip(nbytes / put_s / 1e6, nbytes / get_s / 1e6, head_s * 1e3)
+
+
+async def _found(store: Store, name: str) -> bytes:
+    """Return an object that was just written."""
+    try:
+        return await store.read(name)
+    except FileNotFoundError:
+        why = "what was written cannot be found"
+        raise RemoteError(store.where, "get", why) from None
