@@ -34,15 +34,15 @@ def status(address: Address = None) -> None:
 
 @server.command("flush")
 def flush(address: Address = None) -> None:
-    """Wait until everything that was stored is safe on SSD, and print what is not.
+    """Wait until everything that was stored is safe in the lower tiers, and print what is not.
 
     The exit status is 1 if a configured tier is not in use.
     """
     report = command(_at(address), "flush")
     if not any(report.values()):
-        typer.echo("everything in host memory is on SSD, or no SSD tier is configured")
+        typer.echo("everything in host memory is in all lower tiers that are configured")
     for tier, blocks in report["lacking_blocks"].items():
-        typer.echo(f"{blocks} blocks of host memory are not on {tier}")
+        typer.echo(f"{blocks} blocks of host memory are not in the {tier} tier")
     for directory, why in report["unused_directories"].items():
         typer.echo(f"the directory {directory} is not used: {why}")
     for tier, why in report["missing_tiers"].items():

@@ -48,6 +48,7 @@ class SharedPool:
         base: the first generation, below which the others are numbered.
         current: the pool in use; None while it is not known: nothing is read or written then.
         clears: how often it was left for one of a new generation.
+        failure: why the store let no pool be joined last; None since one was joined.
         lose: takes the tier down for good, for a reason.
     """
 
@@ -62,7 +63,7 @@ class SharedPool:
         self._is_new_wanted = False
         self._bell = Bell()
         self._waiters: list[asyncio.Future[None]] = []
-        self._failed: RemoteError | None = None
+        self.failure: RemoteError | None = None
 
     # -- the task -------------------------------------------------------------------------------
 
@@ -84,8 +85,8 @@ class SharedPool:
                 async with asyncio.timeout(answer_s):
                     await self._try_to_join()
             except (RemoteError, TimeoutError) as error:
-                self._failed = error if isinstance(error, RemoteError) else self._silent(answer_s)
-                why = str(self._failed)
+                self.failure = error if isinstance(error, RemoteError) else self._silent(answer_s)
+                why = str(self.failure)
                 log.warning("remote_pool_not_joined", store=self._store.where, error=why)
                 if isinstance(error, TimeoutError):
                     answer_s = min(2 * answer_s, ANSWER_MAX_S)
@@ -110,7 +111,7 @@ class SharedPool:
         await join_pool(self._store, pool)
         if clears != self.clears:
             return  # a clear came meanwhile: the caller tries again
-        self.current, self._is_new_wanted, self._failed = pool, False, None
+        self.current, self._is_new_wanted, self.failure = pool, False, None
         log.info("remote_pool_joined", store=self._store.where, pool=pool.name)
         wake(self._waiters)
 
@@ -193,7 +194,7 @@ class SharedPool:
         until_s = loop.time() + WRITTEN_S
         while self._is_new_wanted:
             if loop.time() >= until_s:
-                raise self._failed or self._silent(WRITTEN_S)
+                raise self.failure or self._silent(WRITTEN_S)
             await self._change(until_s - loop.time())
 
     async def flush(self) -> None:

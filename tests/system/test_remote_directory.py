@@ -18,6 +18,7 @@ from flexkv.io.remote.options import RemoteOptions
 from tests.remote_rigs import POOL, SPAN_BLOCKS, rig_over
 
 from .mounted import mounted_disk
+from .test_remote import Node
 
 ONCE = RemoteOptions(deadline_s=60.0, retries=0)
 ROOT = Path(__file__).parents[2]
@@ -187,3 +188,12 @@ async def test_a_mounted_directory_that_fails_and_hangs(tmp_path: Path) -> None:
             (end,) = await rig.run(rig.get(0, SPAN_BLOCKS, at=20))
             assert end.error is None
             assert not rig.arena.array[:20].any()
+
+
+async def test_a_flush_says_why_the_store_is_not_used(tmp_path: Path) -> None:
+    """While no pool can be joined, the error of a flush has the reason of the last attempt."""
+    (tmp_path / "kv").write_text("a file")
+    keys = {"remote_cache_path": f"file://{tmp_path}/kv", "io_deadline_s": 1.0}
+    async with Node(keys) as node:
+        with pytest.raises(RemoteError, match="could not be joined in time: Not a directory"):
+            await node.put(1)

@@ -89,6 +89,11 @@ class Pool:
         """Return 0."""
         return 0
 
+    @property
+    def failure(self) -> None:
+        """Return nothing: it needs no store to be known."""
+        return
+
     async def joined(self) -> Pool:
         """Return itself."""
         return self

@@ -63,6 +63,11 @@ class SpanPool(CurrentPool, Protocol):
         """Return how often the pool was left for another; earlier transfers must not go on then."""
         ...
 
+    @property
+    def failure(self) -> RemoteError | None:
+        """Return why there is no pool yet, if the store has failed."""
+        ...
+
 
 class SpanNews(NamedTuple):
     """Who is told what is in the store; called on the loop's thread with the key of a span."""
@@ -233,7 +238,8 @@ class RemotePort:
             else:
                 end = await self._write(pool, part, until)
         except TimeoutError:
-            why = "its pool could not be joined in time"
+            reason = self._pool.failure
+            why = f"its pool could not be joined in time{f': {reason.why}' if reason else ''}"
             end = failed(RemoteError(self.requests.store.where, "transfer", why))
         finally:
             self._tasks.discard(task)
