@@ -25,7 +25,7 @@ from flexkv.cluster.records import (
     TAG_BYTES,
     Entry,
     NodeRecord,
-    SnapshotPart,
+    SpanTags,
     entry_from,
 )
 from flexkv.cluster.store import BEGIN, ClusterStore, ClusterStoreError, Positions
@@ -58,7 +58,7 @@ SCRUB_LINES = 1 << 14
 class Snapshots(Protocol):
     """Asks nodes for what they have."""
 
-    def parts(self, node: NodeRecord) -> AsyncGenerator[SnapshotPart, None]:
+    def parts(self, node: NodeRecord) -> AsyncGenerator[SpanTags, None]:
         """Return the parts of a node's snapshot; the generator is closed in any case.
 
         Raises:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Generator, Iterator
-from typing import Protocol
 
 from flexkv.actors.deadline_timer import DeadlineTimer
 from flexkv.cluster.grants import Grants
 from flexkv.cluster.link import SILENCE_S, Link
+from flexkv.cluster.records import SpanTags
 from flexkv.cluster.wire import (
     TO_OWNER,
     Introduction,
@@ -30,30 +30,6 @@ log = get_logger(__name__)
 
 SNAPSHOTS_MAX = 2
 """How many snapshots one node may read at once."""
-
-
-class SpanTags(Protocol):
-    """A part of what this node has; the last one says so."""
-
-    @property
-    def seq(self) -> int:
-        """Return the last entry of our log that this includes."""
-        ...
-
-    @property
-    def on_host(self) -> bytes:
-        """Return the tags of spans in host memory, `PART_TAGS` at most."""
-        ...
-
-    @property
-    def on_disk(self) -> bytes:
-        """Return the tags of spans that are only on disk, `PART_TAGS` at most."""
-        ...
-
-    @property
-    def is_last(self) -> bool:
-        """Return whether this is the last part."""
-        ...
 
 
 class Sessions:
