@@ -38,7 +38,10 @@ T = TypeVar("T")
 
 
 class KVManager:
-    """Stores KV blocks in host memory and on SSD, and loads them back by token prefix."""
+    """Stores KV blocks in host memory and lower tiers, and loads them back by token prefix.
+
+    In a forked child of the process that has started it, calls raise ClosedError.
+    """
 
     def __init__(
         self,
@@ -97,18 +100,11 @@ class KVManager:
 
         Works from any thread, in a signal handler, and at exit. A manager that runs on the caller's
         own loop is released at once, without the flush that leaving its `async with` does.
-
-        Raises:
-            ClosedError: this is a forked child of the process that has started it.
         """
         self._bridge.shutdown()
 
     def is_ready(self) -> bool:
-        """Return whether get and put would move bytes: it is open, and its devices can be used.
-
-        Raises:
-            ClosedError: this is a forked child of the process that has started it.
-        """
+        """Return whether get and put would move bytes: it is open, and its devices can be used."""
         self._bridge.check_process()
         return self._door.is_open and self._door.has_device
 
@@ -144,12 +140,7 @@ class KVManager:
         await self._bridge.call_async(lambda: self.engine.devices.suspend())
 
     def suspend_device_blocking(self) -> None:
-        """Do what `suspend_device` does, waiting in this thread.
-
-        Raises:
-            ClosedError: not started with `start()`, no device is registered, or it is suspended.
-            DeadlineError: requests did not end within `io_deadline_s`; the devices stay in use.
-        """
+        """Do what `suspend_device` does, waiting in this thread; needs `start()`."""
         thread = self._bridge.blocking("suspend_device_blocking", "use `await suspend_device()`")
         thread.call(lambda: self.engine.devices.suspend())
 
@@ -248,11 +239,7 @@ class KVManager:
     def put_match(
         self, token_ids: Any, token_mask: Any = None, namespace: Namespace = None
     ) -> tuple[int, TokenMask]:
-        """Find what a put would have to store.
-
-        Returns:
-            A task id, and bool[tokens]: the tokens that `launch` needs slots for.
-        """
+        """Find what a put would have to store; for the rest see `get_match`."""
         return self._tasks.prepare(Operation.PUT, token_ids, token_mask, namespace)
 
     def get_async(
@@ -286,9 +273,8 @@ class KVManager:
     ) -> LayerwisePut:
         """Start a put that stores each layer once the caller has written it, as in a prefill.
 
-        The arguments are as for `put`. Await it for the response, or `wait` for its `task_id`. It
-        holds places in host memory until every layer is written: `cancel` it if that will not
-        happen.
+        The arguments are as for `put`; for the rest see `get_layerwise`. It holds places in host
+        memory until every layer is written: `cancel` it if that will not happen.
         """
         spec = RequestSpec(Operation.PUT, token_ids, slot_mapping, token_mask, namespace)
         return LayerwisePut(self._bridge, spec)
@@ -307,21 +293,18 @@ class KVManager:
         On the engine's own loop, where nothing may block, it returns at once; use `try_wait` there
         to find out when a task is over.
 
-        Raises:
-            ConfigError: an id was never issued.
+        Raises ConfigError for an id that was never issued.
         """
         self._tasks.cancel(task_ids)
 
     def wait(
         self, task_ids: int | Sequence[int], timeout: float | None = 20.0, completely: bool = False
     ) -> dict[int, KVResponse]:
-        """Return the tasks' responses; a task not over in time is cancelled, with status TIMEOUT.
-
-        The calling thread waits.
+        """Return tasks' responses, waiting in this thread; tasks not over in time are cancelled.
 
         Args:
             task_ids: one or several.
-            timeout: in seconds, for all of them; None = as long as it takes.
+            timeout: in seconds, for all; None = as long as it takes. Their status is TIMEOUT then.
             completely: wait until the write-behind of puts is done too.
 
         Raises:
@@ -350,9 +333,26 @@ class KVManager:
         """
         return await self._bridge.call_async(self._door.flush)
 
-    def reset(self) -> int:
-        """Forget every block of every tier, and return their number: see `clear`."""
-        return self.clear()
+    def reset(self, cluster: bool = False) -> int:
+        """Forget every block of every tier, and return their number: see `clear`.
+
+        With `cluster`, wait in this thread for `reset_cluster`, and return what that does.
+        """
+        if not flag("cluster", cluster):
+            return self.clear()
+        thread = self._bridge.blocking("reset(cluster=True)", "use `await reset_cluster()`")
+        return thread.call(lambda: self.engine.reset_cluster())
+
+    async def reset_cluster(self) -> int:
+        """Make all nodes that share blocks forget them; return the cluster's new generation.
+
+        Each node does so when it hears of it, soon; nodes of two generations share nothing.
+
+        Raises:
+            ConfigError: this node shares no blocks with others.
+            ClusterStoreError: Redis did not do it, or it is not known whether it did.
+        """
+        return await self._bridge.call_async(lambda: self.engine.reset_cluster())
 
     def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
         """Forget the blocks of one tier, of one namespace, or all; traffic may go on.
@@ -443,7 +443,15 @@ class KVManager:
     def trace(
         self, path: str | Path | None = None, *, tokens: bool | None = None
     ) -> Iterator[None]:
-        """Record every request and transfer to a file, for as long as the block runs.
+        """Record every request and transfer to a file while the block runs: see `trace_start`."""
+        self.trace_start(path, tokens=tokens)
+        try:
+            yield
+        finally:
+            self.trace_stop()
+
+    def trace_start(self, path: str | Path | None = None, *, tokens: bool | None = None) -> None:
+        """Record every request and transfer to a file from now on.
 
         Args:
             path: the file, to which records are appended; by default `trace_file_path`.
@@ -452,14 +460,6 @@ class KVManager:
         Raises:
             ConfigError: a trace is on already, or the file cannot be written.
         """
-        self.trace_start(path, tokens=tokens)
-        try:
-            yield
-        finally:
-            self.trace_stop()
-
-    def trace_start(self, path: str | Path | None = None, *, tokens: bool | None = None) -> None:
-        """Record every request and transfer to a file from now on. See `trace`."""
         if not isinstance(path, str | Path | None):
             raise ConfigError("path", kind_of(path), "must be a path")
         name = None if path is None else str(path)

@@ -128,6 +128,7 @@ class MetadataPlane:
         self._store, self._hints = store, hints
         self._error: ClusterStoreError | None = None
         self._is_up = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._counted = (0.0, 0)
         self.publisher.may_send = lambda: self.registration.is_registered
         self.follower.on_stranger = self.registration.look_soon
@@ -136,6 +137,7 @@ class MetadataPlane:
 
     def work(self, spawn: Spawn) -> Mapping[str, Coroutine[Any, Any, None]]:
         """Return the tasks, by name; `spawn` starts those that take a snapshot."""
+        self._loop = asyncio.get_running_loop()
         return {
             "cluster registration": self.registration.run(),
             "cluster publisher": self.publisher.run(),
@@ -169,8 +171,9 @@ class MetadataPlane:
             await self.publisher.farewell()
 
     def state(self) -> ClusterState:
-        """Return what is known now."""
-        now_s, own = asyncio.get_running_loop().time(), self.membership.own
+        """Return what is known now; any thread may call this."""
+        assert self._loop is not None
+        now_s, own = self._loop.time(), self.membership.own
         (since_s, counted), self._counted = self._counted, (now_s, self.follower.entries)
         return ClusterState(
             store=self._store.where,
@@ -188,7 +191,7 @@ class MetadataPlane:
             malformed_entries=self.follower.malformed,
             snapshots=self.follower.snapshots_taken,
             log_bytes=self.registration.log_bytes,
-            nodes=tuple(self._node(member, now_s) for member in self.membership.members()),
+            nodes=tuple(self._node(member, now_s) for member in list(self.membership.members())),
         )
 
     def _node(self, member: Member, now_s: float) -> NodeState:

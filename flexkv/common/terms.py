@@ -44,6 +44,10 @@ class Tier(Labelled):
     REMOTE = 4
 
 
+FAR_TIERS = frozenset({Tier.PEER, Tier.REMOTE})
+"""Tiers whose blocks are not this engine's."""
+
+
 class Route(NamedTuple):
     """One hop of a block, from one tier to another."""
 

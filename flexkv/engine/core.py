@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from flexkv.actors.actor import TransferActor, Window
@@ -36,6 +36,7 @@ class Core:
         backing: by tier, the name of what holds the blocks.
         persistence: by tier, what makes its blocks survive, for tiers that have it.
         stores: by far tier, what returns what it knows of its store.
+        cluster: the nodes that share blocks with this one; None if none do.
         restored_blocks: how many blocks of an earlier run the tiers began with.
     """
 
@@ -72,6 +73,7 @@ class Core:
         self.restored_blocks = sum(p.restore(self.residency) for p in self.persistence.values())
         self.backing = {Tier.HOST: backend.host}
         self.backing |= {parts.tier: parts.port.adapter for parts in self._tiers}
+        self.cluster = next((p.cluster for p in self._tiers if p.cluster is not None), None)
         stores = [(parts.tier, parts.store) for parts in self._tiers]
         self.stores = {tier: store for tier, store in stores if store is not None}
         lookups = [(parts.tier, parts.look_up) for parts in self._tiers]
@@ -120,8 +122,14 @@ class Core:
         actor.attach(self.scheduler.report)
         supervisor.keep(f"{actor.name} actor", actor.run())
 
-    def start(self, supervisor: Supervisor, owner: Owner) -> None:
-        """Start the actors and the background work of all tiers; `owner` lends blocks to peers."""
+    def start(self, supervisor: Supervisor, owner: Owner, clear: Callable[[], object]) -> None:
+        """Start the actors and the background work of all tiers.
+
+        Args:
+            supervisor: owns the tasks.
+            owner: lends blocks to other nodes.
+            clear: forgets all blocks of the engine.
+        """
         for actor in self.actors.values():
             self.start_actor(actor, supervisor)
         for parts in self._tiers:
@@ -134,6 +142,7 @@ class Core:
                 partial(self.scheduler.watch.try_now, parts.tier),
                 owner,
                 self.changes,
+                clear,
             )
             for name, work in parts.work(hooks).items():
                 supervisor.keep(name, work)

@@ -102,7 +102,7 @@ class Engine:
                 self._core, self._requests, self.clears, self.tokens_per_block,
                 rules_of(self.sizes.spaces),
             )  # fmt: skip
-            self._core.start(self._supervisor, lending)
+            self._core.start(self._supervisor, lending, self._retention.clear)
             self._resources.push(undo.pop_all())
         self._open = self._used = True
         self._home = HomeProcess("the engine")
@@ -128,7 +128,7 @@ class Engine:
         )  # fmt: skip
         self._sources = Sources(
             self._residency, self._scheduler, self._admission, self._actors, core.backing,
-            self._behind, core.restored_blocks, backend.unavailable, core.stores,
+            self._behind, core.restored_blocks, backend.unavailable, core.stores, core.cluster,
         )  # fmt: skip
         self._tracing = Tracing(cache, sizes, self._observer, self._sources)
         undo.callback(self._tracing.stop)
@@ -426,6 +426,14 @@ class Engine:
     async def clear_durably(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
         """Forget blocks, and return once no crash can bring them back."""
         return await self.retention.clear_durably(tier, namespace)
+
+    async def reset_cluster(self) -> int:
+        """Make all nodes that share blocks forget them: see `KVManager.reset_cluster`."""
+        self._check_open()
+        if self._core.cluster is None:
+            why = "this node shares no blocks: set enable_p2p_cpu or enable_p2p_ssd"
+            raise ConfigError("cluster", None, why)
+        return await self._core.cluster.reset()
 
     @property
     def retention(self) -> Retention:

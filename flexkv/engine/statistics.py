@@ -10,11 +10,11 @@ import msgspec
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.scheduler import Scheduler
 from flexkv.actors.write_behind import WriteBehind, WriteBehindCounts
-from flexkv.common.terms import Tier
+from flexkv.common.terms import FAR_TIERS, Tier
 from flexkv.engine.admission import Admission
 from flexkv.index.residency import Residency
 from flexkv.observe.observer import Observer
-from flexkv.tiers.parts import StoreStatistics
+from flexkv.tiers.parts import Cluster, ClusterStatistics, StoreStatistics
 from flexkv.tiers.unavailable import Unavailable
 
 
@@ -31,6 +31,7 @@ class Sources:
     restored_blocks: int
     unavailable: Unavailable
     stores: Mapping[Tier, Callable[[], StoreStatistics]]
+    cluster: Cluster | None
 
 
 class TierStatistics(msgspec.Struct, frozen=True):
@@ -129,11 +130,14 @@ class Statistics(msgspec.Struct, frozen=True):
     """Directories of the SSD tier that are not used, with the reason."""
     stores: dict[str, StoreStatistics] = {}
     """What each far tier knows of its store, and has asked of it."""
+    cluster: ClusterStatistics | None = None
+    """What this node knows of the nodes with which it shares blocks; None if it shares none."""
 
     @property
     def own_tiers(self) -> dict[str, TierStatistics]:
         """Return the tiers whose blocks are this engine's: all but the far ones."""
-        return {name: tier for name, tier in self.tiers.items() if name not in self.stores}
+        far = {tier.label for tier in FAR_TIERS}
+        return {name: tier for name, tier in self.tiers.items() if name not in far}
 
     @property
     def hit_rate(self) -> float:
@@ -161,6 +165,8 @@ class Statistics(msgspec.Struct, frozen=True):
             f"{name} {store.known_spans} spans known" + ("" if store.is_joined else " (not joined)")
             for name, store in self.stores.items()
         ]
+        if (cluster := self.cluster) is not None:
+            tiers.append(f"{len(cluster.state.nodes)} peers")
         ended = [f"{sum(n.values())} {kind}" for kind, n in self.requests.items() if n]
         hits = f"hit rate {100 * self.hit_rate:.0f} %"
         return f"Statistics({', '.join([*tiers, *ended, hits])})"
@@ -193,10 +199,9 @@ def snapshot(of: Sources, observer: Observer) -> Statistics:
         claims=len(of.residency.claims),
         corrupt_blocks=observer.corrupt_blocks,
         restored_blocks=of.restored_blocks,
-        write_behind={
-            tier.label: of.behind.counts(tier) for tier in of.behind.tiers
-        },
+        write_behind={tier.label: of.behind.counts(tier) for tier in of.behind.tiers},
         missing_tiers=dict(of.unavailable.tiers),
         unused_directories=dict(of.unavailable.directories),
         stores={tier.label: store() for tier, store in of.stores.items()},
+        cluster=None if of.cluster is None else of.cluster.statistics(),
     )

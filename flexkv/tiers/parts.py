@@ -15,11 +15,13 @@ import msgspec
 from flexkv.actors.actor import Window
 from flexkv.actors.checks import BlockChecks
 from flexkv.actors.write_behind import ShipLimits
-from flexkv.cluster.grants import Owner
+from flexkv.cluster.grants import GrantCounts, Owner
+from flexkv.cluster.plane import ClusterState
 from flexkv.common.errors import CorruptBlockError, StorageError
 from flexkv.common.terms import BlockIds, Tier
 from flexkv.index.change_hub import ChangeHub
 from flexkv.index.residency import Residency
+from flexkv.io.peer.port import PeerReads
 from flexkv.io.ports import DurablePort
 from flexkv.io.remote.counts import RemoteCounts
 from flexkv.tiers.remote_gc.collector import CollectionCounts
@@ -105,6 +107,8 @@ class TierHooks(NamedTuple):
     """Lends blocks of the engine to other nodes."""
     changes: ChangeHub
     """Passes on which blocks became READY, or are not any more."""
+    clear: Callable[[], object]
+    """Forgets all blocks of the engine."""
 
 
 class StoreStatistics(msgspec.Struct, frozen=True):
@@ -131,6 +135,42 @@ class StoreStatistics(msgspec.Struct, frozen=True):
     requests: RemoteCounts
     collection: CollectionCounts
     touches: TouchCounts
+
+
+class ClusterStatistics(msgspec.Struct, frozen=True):
+    """What a node knows of its cluster, and does for the other nodes.
+
+    Attributes:
+        address: where this node answers others.
+        shared_generation: the generation in which it shares blocks; None if it was cleared alone.
+        state: what it knows of the others.
+        grants: what others have asked of it.
+        connections: how many connections of others there are.
+        read: what was read of each node since the start, by its address.
+    """
+
+    address: str
+    shared_generation: int | None
+    state: ClusterState
+    grants: GrantCounts
+    connections: int
+    read: dict[str, PeerReads]
+
+
+class Cluster(Protocol):
+    """The nodes that share blocks with this one."""
+
+    async def reset(self) -> int:
+        """Begin a new generation, for which all nodes clear their tiers; return its number.
+
+        Raises:
+            ClusterStoreError: Redis did not do it, or it is not known whether it did.
+        """
+        ...
+
+    def statistics(self) -> ClusterStatistics:
+        """Return what is known of the cluster now."""
+        ...
 
 
 Work = Mapping[str, Coroutine[Any, Any, None]]
@@ -169,6 +209,7 @@ class TierParts:
             once nothing goes on there, after some seconds at most.
         waiting_since_s: see `TransferActor`.
         store: returns what a far tier knows of its store; None for other tiers.
+        cluster: the nodes with which the tier shares blocks; None for other tiers.
         look_up: asks a far tier which blocks of a prompt it has between two positions, if its
             catalogue does not know. It returns what ends with the answer, or after a moment
             without it; None if there is nothing to wait for. None for tiers without lookups.
@@ -185,6 +226,7 @@ class TierParts:
     checks: BlockChecks | None = None
     ship: ShipLimits | None = None
     store: Callable[[], StoreStatistics] | None = None
+    cluster: Cluster | None = None
     stop: Callable[[], None] = lambda: None
     leave: Callable[[], Awaitable[None]] = _nothing_goes_on
     waiting_since_s: Callable[[int], float] | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from random import Random
 from socket import socket
@@ -40,15 +40,17 @@ from flexkv.index.span_changes import SpanChange, SpanChanges
 from flexkv.io.memory.arena import Arena
 from flexkv.io.peer.frames import Read, Status
 from flexkv.io.peer.lanes import Lanes
-from flexkv.io.peer.port import Allowed, PeerPort, Wish
+from flexkv.io.peer.port import Allowed, PeerPort, PeerReads, Wish
 from flexkv.io.peer.sender import Granted, Sender
 from flexkv.io.peer.sockets import SocketRing, StreamEndedError
 from flexkv.io.ports import Sums
 from flexkv.io.remote.landing import HostBlocks
 from flexkv.io.remote.names import Pool, PoolDescription
 from flexkv.observe.logs import get_logger
+from flexkv.process.stoppable import run_stoppable
 from flexkv.tiers.far import keep_time
-from flexkv.tiers.parts import TierHooks, TierParts, Work
+from flexkv.tiers.generation import Generation
+from flexkv.tiers.parts import ClusterStatistics, TierHooks, TierParts, Work
 from flexkv.tiers.unavailable import Unavailable
 
 log = get_logger(__name__)
@@ -76,10 +78,19 @@ class PeerTier:
         sizes: CacheSizes,
         unavailable: Unavailable,
         hints: Hints | None,
+        follow: Callable[[int], None],
     ) -> None:
-        """Take the configuration, where to note what cannot be used, and the hints of far tiers."""
+        """Take the configuration, and what else the tier needs of its backend.
+
+        Args:
+            cache: the configuration.
+            sizes: of the tiers.
+            unavailable: where to note what cannot be used.
+            hints: of all far tiers; None if there is none.
+            follow: makes the remote tier go to the pool of a generation of the cluster.
+        """
         self._cache, self._sizes, self._unavailable = cache, sizes, unavailable
-        self._hints = hints
+        self._hints, self._follow = hints, follow
 
     def open(self, arena: Arena, sums: Sums, undo: ExitStack) -> TierParts | None:
         """Listen for other nodes, without answering yet; return None if nothing is shared.
@@ -109,6 +120,7 @@ class PeerTier:
         undo.callback(listening.close)
         host = HostBlocks(arena, sums, tuple(sizes.block_bytes))
         node = _Node(cache, sizes, hints, commands, (ring, host, listening))
+        node.follow = self._follow
         undo.callback(node.port.close)
         span_bytes = hints.span_blocks * sizes.block_stride_bytes
         window = Window(max(int(cache.p2p_read_window_mb * MB), span_bytes), span_bytes)
@@ -118,7 +130,9 @@ class PeerTier:
             node.port,
             window,
             Window(span_bytes, span_bytes),
+            node.generation,
             work=node.work,
+            cluster=node,
             stop=node.stop,
             waiting_since_s=node.port.waiting_since_s,
         )
@@ -129,6 +143,8 @@ class _Node:
 
     Attributes:
         port: reads blocks of others.
+        generation: of this node's blocks.
+        follow: see `PeerTier`.
     """
 
     def __init__(
@@ -152,13 +168,18 @@ class _Node:
             secret,
             cache.redis_password.get_secret_value(),
         )
+        generation = self.generation = Generation(cache.ssd_cache_dir if cache.enable_ssd else ())
+        self.follow: Callable[[int], None] = lambda _: None
         address = tcp.address_of(*listening.getsockname()[:2])
         own = NodeRecord(secrets.token_bytes(16), secrets.randbits(63), address, cache.p2p_zone)
         self._listening = listening
         self._membership = Membership(hints, own, cache.node_ttl_seconds)
         self._membership.listeners.append(self)
         self._identity = Identity(
-            PeerId(own.id, own.life), self._pool.name, _facts(sizes, hints), lambda: 0
+            PeerId(own.id, own.life),
+            self._pool.name,
+            _facts(sizes, hints),
+            lambda: generation.shared,
         )
         lanes = self._lanes = Lanes(self._ring, self._data_connection, self._stall_s)
         ratios = [1, *(rule.ratio for rule in rules_of(sizes.spaces))]
@@ -187,9 +208,8 @@ class _Node:
             PeerHooks(self._membership.node, self._peer_changed, hooks.spawn),
             Random(own.life),
         )
-        self._spans = _Spans(
-            SpanChanges(hooks.changes, self._hints.span_blocks, CHANGES_MAX), cache
-        )
+        changes = SpanChanges(hooks.changes, self._hints.span_blocks, CHANGES_MAX)
+        self._spans = _Spans(changes, cache, self.generation)
         blocks = self._sizes.num_host_blocks + self._sizes.num_disk_blocks
         pool = f"{self._pool.name}:{cache.p2p_zone}"
         self.plane = MetadataPlane(
@@ -200,6 +220,9 @@ class _Node:
             self._peers,
             blocks // self._hints.span_blocks + 1,
         )
+        self.plane.follower.generation = self.generation.number
+        self.plane.follower.on_generation = self._adopt
+        self.generation.on_apart = self._avoid_peers
         self._sessions = Sessions(
             self._grants, self._identity.generation, self.plane.publisher.snapshot
         )
@@ -211,6 +234,34 @@ class _Node:
         )
         time = {} if cache.has_remote else {"hints": keep_time(self._hints)}
         return {"peers": self._share(), **self.plane.work(hooks.spawn), **time}
+
+    def _shared_generation(self) -> int:
+        return self.generation.shared
+
+    def _avoid_peers(self) -> None:
+        """Leave peers out of runs that are down, or all of them while this node is apart."""
+        assert self._peers is not None
+        for member in self._membership.members():
+            is_up = self._peers.is_up(member.holder)
+            self._hints.avoid(member.holder, self.generation.is_apart or not is_up)
+
+    def _adopt(self, number: int) -> None:
+        """Begin a new generation, because the cluster was reset: nothing of an older one stays."""
+        assert self._hooks is not None
+        log.warning("cluster_was_reset", generation=number, before=self.generation.number)
+        self.generation.is_adopting = True
+        try:
+            self._hooks.clear()
+        finally:
+            self.generation.is_adopting = False
+        self.generation.adopt(number)
+        self._avoid_peers()
+        self.follow(number)
+        self.plane.follower.resync()
+        self._hooks.spawn("cluster generation", self._note_generation())
+
+    async def _note_generation(self) -> None:
+        await run_stoppable("generation", lambda _: self.generation.note())
 
     async def _share(self) -> None:
         """Serve other nodes until cancelled, and leave the cluster then."""
@@ -235,6 +286,28 @@ class _Node:
         if self._peers is not None:
             for member in self._membership.members():
                 self._peers.left(member.node)
+
+    # -- cluster --------------------------------------------------------------------------------
+
+    async def reset(self) -> int:
+        """Begin a new generation of the cluster: see `Cluster`."""
+        return await self.plane.advance()
+
+    def statistics(self) -> ClusterStatistics:
+        """Return what is known of the cluster now."""
+        generation = self.generation
+        return ClusterStatistics(
+            self._listener.address,
+            None if generation.is_apart else generation.number,
+            self.plane.state(),
+            self._grants.counts,
+            len(self._listener),
+            {
+                node.address: PeerReads(**counts)
+                for holder, counts in list(self.port.counts.items())
+                if (node := self._membership.node(holder)) is not None
+            },
+        )
 
     # -- owner ----------------------------------------------------------------------------------
 
@@ -287,13 +360,15 @@ class _Node:
         life = getattr(node, "life", 0)
         member = self._membership.member_of(life)
         if member is not None:
-            self._hints.avoid(member.holder, not is_up)
+            self._hints.avoid(member.holder, self.generation.is_apart or not is_up)
 
     def joined(self, holder: int, node: NodeRecord) -> None:
         """Use a number for a node that has joined."""
+        self._hints.avoid(holder, self.generation.is_apart)
 
     def left(self, holder: int, node: NodeRecord) -> None:
         """Close the connections to a node that has left."""
+        self.port.counts.pop(holder, None)
         self._lanes.stop(holder)
         if self._peers is not None:
             self._peers.left(node)
@@ -304,18 +379,25 @@ class _Node:
 class _Spans:
     """What this node has, as far as it is shared: the `SpanSource` of its publisher."""
 
-    def __init__(self, spans: SpanChanges, cache: CacheConfig) -> None:
+    def __init__(self, spans: SpanChanges, cache: CacheConfig, generation: Generation) -> None:
         self._changes, self._with_disk = spans, cache.enable_p2p_ssd
+        self._generation = generation
 
     def changes(self) -> list[SpanChange] | None:
-        """Return what has changed since the last call."""
-        changes = self._changes.take()
-        if changes is None or self._with_disk:
+        """Return what has changed since the last call; nothing comes while this node is apart."""
+        changes, is_shared = self._changes.take(), not self._generation.is_apart
+        if changes is None or (self._with_disk and is_shared):
             return changes
-        return [SpanChange(key, on_host, False) for key, on_host, _ in changes]
+        with_disk = self._with_disk and is_shared
+        return [
+            SpanChange(key, on_host and is_shared, on_disk and with_disk)
+            for key, on_host, on_disk in changes
+        ]
 
     def steps(self) -> Iterator[SpanStep]:
         """Walk through all spans."""
+        if self._generation.is_apart:
+            return
         for states in self._changes.walk():
             only_disk = ~states.on_host & self._with_disk
             yield SpanStep(states.keys[states.on_host].tobytes(), states.keys[only_disk].tobytes())

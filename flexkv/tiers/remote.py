@@ -131,6 +131,11 @@ class RemoteTier:
             look_up=discovery.look_up,
         )
 
+    def follow(self, cluster_generation: int) -> None:
+        """Go to the pool of a generation of the cluster, if there is a remote tier."""
+        if self.pool is not None:
+            self.pool.follow(cluster_generation)
+
     @property
     def _can_list(self) -> bool:
         """Return whether the store can be listed; otherwise spans have to be looked up."""

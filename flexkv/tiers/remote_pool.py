@@ -36,6 +36,8 @@ ANSWER_S, ANSWER_MAX_S = 10.0, 160.0
 that was too short makes the next one twice as long, so that a slow store is joined, too."""
 RENEW_S = 3600.0
 """How often it is checked that the object of the generation in use is still there."""
+CLEARS_MAX = 1 << 20
+"""How many generations there may be between two resets of a cluster."""
 WRITTEN_S = 10.0
 """How long `written` waits for a new generation."""
 
@@ -61,6 +63,8 @@ class SharedPool:
         self.base = Pool(description)
         self._store = store
         self._is_new_wanted = False
+        self._wanted: int | None = None
+        """The generation to join next; None: the latest one, or a new one after a clear."""
         self._bell = Bell()
         self._waiters: list[asyncio.Future[None]] = []
         self.failure: RemoteError | None = None
@@ -103,10 +107,14 @@ class SharedPool:
             RemoteError: the store failed.
             ConfigError: something else is in the pool's place.
         """
-        is_new, clears = self._is_new_wanted, self.clears
-        generation = await self._latest()
-        while is_new and not await self._begin(generation := generation + 1):
-            pass  # another engine has begun it meanwhile
+        is_new, wanted, clears = self._is_new_wanted, self._wanted, self.clears
+        if wanted is not None:
+            generation = wanted
+            await self._begin(generation)
+        else:
+            generation = await self._latest()
+            while is_new and not await self._begin(generation := generation + 1):
+                pass  # another engine has begun it meanwhile
         pool = Pool(msgspec.structs.replace(self.base.description, generation=generation))
         await join_pool(self._store, pool)
         if clears != self.clears:
@@ -179,10 +187,19 @@ class SharedPool:
 
     def clear(self, root: bytes | None) -> None:
         """Leave the pool for one of a new generation, also for the clear of one namespace."""
-        self.current, self._is_new_wanted = None, True
+        self.current, self._is_new_wanted, self._wanted = None, True, None
         self.clears += 1
         wake(self._waiters)
         self._bell.ring()
+
+    def follow(self, cluster_generation: int) -> None:
+        """Go to the generation that all engines of a cluster use after its reset.
+
+        Between those of two resets there is room for the generations that clears of single engines
+        begin.
+        """
+        self.clear(None)
+        self._wanted = cluster_generation * CLEARS_MAX
 
     async def written(self) -> None:
         """Return once the pool of a new generation is joined, if there was a clear.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
-from flexkv.common.terms import Tier
+from flexkv.common.terms import FAR_TIERS
 from flexkv.observe.records import OpRecord, PlanRecord, RequestRecord
 from flexkv.trace.load import Trace
 
@@ -16,7 +16,7 @@ ADMISSION, PLANNING, JOINED, BETWEEN = (
     "between steps",
 )
 
-FAR = frozenset({Tier.REMOTE.label, Tier.PEER.label})
+FAR = frozenset(tier.label for tier in FAR_TIERS)
 """The tiers whose blocks are a store's or other engines'."""
 
 

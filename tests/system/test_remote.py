@@ -67,7 +67,7 @@ class Node:
         """Get a prompt, again and again, until so many blocks come."""
         async with asyncio.timeout(60):
             while await self.get(seed) != blocks:
-                pass
+                await asyncio.sleep(0.01)  # a get that finds nothing lets no other task run
 
     async def until_stores(self, seed: int) -> None:
         """Put a prompt, and wait until the store is said to have it."""

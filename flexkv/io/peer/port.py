@@ -10,10 +10,12 @@ its owner said. Every end is definite: when a transfer is over, nothing of it is
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 
 from flexkv.common.errors import (
@@ -73,6 +75,26 @@ class Allowed(NamedTuple):
     is_cut: bool
 
 
+class PeerReads(msgspec.Struct, frozen=True):
+    """What was read of one node.
+
+    Attributes:
+        blocks: how many blocks arrived, with the right checksums.
+        bytes: of these.
+        failed: how many reads have failed.
+        busy: how often the node was too busy to lend what was wanted.
+        missing: how often it no longer had what it was said to have.
+        wrong: how often a block had another checksum.
+    """
+
+    blocks: int = 0
+    bytes: int = 0
+    failed: int = 0
+    busy: int = 0
+    missing: int = 0
+    wrong: int = 0
+
+
 class Holders(Protocol):
     """The nodes from which blocks are read, by the numbers that hints have for them."""
 
@@ -129,6 +151,7 @@ class PeerPort:
 
     Attributes:
         spawn: starts tasks; to be set before the first transfer.
+        counts: what was read of each holder, by the names of the fields of `PeerReads`.
     """
 
     adapter = "tcp"
@@ -158,6 +181,7 @@ class PeerPort:
         self._ratios, self._patience_s = ratios, patience_s
         self._copier = Copier(COPY_THREADS)
         self._reads = CheckedReads(host, self._copier)
+        self.counts: dict[int, Counter[str]] = {}
         self._moved_s: dict[int, float] = {}
         """When something of each transfer has arrived last."""
         self._ended: list[Completion] = []
@@ -213,6 +237,7 @@ class PeerPort:
         moved_s = loop.time()
         while True:
             brought = await self._bring(run, transfer)
+            self._count(run, brought)
             filled += brought.filled
             error = brought.error
             if error is None or not (isinstance(error, PeerError) and error.is_busy):
@@ -223,6 +248,15 @@ class PeerPort:
                 return Fetched(filled, error)
             else:
                 await asyncio.sleep(BUSY_S)
+
+    def _count(self, run: _Run, brought: Fetched) -> None:
+        counts, error = self.counts.setdefault(run.holder, Counter()), brought.error
+        counts["blocks"] += brought.filled
+        counts["bytes"] += brought.filled * self._host.block_bytes[run.wish.group]
+        if isinstance(error, PeerError):
+            counts["busy" if error.is_busy else "failed"] += 1
+        elif error is not None:
+            counts["missing" if isinstance(error, MissingBlockError) else "wrong"] += 1
 
     async def _bring(self, run: _Run, transfer: Transfer) -> Fetched:
         """Read the blocks that one holder lends us now."""

@@ -1,0 +1,225 @@
+"""Engines that share host memory and SSD: several nodes in one process, over a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexkv.common.errors import ConfigError
+from flexkv.common.terms import Tier
+from flexkv.testing.redis_server import RedisServer
+from flexkv.tiers.generation import Generation
+from flexkv.tiers.parts import ClusterStatistics
+
+from . import test_remote
+from .test_remote import BLOCKS, TOKENS, WHOLE, prompt
+
+PATIENCE_S = 30.0
+
+
+class Node(test_remote.Node):
+    """An engine that shares blocks with others."""
+
+    @property
+    def cluster(self) -> ClusterStatistics:
+        """Return what it knows of its cluster."""
+        cluster = self.manager.statistics().cluster
+        assert cluster is not None
+        return cluster
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    """Return a running Redis."""
+    redis = RedisServer(password="of the tests")
+    redis.start()
+    yield redis
+    redis.close()
+
+
+@pytest.fixture
+def keys(server: RedisServer, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Return the keys of nodes that share with each other, and with no other test's nodes."""
+    return {
+        "enable_remote": False,
+        "enable_p2p_cpu": True,
+        "redis_port": server.port,
+        "redis_password": server.password,
+        "p2p_zone": request.node.name.partition("[")[0][-60:],
+        "node_ttl_seconds": 3.0,
+    }
+
+
+def peer_tokens(node: Node, seed: int) -> int:
+    """Return how many tokens of a prompt other nodes are said to have, behind what is here."""
+    far = node.manager.match(prompt(seed, BLOCKS)).far_tokens_by_tier
+    return sum(count for tier, count in far.items() if tier.label == "peer")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 -- the state of another node
+            await asyncio.sleep(0.01)
+
+
+async def test_a_node_gets_what_another_one_has(keys: dict[str, Any]) -> None:
+    """Whole spans that one node has put are known to another one, and come with their bytes."""
+    async with Node(keys) as first, Node(keys) as second:
+        await first.put(1)
+        await until(lambda: peer_tokens(second, 1) == WHOLE * TOKENS)
+        assert await second.get(1) == WHOLE
+        assert second.manager.statistics().hit_blocks["peer"] == WHOLE
+        assert peer_tokens(second, 1) == 0, "it is here now"
+        assert await second.get(1) == WHOLE
+        assert second.manager.statistics().hit_blocks == {"peer": WHOLE, "host": WHOLE}
+        (read,) = second.cluster.read.values()
+        assert (read.blocks, read.failed, read.wrong) == (WHOLE, 0, 0)
+        assert first.manager.statistics().claims == 0
+
+
+async def test_a_node_that_comes_later_learns_what_the_others_have(keys: dict[str, Any]) -> None:
+    """A newcomer takes snapshots of the nodes, and passes on what it has fetched."""
+    async with Node(keys) as first:
+        await first.put(1)
+        async with Node(keys) as second:
+            await until(lambda: peer_tokens(second, 1) == WHOLE * TOKENS)
+            assert await second.get(1) == WHOLE
+            async with Node(keys) as third:
+                await until(lambda: peer_tokens(third, 1) == WHOLE * TOKENS)
+                assert await third.get(1) == WHOLE
+
+
+async def test_what_a_node_has_given_up_is_no_longer_asked_of_it(keys: dict[str, Any]) -> None:
+    """Blocks that were evicted or cleared are dropped from the hints of others."""
+    async with Node(keys) as first, Node(keys) as second:
+        await first.put(1)
+        await until(lambda: peer_tokens(second, 1) > 0)
+        first.manager.clear()
+        await until(lambda: peer_tokens(second, 1) == 0)
+        assert await second.get(1) == 0
+
+
+async def test_a_node_that_leaves_is_asked_no_more(keys: dict[str, Any]) -> None:
+    """What a node had is unknown once it has left; what was fetched from it stays."""
+    async with Node(keys) as second:
+        async with Node(keys) as first:
+            await first.put(1)
+            await first.put(2)
+            await until(lambda: peer_tokens(second, 1) > 0 and peer_tokens(second, 2) > 0)
+            assert await second.get(1) == WHOLE
+        await until(lambda: peer_tokens(second, 2) == 0)
+        assert await second.get(1) == WHOLE
+        assert await second.get(2) == 0
+
+
+async def test_blocks_on_ssd_alone_are_shared_if_that_is_wanted(
+    keys: dict[str, Any], tmp_path: Path
+) -> None:
+    """With enable_p2p_ssd the owner fetches them for its reader; without it nobody is told."""
+    ssd = {"enable_ssd": True, "num_ssd_blocks": 256}
+    folders = [tmp_path / name for name in ("shared", "private")]
+    for folder in folders:
+        folder.mkdir()
+    shared = {**keys, **ssd, "ssd_cache_dir": str(folders[0]), "enable_p2p_ssd": True}
+    private = {**keys, **ssd, "ssd_cache_dir": str(folders[1])}
+    async with Node(shared) as owner, Node(private) as other, Node(keys) as reader:
+        for node, seed in ((owner, 1), (other, 2)):
+            await node.put(seed)
+            await until(lambda: peer_tokens(reader, seed) > 0)  # noqa: B023 -- called at once
+            node.manager.clear(Tier.HOST)
+        await until(lambda: peer_tokens(reader, 2) == 0)
+        assert peer_tokens(reader, 1) == WHOLE * TOKENS
+        assert await reader.get(1) == WHOLE
+        assert owner.manager.statistics().routes["disk→host"].blocks >= WHOLE
+
+
+async def test_a_node_that_was_cleared_alone_shares_nothing_until_the_cluster_is_reset(
+    keys: dict[str, Any],
+) -> None:
+    """Weights may have changed on one node only: its old and new blocks stay apart from others'."""
+    async with Node(keys) as first, Node(keys) as second:
+        await first.put(1)
+        await until(lambda: peer_tokens(second, 1) > 0)
+        second.manager.clear()
+        await second.put(2)
+        await first.put(3)
+        await asyncio.sleep(0.3)
+        assert (peer_tokens(second, 1), peer_tokens(second, 3)) == (0, 0)
+        assert (peer_tokens(first, 2), await second.get(1), await first.get(2)) == (0, 0, 0)
+        await first.manager.reset_cluster()
+        await until(lambda: first.manager.match(prompt(1, BLOCKS)).tokens == 0)
+        await until(lambda: second.manager.match(prompt(2, BLOCKS)).tokens == 0)
+        await first.put(4)
+        await second.put(5)
+        await until(lambda: peer_tokens(second, 4) > 0 and peer_tokens(first, 5) > 0)
+        assert (await second.get(4), await first.get(5)) == (WHOLE, WHOLE)
+
+
+async def test_a_node_that_was_away_during_a_reset_clears_its_ssd(
+    keys: dict[str, Any], tmp_path: Path
+) -> None:
+    """Blocks of before a reset are not believed by a node that comes back after it."""
+    ssd = {"enable_ssd": True, "num_ssd_blocks": 256, "ssd_cache_dir": str(tmp_path)}
+    async with Node({**keys, **ssd}) as away:
+        await away.put(1)
+    async with Node(keys) as other:
+        await other.manager.reset_cluster()
+        async with Node({**keys, **ssd}) as back:
+            await until(lambda: back.manager.match(prompt(1, BLOCKS)).tokens == 0)
+            await back.put(2)
+            await until(lambda: Generation([tmp_path]).number == 1)
+        async with Node({**keys, **ssd}) as again:
+            assert again.manager.match(prompt(2, BLOCKS)).tokens > 0
+            await until(lambda: len(again.cluster.state.nodes) == 1)
+            assert again.manager.match(prompt(2, BLOCKS)).tokens > 0
+
+
+async def test_nodes_share_through_both_far_tiers(keys: dict[str, Any], tmp_path: Path) -> None:
+    """What no peer has any more comes from the remote tier, behind what peers have."""
+    remote = {"enable_remote": True, "remote_cache_path": f"file://{tmp_path}"}
+    async with Node({**keys, **remote}) as first, Node({**keys, **remote}) as second:
+        await first.until_stores(1)
+        await until(lambda: peer_tokens(second, 1) == WHOLE * TOKENS)
+        assert await second.get(1) == WHOLE
+        assert second.manager.statistics().hit_blocks["peer"] == WHOLE
+        await first.manager.reset_cluster()
+        for node in (first, second):
+            await until(lambda: node.store.generation == 1 << 20)  # noqa: B023 -- called at once
+        await second.until_gets(1, 0)
+        await first.put(2)
+        await second.until_gets(2, WHOLE)
+
+
+async def test_redis_may_die_and_come_back_empty(keys: dict[str, Any], server: RedisServer) -> None:
+    """While Redis is away hints stand; when it comes back empty, everything is told anew."""
+    async with Node(keys) as first, Node(keys) as second:
+        await first.put(1)
+        await until(lambda: peer_tokens(second, 1) > 0)
+        server.kill()
+        await first.put(2)
+        assert await second.get(1) == WHOLE
+        server.start()
+        await until(lambda: peer_tokens(second, 2) > 0)
+        assert await second.get(2) == WHOLE
+
+
+async def test_nodes_with_another_secret_for_keys_share_nothing(keys: dict[str, Any]) -> None:
+    """Their blocks have other keys, so they are in another pool, and do not see each other."""
+    async with Node(keys) as first, Node(keys, key_secret="another") as second:
+        await first.put(1)
+        await until(lambda: second.cluster.state.is_registered)
+        assert (len(first.cluster.state.nodes), len(second.cluster.state.nodes)) == (0, 0)
+        assert await second.get(1) == 0
+
+
+async def test_a_node_that_shares_nothing_cannot_reset_the_cluster(keys: dict[str, Any]) -> None:
+    """The error names the keys that would make it share."""
+    async with Node({**keys, "enable_p2p_cpu": False}) as node:
+        with pytest.raises(ConfigError, match="enable_p2p_cpu"):
+            await node.manager.reset_cluster()
+        assert node.manager.statistics().cluster is None
