@@ -88,7 +88,7 @@ def running() -> Iterator[S3Server]:
     """Start the server that `S3_SERVER` names on a free port, and stop it afterwards."""
     assert KIND in ("moto", "rgw"), f"S3_SERVER={KIND}"
     keys = ACCESS_KEY, NEW_ACCESS_KEY
-    with ceph.serving(keys, SECRET) if KIND == "rgw" else moto.serving() as (port, pid):
+    with (ceph.serving(keys, SECRET) if KIND == "rgw" else moto.serving()) as (port, pid):
         yield S3Server(port, pid)
 
 

@@ -178,7 +178,9 @@ async def told_by(process: asyncio.subprocess.Process, keys: dict[str, Any]) -> 
     return found
 
 
-CLOCKS = pytest.mark.parametrize("signs", [[1], [-1], [1, -1]], ids=["ahead", "behind", "jumping"])
+CLOCKS = pytest.mark.parametrize(
+    "signs", [[1], [-1], [1, -1]], ids=["ahead", "behind", "jumping"]
+)
 
 
 @CLOCKS

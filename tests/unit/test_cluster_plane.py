@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from flexkv.cluster.membership import Membership
 from flexkv.cluster.records import STREAMS, Beat, Entry, NodeRecord, encoded
 from flexkv.cluster.redis_store import RedisStore
 from flexkv.cluster.store import BEGIN
 from flexkv.common.errors import PeerError
+from flexkv.index.hints import Hints
 from flexkv.testing.cluster_simulation import ClusterSimulation, Scene, SimulatedNode
 from flexkv.testing.virtual_time import run_virtual
 
@@ -358,17 +360,10 @@ async def test_a_log_is_not_read_before_the_registry(cluster: Cluster) -> None:
 
 def test_many_nodes_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     """More nodes than one store carries are warned of, once."""
-
-    @virtual
-    async def test(cluster: Cluster) -> None:
-        node = cluster.node(1)
-        beats = [
-            Beat(NodeRecord(n.to_bytes(16, "big"), 1000 + n, f"10.0.0.1:{n}")) for n in range(360)
-        ]
-        node.plane.membership.saw(beats[:349], 0.0)
-        assert "cluster_too_large" not in caplog.text
-        node.plane.membership.saw(beats, 0.0)
-
+    beats = [Beat(NodeRecord(n.to_bytes(16, "big"), 1000 + n, f"10.0.0.1:{n}")) for n in range(360)]
+    members = Membership(Hints(64, 1), NodeRecord(bytes(16), 7, "10.0.0.1:7"), TTL_S)
     with caplog.at_level(logging.WARNING):
-        test()
+        members.saw(beats[:349], 0.0)
+        assert "cluster_too_large" not in caplog.text
+        members.saw(beats, 0.0)
     assert caplog.text.count("cluster_too_large") == 1
