@@ -5,9 +5,10 @@
                     └── too many while the store is away: all are dropped and a number is skipped,
                         so that readers notice the gap and ask for a snapshot
 
-What others were told is remembered, so that nothing is told twice, and a span that came and went
-within one interval not at all. If that memory is not whole, all that went is told. While a snapshot
-is made, all that changes is told: the snapshot may have seen what was there in between.
+What others were told is remembered, so that nothing is told twice. That a span is gone is always
+told: those who took a snapshot may know of it. While a snapshot is made, all that changes is told,
+since the snapshot may miss what is there in between. What came and went within one interval is left
+out by the source.
 """
 
 from __future__ import annotations
@@ -40,8 +41,6 @@ RETRY_S, RETRY_MAX_S = 0.1, 2.0
 """The first and the longest pause before an entry is sent again."""
 
 _GONE, _ON_HOST, _ON_DISK = range(3)
-_CAME = 4
-"""Whether the first change since the latest entry was that the span is there."""
 _TOLD_ON_HOST, _TOLD_ON_DISK = 1, 2
 """Holders in the table of what was told."""
 
@@ -77,7 +76,10 @@ class SpanSource(Protocol):
     """What this node has, and how it changes."""
 
     def changes(self) -> Iterable[SpanChange] | None:
-        """Return what changed since the last call, in order; None if that is not known."""
+        """Return what changed since the last call, in order; None if that is not known.
+
+        A span that came and went since then may be left out, unless a walk is under way.
+        """
         ...
 
     def steps(self) -> Iterator[SpanStep]:
@@ -115,7 +117,6 @@ class Publisher:
         self.may_send: Callable[[], bool] = lambda: True
         self._store, self._own, self._source, self._nodes = store, own, source, nodes
         self._told = Hints(max(64, spans_max), 1)
-        self._is_told_known = True
         self._seq = 0
         self._pending: dict[bytes, int] = {}
         self._unsent: list[Entry] = [self._next_entry()]  # readers learn of the life by it
@@ -192,9 +193,7 @@ class Publisher:
         pending = self._pending
         for change in changes:
             state = _ON_HOST if change.on_host else _ON_DISK if change.on_disk else _GONE
-            before = pending.get(change.key)
-            came = _CAME * (state != _GONE) if before is None else before & _CAME
-            pending[change.key] = state | came
+            pending[change.key] = state
         if len(pending) > PENDING_MAX:
             self._lose()
 
@@ -202,7 +201,6 @@ class Publisher:
         """Drop what is pending, and skip a number so that readers notice."""
         self._pending.clear()
         self._told.clear()
-        self._is_told_known = False
         self._seq += 1
         self._unsent.append(self._next_entry())
         if len(self._unsent) > 2:  # what is skipped between the first and the last is noticed, too
@@ -228,16 +226,10 @@ class Publisher:
         """Return what others must be told, and remember that they are."""
         keys: tuple[list[bytes], ...] = ([], [], [])
         for key, state in pending.items():
-            keys[state & ~_CAME].append(key)
+            keys[state].append(key)
         on_host = self._untold(keys[_ON_HOST], _TOLD_ON_HOST, tell_all)
         on_disk = self._untold(keys[_ON_DISK], _TOLD_ON_DISK, tell_all)
-        gone = keys[_GONE]
-        if self._is_told_known and not tell_all and not self._told.counts().lost:
-            known = self._were_told(gone)
-            gone = [
-                key for key, was in zip(gone, known, strict=True) if was or not pending[key] & _CAME
-            ]
-        dropped = b"".join(gone)
+        dropped = b"".join(keys[_GONE])
         for holder, added, removed in (
             (_TOLD_ON_HOST, on_host, on_disk + dropped),
             (_TOLD_ON_DISK, on_disk, on_host + dropped),
@@ -253,12 +245,6 @@ class Publisher:
             return joined
         known = self._told.known(holder, joined)
         return b"".join(key for key, is_known in zip(keys, known, strict=True) if not is_known)
-
-    def _were_told(self, keys: Sequence[bytes]) -> Sequence[bool]:
-        joined = b"".join(keys)
-        known = self._told.known(_TOLD_ON_HOST, joined) | self._told.known(_TOLD_ON_DISK, joined)
-        told: list[bool] = known.tolist()
-        return told
 
     # -- snapshots ------------------------------------------------------------------------------
 

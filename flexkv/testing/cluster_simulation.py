@@ -307,6 +307,7 @@ class ClusterSimulation:
         """Make one fault; those that last end by themselves."""
         kinds = [
             self._redis_dies, self._redis_is_flushed, self._redis_is_trimmed, self._is_cut_off,
+            self._pool_is_split, self._is_slow,
             self._answers_are_lost, self._nodes_die, self._node_restarts, self._node_leaves,
             self._changes_are_lost, self._generation_advances, self._hints_are_cleared,
         ]  # fmt: skip
@@ -335,6 +336,20 @@ class ClusterSimulation:
         node.redis.is_cut_off = True
         await self._changing(self.random.random() * 3 * self.scene.ttl_s)
         node.redis.is_cut_off = False
+
+    async def _pool_is_split(self) -> None:
+        half = self.random.sample(list(self.living.values()), len(self.living) // 2)
+        for node in half:
+            node.redis.is_cut_off = True
+        await self._changing(2 * self.scene.ttl_s)
+        for node in half:
+            node.redis.is_cut_off = False
+
+    async def _is_slow(self) -> None:
+        node = self._some()
+        usual, node.redis.delay_s = node.redis.delay_s, lambda: 0.5 * self.random.random()
+        await self._changing(2 * self.scene.ttl_s)
+        node.redis.delay_s = usual
 
     async def _answers_are_lost(self) -> None:
         node = self._some()
