@@ -222,6 +222,8 @@ class WriteBehind:
                 queue.clear()
             else:
                 queue.drop_gone()
+            if tier is None and isinstance(queue, OwedSpans):
+                queue.forget_writes()
         self.pump()
 
     # -- writing --------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ class OwedSpans:
         self.given_up: Counter[str] = Counter()
         self._residency, self._span_blocks, self._is_far = residency, span_blocks, is_far
         self._waiting: dict[BlockKey, _Owed] = {}
-        self._being_written: set[BlockKey] = set()
+        self._being_written: dict[BlockKey, int | None] = {}
+        """The spans that were taken, each with the hold that tells its writes apart."""
         self.blocks = 0
 
     def add(
@@ -95,8 +96,8 @@ class OwedSpans:
             return None
         del self._waiting[key]
         self.blocks -= span.block_count
-        self._being_written.add(key)
         hold = self._residency.claims.hold(Holding(Tier.HOST, span.block_ids))
+        self._being_written[key] = hold
         nowhere = np.zeros(span.block_count, np.int64)
         return Taken(
             self.tier, span.block_ids, nowhere, attempts, epoch, hold, span.keys, span.group
@@ -104,7 +105,9 @@ class OwedSpans:
 
     def ended(self, taken: Taken) -> None:
         """Note that a taken span is now written, owed again, or given up."""
-        self._being_written.discard(taken.keys[-BLOCK_KEY_BYTES:])
+        key = taken.keys[-BLOCK_KEY_BYTES:]
+        if self._being_written.get(key) == taken.hold:
+            del self._being_written[key]
         self.epochs.add(taken.epoch, -len(taken.host_ids))
 
     def lacking(self, first: int, last: int) -> BlockIds:
@@ -112,7 +115,7 @@ class OwedSpans:
 
         These are the spans that have blocks at host places from `first` to `last`, exclusive.
         """
-        under_way = self._waiting.keys() | self._being_written
+        under_way = self._waiting.keys() | self._being_written.keys()
         spans = self._near_spans(first, last)
         return _joined([ids for key, ids in spans.items() if key not in under_way])
 
@@ -159,6 +162,13 @@ class OwedSpans:
     def give_up_next(self, reason: str) -> None:
         """Drop the oldest span, and count it as given up."""
         self._drop(next(iter(self._waiting)), reason)
+
+    def forget_writes(self) -> None:
+        """Owe spans that are being written again if they come again: these writes will not count.
+
+        The tier has been left for a new generation.
+        """
+        self._being_written.clear()
 
     def clear(self) -> None:
         """Forget everything that is owed."""

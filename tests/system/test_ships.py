@@ -216,6 +216,22 @@ def test_nothing_from_before_a_clear_is_far_after_it() -> None:
     on_bench(work, far)
 
 
+def test_what_is_on_its_way_at_a_clear_is_written_again() -> None:
+    """A span that is put again after a clear, while its old copy is still on its way, is stored."""
+    far = new_far()
+
+    async def work(bench: Bench) -> None:
+        await bench.perform(Operation.PUT)
+        await asyncio.sleep(0.0005)  # virtual time: the actor has its turn
+        assert len(bench.port.storing) == 2
+        bench.engine.clear()
+        await bench.perform(Operation.PUT)
+        await asyncio.sleep(1.0)
+        assert far.held == set(bench.keys()[: 2 * SPAN])
+
+    on_bench(work, far)
+
+
 def test_what_waits_for_a_far_tier_at_a_clear_is_not_written_after_it() -> None:
     """A span that was queued behind others when everything was cleared is never stored."""
     far = new_far()

@@ -86,6 +86,28 @@ def test_what_is_far_waiting_or_being_written_is_not_owed_again() -> None:
     assert (again.attempts, again.epoch, again.keys) == (1, taken.epoch, taken.keys)
 
 
+def test_writes_of_an_older_generation_do_not_count() -> None:
+    """After a clear, a span is owed although it is on its way, and then once until it is written.
+
+    The end of the earlier write says nothing about the later one.
+    """
+    tiers = residency(host=8)
+    ids = filled(tiers, Tier.HOST, 0, 1)
+    owed = owed_by(tiers)
+    owed.add(ids, 0)
+    earlier = taken_from(tiers, owed)
+    owed.forget_writes()
+    assert sorted(owed.lacking(0, 8).tolist()) == sorted(ids.tolist())
+    owed.add(ids, 0)
+    later = taken_from(tiers, owed)
+    owed.ended(earlier)
+    owed.add(ids, 0)
+    assert (owed.blocks, len(owed.lacking(0, 8))) == (0, 0)
+    owed.ended(later)
+    owed.add(ids, 0)
+    assert owed.blocks == SPAN
+
+
 def test_evicted_spans_are_given_up() -> None:
     """A span without all its blocks is not written, whatever is at their places now."""
     tiers = residency(host=4)
