@@ -43,6 +43,10 @@ class CrashState(NamedTuple):
     """Keys and places of the blocks that must have survived."""
     is_trusted: bool
     """Whether journals must be right: nothing failed, no bit flipped, power was never lost."""
+    oldest: int = 0
+    """The oldest generation of which blocks may be left: later ones were not cleared durably."""
+    generation: int = 0
+    """The generation of what was computed last: see `simulated_contents`."""
 
 
 class WatchedLedger(Ledger):
@@ -66,6 +70,9 @@ class FakeBackend:
     """Host memory, disk and device as plain arrays behind fake ports; journals in lossy files.
 
     Attributes:
+        memory: uint8[host blocks, 16], host memory.
+        faults: of the disk, its journals and the far tier.
+        far: what is far; None without a far tier.
         windows: bounds on the bytes in flight from the disk, and to it; may be set before `open`.
         ship: how the far tier is written to, which may be set before `open`; None: only read.
     """
@@ -82,7 +89,7 @@ class FakeBackend:
         self.host, self.ranks = "fake", 1
         self.catalogue: Catalogue = far or NOTHING_IS_FAR
         self.far_port: FarPort | None = None
-        self._far = far
+        self.far = far
         self._device_faults = device_faults or faults
         self.ledger: WatchedLedger | None = None
         self.windows = disk_windows(CacheConfig())
@@ -91,9 +98,9 @@ class FakeBackend:
         self.unavailable = Unavailable()
         self.port: FakePort | None = None
         self.files = [LossyFiles(faults, contents) for contents in remains.journals]
-        self._faults = faults
+        self.faults = faults
         self._sums: NDArray[np.uint64] | None = None
-        self._memory = np.zeros((host_blocks, BLOCK_KEY_BYTES), np.uint8)
+        self.memory = np.zeros((host_blocks, BLOCK_KEY_BYTES), np.uint8)
         self._store = remains.store
 
     async def take(self, undo: ExitStack, progress: Progress | None) -> None:
@@ -103,10 +110,10 @@ class FakeBackend:
         """Open the disk port and its journals, and the far tier."""
         if len(self._store):
             self._tiers.append(self._open_disk(undo))
-        if self._far is not None:
-            port = FarPort(self._far, self._memory, self._faults, self._sums)
+        if self.far is not None:
+            port = FarPort(self.far, self.memory, self.faults, self._sums)
             undo.callback(port.close)
-            self._tiers.append(self._far_parts(self._far, port))
+            self._tiers.append(self._far_parts(self.far, port))
             self.far_port = port
 
     def _far_parts(self, far: FakeFar, port: FarPort) -> TierParts:
@@ -120,8 +127,8 @@ class FakeBackend:
 
     def _open_disk(self, undo: ExitStack) -> TierParts:
         disk_blocks = len(self._store)
-        self.port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
-        checksummer = FakeChecksummer(self._memory, self._faults)
+        self.port = FakePort(self._store, self.memory, self.faults, BLOCK_KEY_BYTES)
+        checksummer = FakeChecksummer(self.memory, self.faults)
         self._sums = checksummer.sums
         kept = KeptSums(disk_blocks, lambda block: ("fake", block))
         undo.callback(self.port.close)
@@ -130,7 +137,7 @@ class FakeBackend:
                 [Journal(Path("fake"), files) for files in self.files],
                 disk_blocks,
                 kept.sums,
-                lambda _: VirtualThread(self._faults.delay_s),
+                lambda _: VirtualThread(self.faults.delay_s),
             )
             self.ledger.journal_bytes_min, self.ledger.snapshot_blocks = 300, 4
             undo.callback(self.ledger.close)
@@ -151,7 +158,7 @@ class FakeBackend:
         """Open a port to the one array of `kv_caches`, uint8[blocks, 16]."""
         (store,) = kv_caches
         faults = self._device_faults
-        port = FakePort(store, self._memory, faults, BLOCK_KEY_BYTES, sums=self._sums)
+        port = FakePort(store, self.memory, faults, BLOCK_KEY_BYTES, sums=self._sums)
         return Device(port, "fake")
 
     def resumed(self, device: Device, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
@@ -164,5 +171,5 @@ class FakeBackend:
         """Return the one device's port, and what sums the blocks that arrive layer by layer."""
         if self._sums is None:
             return JoinedDevices(devices[0].port, None)
-        checksummer = FakeChecksummer(self._memory, self._faults, self._sums)
+        checksummer = FakeChecksummer(self.memory, self.faults, self._sums)
         return JoinedDevices(devices[0].port, BlockChecks(checksummer, port_sums=True))

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from flexkv.actors.write_behind import ShipLimits
 from flexkv.common.errors import CorruptBlockError, MissingBlockError, TransferError
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey, Tier, Transfer
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, BlockKey, Tier, Transfer
 from flexkv.index.catalogue import NOT_FAR, FarLeaves, FarRun
 from flexkv.index.keys import block_keys, key_list
 from flexkv.index.residency import PENDING, READY, Residency
 from flexkv.io.ports import Completion
 from flexkv.testing.fakes import FakePort, sums_of
 from flexkv.testing.faults import FaultPlan
+from flexkv.testing.simulated_contents import content_of, generation_of
 
 
 def _no_leaves(keys: bytes, blocks: int) -> list[BlockKey]:
@@ -39,32 +40,39 @@ class FakeFar:
         store: uint8[blocks, bytes], the bytes of every block that was ever held.
         held: keys of the blocks that are held now.
         hinted: keys of the blocks that the catalogue believes to be held.
+        dropped: keys of the blocks whose hints were dropped without a fetch that failed.
         doubts: what the catalogue was told of blocks that did not arrive.
         looks: the position of each look at the hints.
         residency: if given, each look is checked: it must ask for a block that is not here.
-        generation: grows by one when everything is cleared; what was stored before is not there.
+        generation: grows by one when everything is cleared; what was stored before is not there,
+            and others store blocks as they are in the new generation.
     """
 
     def __init__(
-        self, tier: Tier = Tier.REMOTE, blocks_max: int = 4096, span_blocks: int = 1
+        self,
+        tier: Tier = Tier.REMOTE,
+        blocks_max: int = 4096,
+        span_blocks: int = 1,
+        generation: int = 0,
     ) -> None:
-        self.tier, self.span_blocks, self.generation = tier, span_blocks, 0
+        self.tier, self.span_blocks, self.generation = tier, span_blocks, generation
         self.store = np.zeros((blocks_max, BLOCK_KEY_BYTES), np.uint8)
         self.held: set[BlockKey] = set()
         self.hinted: set[BlockKey] = set()
+        self.dropped: set[BlockKey] = set()
         self.doubts: list[tuple[list[BlockKey], TransferError]] = []
         self.damaged_blocks = 0
         self.looks: list[int] = []
         self.residency: Residency | None = None
-        self._row: dict[BlockKey, int] = {}
+        self._row: dict[tuple[BlockKey, int], int] = {}
         self._ever_held: set[BlockKey] = set()
 
     # -- what others do -------------------------------------------------------------------------
 
     def hold(self, keys: Iterable[BlockKey]) -> None:
-        """Hold blocks, and announce them; the right content of a block is its key."""
+        """Hold blocks with their right content in this generation, and announce them."""
         for key in keys:
-            self.store[self.row(key)] = np.frombuffer(key, np.uint8)
+            self.store[self.row(key)] = content_of(key, self.generation)
             self._hold(key)
 
     def _hold(self, key: BlockKey) -> None:
@@ -73,8 +81,15 @@ class FakeFar:
         self._ever_held.add(key)
 
     def row(self, key: BlockKey) -> int:
-        """Return the row of a block, whether it is held or not."""
-        return self._row.setdefault(key, len(self._row))
+        """Return the row of a block in this generation, whether it is held or not."""
+        row = self._row.setdefault((key, self.generation), len(self._row))
+        assert row < len(self.store) - 1, "the far tier has too few rows"
+        return row
+
+    def content(self, key: BlockKey) -> NDArray[np.uint8]:
+        """Return the bytes of a block that is held: uint8[16]."""
+        content: NDArray[np.uint8] = self.store[self.row(key)]
+        return content
 
     def stored(self, keys: Iterable[BlockKey], generation: int) -> None:
         """Hold blocks whose bytes are in their rows, if they were stored in this generation."""
@@ -84,7 +99,7 @@ class FakeFar:
 
     def damage(self, key: BlockKey) -> None:
         """Change a bit of a block that is held."""
-        self.store[self._row[key], -1] ^= 1
+        self.store[self.row(key), -1] ^= 1
         self.damaged_blocks += 1
 
     def live(
@@ -94,6 +109,8 @@ class FakeFar:
         leaves: Callable[[bytes, int], list[BlockKey]] = _no_leaves,
     ) -> None:
         """At random, have others store, drop or damage blocks of a prompt, announced or not.
+
+        Hints may also be lost.
 
         `leaves` returns the keys of all leaves that the first blocks of the prompt can have.
         """
@@ -112,6 +129,21 @@ class FakeFar:
             there := [key for key in (*some[-1:], *of_some[-1:]) if key in self.held]
         ):
             self.damage(there[-1])
+        elif chance < 0.7:
+            self.drop_hints([*prompt[len(some) :], *set(of_all).difference(of_some)])
+
+    def drop_hints(self, keys: Iterable[BlockKey]) -> None:
+        """Promise some blocks no more, whether they are held or not."""
+        for key in keys:
+            if key in self.hinted:
+                self.hinted.discard(key)
+                self.dropped.add(key)
+
+    def forget(self, keys: Iterable[BlockKey]) -> None:
+        """Hold some blocks no more, and promise them no more."""
+        keys = list(keys)
+        self.drop_hints(keys)
+        self.held.difference_update(keys)
 
     @property
     def ever_held(self) -> Set[BlockKey]:
@@ -121,7 +153,7 @@ class FakeFar:
     def rows(self, keys: Iterable[BlockKey]) -> NDArray[np.int64]:
         """Return the rows of the leading blocks that are held."""
         there = takewhile(self.held.__contains__, keys)
-        return np.array([self._row[key] for key in there], np.int64)
+        return np.array([self.row(key) for key in there], np.int64)
 
     # -- the catalogue --------------------------------------------------------------------------
 
@@ -173,10 +205,10 @@ class FakeFar:
         self._ever_held.clear()
 
 
-def random_far(random: Random) -> tuple[FakeFar | None, ShipLimits | None]:
+def random_far(random: Random, generation: int) -> tuple[FakeFar | None, ShipLimits | None]:
     """Return a far tier, or none, and how it is written to, if it is."""
     span_blocks = random.choice([1, 2, 4])
-    far = random.choice([None, FakeFar(span_blocks=span_blocks)])
+    far = random.choice([None, FakeFar(span_blocks=span_blocks, generation=generation)])
     if far is None or random.random() < 0.3:
         return far, None
     in_flight_blocks = span_blocks * random.choice([1, 3])
@@ -196,7 +228,7 @@ class FarPort(FakePort):
     """Fetches far blocks by their keys into host memory, and stores spans, with a plan's faults.
 
     Attributes:
-        fetching: by op id, a transfer in flight, and how many of its blocks were there.
+        fetching: by op id, a transfer in flight, and the rows of its leading blocks that are there.
         fetched: how often each block has arrived.
         storing: by op id, a span that is being stored, and the generation at its beginning.
     """
@@ -211,7 +243,7 @@ class FarPort(FakePort):
         sums: NDArray[np.uint64] | None = None,
     ) -> None:
         super().__init__(far.store, host, faults, BLOCK_KEY_BYTES, sums)
-        self.fetching: dict[int, tuple[Transfer, int]] = {}
+        self.fetching: dict[int, tuple[Transfer, BlockIds]] = {}
         self.fetched: dict[BlockKey, int] = {}
         self.storing: dict[int, tuple[Transfer, int]] = {}
         self._far = far
@@ -224,7 +256,7 @@ class FarPort(FakePort):
         for other, _ in self.fetching.values():
             assert not np.isin(transfer.target_ids, other.target_ids).any(), "a place has two"
         rows = self._far.rows(transfer.block_keys)
-        self.fetching[transfer.op_id] = transfer, len(rows)
+        self.fetching[transfer.op_id] = transfer, rows
         super().submit(structs.replace(transfer.part(0, len(rows)), source_ids=rows))
 
     def _begin_to_store(self, transfer: Transfer) -> None:
@@ -254,10 +286,15 @@ class FarPort(FakePort):
         return end
 
     def _checked(self, end: Completion) -> Completion:
-        transfer, there = self.fetching.pop(end.op_id)
-        keys, host_ids = transfer.block_keys, transfer.target_ids
-        arrived = [self._host[at, :BLOCK_KEY_BYTES].tobytes() for at in host_ids]
-        right = [some == other for some, other in zip(keys, arrived, strict=True)]
+        transfer, rows = self.fetching.pop(end.op_id)
+        keys, host_ids, there = transfer.block_keys, transfer.target_ids, len(rows)
+        arrived = self._host[host_ids[:there], :BLOCK_KEY_BYTES]
+        has_come = (arrived == self._store[rows]).all(axis=1)
+        # The bytes prove of which block they are, but not of which generation.
+        right = [
+            came and generation_of(key, content) is not None
+            for came, key, content in zip(has_come, keys[:there], arrived, strict=True)
+        ]
         filled = len(list(takewhile(bool, right)))
         if self._sums is not None:
             self._sums[host_ids[:filled]] = sums_of(self._host[host_ids[:filled]])

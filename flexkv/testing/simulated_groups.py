@@ -1,11 +1,11 @@
 """Models with several KV groups for a simulation, and what their leaves must contain.
 
-A block has 16 bytes in every group, like a key: the right content of a leaf is its key.
+A block has 16 bytes in every group, like a key, of which its right content is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from math import lcm
 from random import Random
 from typing import Any
@@ -19,6 +19,7 @@ from flexkv.common.space import BlockSpace
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey
 from flexkv.index.keys import block_keys, leaf_keys
 from flexkv.index.residency import READY, Residency
+from flexkv.testing.simulated_contents import content_of
 
 TOKENS_PER_BLOCK = 2
 GROUPS_MAX = 3
@@ -92,6 +93,36 @@ class SimulatedGroups:
                 if READY in alike.states:
                     yield from ((position, of_group[position]) for position in alike.positions)
 
+    def longest(self, keys: bytes, there: Set[BlockKey], end: int = 1 << 30) -> int:
+        """Return where the longest prefix ends, at `end` at most, whose blocks are all there."""
+        chain = [key in there for key in block_keys(keys)]
+        leaves = [
+            [key in there for key in block_keys(leaf_keys(keys, space.group))]
+            for space in self.spaces
+        ]
+        last = min(end, (*chain, False).index(False)) // self._alignment * self._alignment
+        for tried in range(last, 0, -self._alignment):
+            if all(
+                all(of_group[at] for at in self._needed(space, tried))
+                for space, of_group in zip(self.spaces, leaves, strict=True)
+            ):
+                return tried
+        return 0
+
+    def needed(self, keys: bytes, end: int) -> list[BlockKey]:
+        """Return the keys of the blocks that the longest prefix of some chain blocks needs."""
+        end -= end % self._alignment
+        needed = block_keys(keys)[:end]
+        for space in self.spaces:
+            of_group = block_keys(leaf_keys(keys, space.group))
+            needed += [of_group[at] for at in self._needed(space, end)]
+        return needed
+
+    def _needed(self, space: BlockSpace, end: int) -> list[int]:
+        """Return the positions of the leaves of a group that a prefix needs."""
+        ratio = space.tokens_per_block // TOKENS_PER_BLOCK
+        return [(own + 1) * ratio - 1 for own in range(*space.needed(end * TOKENS_PER_BLOCK))]
+
     def wanted(self, space: BlockSpace, request: Request, end: int) -> range:
         """Return which of a group's blocks a request's longest prefix up to `end` needs."""
         ratio = space.tokens_per_block // TOKENS_PER_BLOCK
@@ -143,6 +174,15 @@ class LeafSlots:
                     slots[number] = free.pop()
         return True
 
+    def choose_all(self, free: list[int]) -> bool:
+        """Take a slot for every leaf of the request; return False if there are too few."""
+        for space, slots in zip(self._groups.spaces, self.slots, strict=True):
+            for number in self._own(space):
+                if not free:
+                    return False
+                slots[number] = free.pop()
+        return True
+
     def _own(self, space: BlockSpace) -> range:
         """Return the blocks of a group that are whole inside a request's span."""
         per_block, span = space.tokens_per_block, self._request.span
@@ -166,12 +206,17 @@ class LeafSlots:
             mappings.append(mapping[span.first_token :])
         return mappings
 
-    def contents(self) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Yield the slot of each leaf, and what it must contain."""
-        for _, _, slot, content in self._each(self.slots):
-            yield slot, content
+    def contents(self, generation: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Yield the slot of each leaf, and what it must contain in a generation."""
+        for _, _, slot, key in self._each(self.slots):
+            yield slot, content_of(key, generation)
 
-    def check(self, device: NDArray[np.uint8], end: int) -> None:
+    def check(
+        self,
+        device: NDArray[np.uint8],
+        end: int,
+        is_right: Callable[[BlockKey, NDArray[np.uint8]], bool],
+    ) -> None:
         """Check that a device has every leaf that a prefix of `end` chain blocks needs."""
         needed: Sequence[dict[int, int]] = [
             {
@@ -180,16 +225,13 @@ class LeafSlots:
             }
             for space, slots in zip(self._groups.spaces, self.slots, strict=True)
         ]
-        for index, number, slot, content in self._each(needed):
+        for index, number, slot, key in self._each(needed):
             assert slot >= 0, f"block {number} of leaf group {index} was not asked for"
-            assert np.array_equal(device[slot], content), f"wrong bytes in leaf group {index}"
+            assert is_right(key, device[slot]), f"wrong bytes in leaf group {index}"
 
-    def _each(
-        self, of: Sequence[dict[int, int]]
-    ) -> Iterator[tuple[int, int, int, NDArray[np.uint8]]]:
+    def _each(self, of: Sequence[dict[int, int]]) -> Iterator[tuple[int, int, int, BlockKey]]:
         for index, (space, slots) in enumerate(zip(self._groups.spaces, of, strict=True)):
             keys = block_keys(leaf_keys(self._request.keys, space.group))
             ratio = space.tokens_per_block // TOKENS_PER_BLOCK
             for number, slot in slots.items():
-                key = keys[(number + 1) * ratio - 1]
-                yield index, number, slot, np.frombuffer(key, np.uint8)
+                yield index, number, slot, keys[(number + 1) * ratio - 1]

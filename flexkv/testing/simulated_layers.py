@@ -33,14 +33,8 @@ class LayeredRequest:
         self.progress = LayerProgress(LAYERS, 0 if self._is_put else LAYERS)
         self._seen: dict[int, NDArray[np.uint8]] = {}
 
-    async def follow(self, slots: list[int], contents: NDArray[np.uint8]) -> None:
-        """Write the layers of a put one by one, or look at those of a get as they come."""
-        if self._is_put:
-            await self._write(slots, contents)
-        else:
-            await self._look(slots)
-
-    async def _write(self, slots: list[int], contents: NDArray[np.uint8]) -> None:
+    async def write(self, slots: list[int], contents: NDArray[np.uint8]) -> None:
+        """Write the layers of a put one by one, perhaps not all of them."""
         random = self._random
         stop_at = random.choice([LAYERS, LAYERS, random.randrange(LAYERS)])
         for layer in range(stop_at):
@@ -50,23 +44,22 @@ class LayeredRequest:
             self.progress.ready = layer + 1
             self._engine.nudge_device()
 
-    async def _look(self, slots: list[int]) -> None:
+    async def look(self, slots: list[int]) -> None:
+        """Look at the layers of a get as they come."""
         for layer in range(LAYERS):
             if not await self.progress.reached(layer):
                 return
             columns = slice(layer * LAYER_BYTES, (layer + 1) * LAYER_BYTES)
             self._seen[layer] = self._device[slots, columns].copy()
 
-    def check(self, response: KVResponse, slots: list[int], contents: NDArray[np.uint8]) -> int:
-        """Check what a get has seen and loaded; return the number of blocks that it loaded."""
+    def check(self, response: KVResponse, slots: list[int]) -> None:
+        """Check that each layer of what a get has loaded was there when that was reported."""
         first, last = self._request.span.first_block, self._request.span.last_block
         per_block = self._request.tokens_per_block
         moved = response.return_mask[: last * per_block : per_block][first:]
+        loaded = self._device[np.array(slots, np.int64)[moved]]
         for layer, content in self._seen.items():
             columns = slice(layer * LAYER_BYTES, (layer + 1) * LAYER_BYTES)
-            assert np.array_equal(content[moved], contents[moved, columns]), "wrong layer"
+            assert np.array_equal(content[moved], loaded[:, columns]), "wrong layer"
         if moved.all() and len(moved):
             assert len(self._seen) == LAYERS, "a layer was not reported"
-        at = np.array(slots, np.int64)[moved]
-        assert np.array_equal(self._device[at], contents[moved]), "wrong bytes"
-        return int(moved.sum())

@@ -4,7 +4,11 @@ A simulated inference engine owns device slots. It puts prompts, gets them back,
 the cache, and gives up at random moments. The oracles:
 
 - every block that a response claims has exactly the bytes that belong to its key, and so has every
-  block of the other KV groups that the prefix needs;
+  block of the other KV groups that the prefix needs; each clear changes these bytes, and nothing
+  from before one is served to a request that began after it;
+- once nothing fails any more, what host memory has becomes far, and all that is far is offered and
+  loaded (`simulated_liveness.py`);
+- what is still coming from far is not offered;
 - what lies far is looked up only where the local blocks end;
 - device slots that were given back are never written again, and what was read from them after
   they were given back is never served;
@@ -21,12 +25,12 @@ the cache, and gives up at random moments. The oracles:
 from __future__ import annotations
 
 import asyncio
-from itertools import takewhile
+from contextlib import suppress
+from functools import partial
 from random import Random
 
 import numpy as np
 from msgspec import structs
-from numpy.typing import NDArray
 
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ClearedError, DeadlineError, TransferError
@@ -39,6 +43,8 @@ from flexkv.testing.fake_backend import CrashState, FakeBackend, empty
 from flexkv.testing.fake_far import random_far
 from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
+from flexkv.testing.simulated_contents import content_of
+from flexkv.testing.simulated_crashes import Survival
 from flexkv.testing.simulated_groups import (
     GROUPS_MAX,
     TOKENS_PER_BLOCK,
@@ -48,6 +54,7 @@ from flexkv.testing.simulated_groups import (
     slot_mapping,
 )
 from flexkv.testing.simulated_layers import LayeredRequest
+from flexkv.testing.simulated_liveness import FarLiveness
 from flexkv.testing.virtual_time import run_virtual
 from flexkv.tiers.limits import disk_windows
 
@@ -61,16 +68,12 @@ MIXES = [
 
 
 class Simulation:
-    """One seeded life of a simulated inference engine, up to a crash or its end.
-
-    Attributes:
-        remains: what the next life begins with; None until then, and without an SSD tier.
-    """
+    """One seeded life of a simulated inference engine, up to a crash or its end."""
 
     def __init__(
         self, random: Random, model: ModelConfig, prompts: list[list[int]], remains: CrashState
     ) -> None:
-        self.random, self.prompts, self.begun_with = random, prompts, remains
+        self.random, self.prompts = random, prompts
         self.groups = SimulatedGroups(model)
         faults = FaultPlan(
             random.randrange(1 << 30),
@@ -80,9 +83,6 @@ class Simulation:
             flip_probability=random.choice([0.0, 0.0, 0.05]),
             hang_probability=random.choice([0.0, 0.0, 0.05]),
         )
-        self.is_sound = not faults.flip_probability
-        self.is_faultless = self.is_sound and not faults.failure_probability
-        self.is_trusted = remains.is_trusted and self.is_faultless
         leaf_groups = len(self.groups.spaces)
         host_blocks = random.randint(4 + 8 * leaf_groups, 24 * (1 + leaf_groups))
         disk_blocks, slots = len(remains.store), 64 * (1 + leaf_groups)
@@ -105,7 +105,7 @@ class Simulation:
             shutdown_flush_s=random.choice([0.0, 0.01, 1.0]),
         )
         self.capacity = {Tier.HOST: host_blocks, Tier.DISK: disk_blocks}
-        self.far, ship = random_far(random)
+        self.far, ship = random_far(random, remains.generation)
         self.backend = FakeBackend(host_blocks, faults, remains, far=self.far)
         self.backend.ship = ship
         piece_bytes = random.choice([1, 2, 100]) * BLOCK_KEY_BYTES
@@ -119,82 +119,9 @@ class Simulation:
         self.moved_blocks = 0
         self._asleep = False
         self.operations = random.choice(MIXES)
-        self.remains: CrashState | None = None
-        self._ios = 0
-        self._power_loss = random.random() < 0.5
-        self._crash_at = random.choice([0, random.randint(1, 10), random.randint(1, 60)])
-        self._counts = random.random() < (0.2 if self._power_loss else 0.7)
-        """Whether steps count towards the crash: from the start, or only after the first flush."""
-        self._flushed: dict[tuple[bytes, int], int] = {}
-        """Key and place of each block that must survive a crash, and the writes begun by then."""
-        self._syncing: dict[tuple[bytes, int], int] = {}
-        self._synced: dict[tuple[bytes, int], int] = {}
-        """What was on SSD when the last sync began, and the last that has succeeded."""
-        self._keys_syncing: set[bytes] = set()
-        self._keys_synced: set[bytes] = set()
-        """The same as keys, with blocks of earlier lives that may be wrong."""
-        self._clears = 0
+        self.survival = Survival(random, self.engine, self.backend, remains)
         self._put_since_clear: set[bytes] | None = None
         """Keys of puts since everything was last cleared; None before the first such clear."""
-
-    # -- crashes --------------------------------------------------------------------------------
-
-    def _on_io(self) -> None:
-        """Count a step of the disk or a journal; before one of them, record what a crash leaves."""
-        self._ios += self._counts
-        if self._ios == self._crash_at and self.remains is None and self._counts:
-            self.remains = self._crash(self._power_loss)
-
-    def _crash(self, power_loss: bool) -> CrashState:
-        port, random = self.backend.port, self.random
-        assert port is not None
-        last_touched = {at: number for number, at in enumerate(port.touched)}
-        flushed = {
-            (key, at)
-            for key, at in self._flushed.keys() & self._on_disk()
-            if last_touched.get(at, -1) < self._flushed[key, at]
-        }
-        return CrashState(
-            port.remains(random, power_loss),
-            [files.remains(random, power_loss) for files in self.backend.files],
-            flushed,
-            self.is_trusted and not power_loss,
-        )
-
-    def _on_disk(self, all_of_it: bool = False) -> set[tuple[bytes, int]]:
-        """Return key and place of blocks on SSD that are right; `all_of_it`: even if bits flip."""
-        port = self.backend.port
-        if port is None or not ((self.is_sound or all_of_it) and self.backend.files):
-            return set()
-        # Blocks that an earlier life left may be wrong, unless that life was to be trusted.
-        places = sorted(set(port.touched))
-        if self.begun_with.is_trusted:
-            places = list(range(self.capacity[Tier.DISK]))
-        if not places:
-            return set()
-        exported = self.engine.residency.export(Tier.DISK, np.array(places, np.int64))
-        pairs = zip(exported, places, strict=True)
-        return {(record[:16].tobytes(), at) for record, at in pairs if record.any()}
-
-    def _check_restored(self) -> None:
-        """Check that flushed blocks are there, up to the first of a prompt that was not flushed."""
-        if self.begun_with.is_trusted and self.backend.files:
-            for key, at in self._on_disk(all_of_it=True):
-                assert self.begun_with.store[at].tobytes() == key, (
-                    "a journal names a block that is not there"
-                )
-        kept = [(key, at) for key, at in self.begun_with.flushed if at < self.capacity[Tier.DISK]]
-        for key, at in kept:
-            assert self.begun_with.store[at].tobytes() == key, "a flushed block was not synced"
-        there = {key for key, _ in kept}
-        for prompt in self.prompts:
-            request = self.engine.requests.intake(Operation.PREFETCH, prompt)
-            wanted = list(takewhile(there.__contains__, block_keys(request.keys)))
-            found = self.engine.residency.find(request.keys).chain
-            assert found >= len(wanted), f"{len(wanted) - found} flushed blocks are lost"
-            leaves = set(self.groups.leaves_of(request.keys, len(wanted))) & there
-            left = {key for _, key in self.groups.there(self.engine.residency, request.keys)}
-            assert leaves <= left, f"{len(leaves - left)} flushed leaves are lost"
 
     def _check_cleared(self) -> None:
         """Check that no block from before the last clear of everything is there."""
@@ -211,22 +138,16 @@ class Simulation:
 
     async def _open(self) -> None:
         """Open the engine without faults, and begin to watch what its tiers do."""
-        backend = self.backend
-        for files in backend.files:
+        for files in self.backend.files:
             files.faulty = False
         await self.engine.open()
-        for files in backend.files:
-            files.faulty, files.on_io = True, self._on_io
-        if backend.port is not None:
-            backend.port.on_io = self._on_io
-        if backend.ledger is not None:
-            backend.ledger.on_sync, backend.ledger.on_synced = self._on_sync, self._on_synced
+        self.survival.watch()
 
     async def run(self) -> None:
         """Run every request to its end, close, and check that nothing is left."""
         engine, random = self.engine, self.random
         await self._open()
-        self._check_restored()
+        self.survival.check_restored(self.prompts, self.groups)
         engine.register_kv_caches([self.device])
         kinds = (
             (self._request, random.randint(5, 30 * (1 + len(self.groups.spaces)))),
@@ -241,18 +162,38 @@ class Simulation:
             await self._flush(0.0)
         engine.residency.validate()
         self._check_cleared()
-        if self.is_trusted and not (self.far and self.far.damaged_blocks):
+        self.survival.check_bytes()
+        if self.survival.is_trusted and not (self.far and self.far.damaged_blocks):
             assert engine.statistics().corrupt_blocks == 0, (
                 "a journal names a block that is not there"
             )
+        if self.far is not None and random.random() < 0.5:
+            await self._check_liveness()
         await engine.close()
         assert np.all(self.device == GARBAGE), "a device slot was written after it was given back"
         assert not any(files.open_files for files in self.backend.files), "a file was left open"
-        if self.remains is None and self.backend.port is not None:
-            if self.is_faultless:
-                port = self.backend.port
-                self._flushed = dict.fromkeys(self._on_disk(), len(port.touched))
-            self.remains = self._crash(power_loss=False)
+        self.survival.end()
+
+    async def _check_liveness(self) -> None:
+        """Let the far tier be in order again, and check that everything goes on."""
+        liveness = FarLiveness(
+            self.random, self.engine, self.backend, self.survival, self.groups, self._move_all
+        )
+        await liveness.check(self.prompts)
+        self.survival.check_bytes()
+
+    async def _move_all(self, request: Request) -> int:
+        """Perform a get or put of all blocks; return how many of the chain a get loaded."""
+        slots = [self.free_slots.pop() for _ in range(request.span.last_block)]
+        leaves = LeafSlots(self.groups, request)
+        assert leaves.choose_all(self.free_slots), "a slot was not given back"
+        moved = await self._with_slots(request, slots, leaves)
+        self._give_back(slots + leaves.all_slots)
+        return moved
+
+    def _give_back(self, slots: list[int]) -> None:
+        self.device[slots] = GARBAGE
+        self.free_slots.extend(slots)
 
     async def _sleep_and_wake(self, start_s: float) -> None:
         """Suspend the device for a while, unless it is suspended already."""
@@ -275,40 +216,8 @@ class Simulation:
 
     async def _flush(self, start_s: float) -> None:
         await asyncio.sleep(start_s)
-        port, clears, in_host = self.backend.port, self._clears, self._keys_in(Tier.HOST)
-        try:
-            report = await self.engine.flush()
-        except TransferError:  # injected: a write or the sync failed
-            return
-        if clears != self._clears or port is None:
-            return
-        self._counts = True
-        on_disk = self._keys_in(Tier.DISK)
-        if self.backend.files:
-            self._flushed = self._synced
-            on_disk &= self._keys_synced
-        unsafe = in_host & self._keys_in(Tier.HOST) - on_disk
-        assert len(unsafe) <= report.lacking_blocks.get(Tier.DISK.label, 0), (
-            "a flush returned before all was written, and does not report it"
-        )
-
-    def _on_sync(self) -> None:
-        """Note what is on SSD when a sync begins: it has to be safe once the sync has succeeded."""
-        port = self.backend.port
-        assert port is not None
-        self._syncing = dict.fromkeys(self._on_disk(), len(port.touched))
-        self._keys_syncing = self._keys_in(Tier.DISK)
-
-    def _on_synced(self) -> None:
-        """Note that what was on SSD when the sync began is safe."""
-        self._synced, self._keys_synced = self._syncing, self._keys_syncing
-
-    def _keys_in(self, tier: Tier) -> set[bytes]:
-        """Return the keys of the blocks that are READY in a tier."""
-        if tier not in self.engine.residency.tiers:
-            return set()
-        exported = self.engine.residency.export(tier, np.arange(self.capacity[tier]))
-        return {record[:BLOCK_KEY_BYTES].tobytes() for record in exported if record.any()}
+        with suppress(TransferError):  # injected: a write or the sync failed
+            await self.survival.flushed()
 
     async def _request(self, start_s: float) -> None:
         await asyncio.sleep(start_s)
@@ -341,16 +250,25 @@ class Simulation:
         leaves = LeafSlots(self.groups, request)
         is_put = operation is Operation.PUT
         if leaves.choose(random, request.span.last_block, is_put, self.free_slots):
-            await self._with_slots(request, slots, leaves, give_up_s)
-        slots += leaves.all_slots
-        self.device[slots] = GARBAGE
-        self.free_slots.extend(slots)
+            by_layer = bool(slots) and not self.groups.spaces and random.random() < 0.3
+            await self._with_slots(request, slots, leaves, give_up_s, by_layer)
+        self._give_back(slots + leaves.all_slots)
 
     def _behind_a_match(self, request: Request) -> Request:
-        """Return a prefetch, at times narrowed to what an engine would fetch behind a match."""
-        if self.far is None or self.random.random() < 0.5:
+        """Return a prefetch, at times narrowed to what an engine would fetch behind a match.
+
+        What the match offers must not be on its way from far.
+        """
+        if self.far is None:
             return request
         here, far, *_ = self.engine.requests.find_apart(request.keys)
+        claims = self.engine.residency.claims
+        for pending in (here.pending, *[leaves.pending for leaves in here.leaves]):
+            if pending is not None:
+                sources = claims.sources(Tier.HOST, pending.block_ids)
+                assert self.far.tier not in sources, "what is coming from far was offered"
+        if self.random.random() < 0.5:
+            return request
         last = min(here.last + sum(far.values()), request.span.last_block)
         return request.narrowed(here.last, max(here.last, last))
 
@@ -369,8 +287,8 @@ class Simulation:
         random, engine = self.random, self.engine
         chance = random.random()
         if chance < 0.03:
-            self._flushed, self._clears = {}, self._clears + 1
             tier = random.choice([None, *engine.residency.tiers])
+            self.survival.about_to_clear(tier is None)
             engine.retention.clear(tier)
             if tier is None:
                 self._put_since_clear = set()
@@ -387,14 +305,20 @@ class Simulation:
             engine.retention.pins.unpin_owner(random.choice("ab"))
 
     async def _with_slots(
-        self, request: Request, slots: list[int], leaves: LeafSlots, give_up_s: float | None
-    ) -> None:
-        first = request.span.first_block
-        contents = [np.frombuffer(key, np.uint8) for key in block_keys(request.keys)[first:]]
-        if request.operation is Operation.PUT:
-            for slot, content in zip(slots, contents, strict=True):
-                self.device[slot] = content
-            for slot, content in leaves.contents():
+        self,
+        request: Request,
+        slots: list[int],
+        leaves: LeafSlots,
+        give_up_s: float | None = None,
+        by_layer: bool = False,
+    ) -> int:
+        """Perform a get or put with slots; return how many blocks of the chain a get loaded."""
+        first, keys = request.span.first_block, block_keys(request.keys)
+        generation, oldest = self.survival.generation, self.survival.oldest
+        if is_put := request.operation is Operation.PUT:
+            for slot, key in zip(slots, keys[first:], strict=True):
+                self.device[slot] = content_of(key, generation)
+            for slot, content in leaves.contents(generation):
                 self.device[slot] = content
         mapping = slot_mapping(request, slots)
         ready = self.engine.requests.with_slots(
@@ -402,44 +326,44 @@ class Simulation:
         )
         if ready is None:
             assert self._asleep, "the engine does not know a registered device"
-            return
-        if slots and not self.groups.spaces and self.random.random() < 0.3:
-            await self._layer_by_layer(ready, slots, np.array(contents), give_up_s)
-            return
-        response = await self._perform(ready, give_up_s)
-        if response is None or request.operation is not Operation.GET:
-            return
+            return 0
+        if by_layer:
+            response = await self._layer_by_layer(ready, slots, give_up_s)
+        else:
+            response = await self._perform(ready, give_up_s)
+        if response is None or is_put:
+            return 0
+        is_right = partial(self.survival.is_right, oldest=oldest)
         moved = response.return_mask.reshape(-1)[: request.span.last_block * TOKENS_PER_BLOCK]
-        for position, (slot, content) in enumerate(zip(slots, contents, strict=True)):
-            if moved[(first + position) * TOKENS_PER_BLOCK]:
-                self.moved_blocks += 1
-                assert np.array_equal(self.device[slot], content), "wrong bytes"
-        if moved.any():
-            end = int(np.count_nonzero(moved)) // TOKENS_PER_BLOCK
-            leaves.check(self.device, first + end)
+        for position, (slot, key) in enumerate(zip(slots, keys[first:], strict=True), first):
+            if moved[position * TOKENS_PER_BLOCK]:
+                assert is_right(key, self.device[slot]), "wrong bytes"
+        count = int(np.count_nonzero(moved)) // TOKENS_PER_BLOCK
+        if count:
+            leaves.check(self.device, first + count, is_right)
+        self.moved_blocks += count
+        return count
 
     async def _layer_by_layer(
-        self,
-        request: Request,
-        slots: list[int],
-        contents: NDArray[np.uint8],
-        give_up_s: float | None,
-    ) -> None:
+        self, request: Request, slots: list[int], give_up_s: float | None
+    ) -> KVResponse | None:
         """Perform a put whose layers are written one by one, or check a get's as they come."""
-        is_put = request.operation is Operation.PUT
         layered = LayeredRequest(self.random, self.engine, request, self.device)
-        if is_put:
+        contents = self.device[slots]
+        if is_put := request.operation is Operation.PUT:
             self.device[slots] = GARBAGE
             give_up_s = give_up_s or 1.0  # the layers may stop in the middle
+        follow = layered.write(slots, contents) if is_put else layered.look(slots)
         async with asyncio.TaskGroup() as group:
-            follower = group.create_task(layered.follow(slots, contents))
+            follower = group.create_task(follow)
             watched = structs.replace(request, watch=layered.progress)
             response = await self._perform(watched, give_up_s)
             layered.progress.end()
             if is_put:
                 follower.cancel()
         if response is not None and not is_put:
-            self.moved_blocks += layered.check(response, slots, contents)
+            layered.check(response, slots)
+        return response
 
     async def _perform(self, request: Request, give_up_s: float | None) -> KVResponse | None:
         try:
@@ -486,9 +410,9 @@ def simulate(seed: int) -> int:
             simulation = Simulation(random, model, prompts, remains)
             run_virtual(simulation.run())
             moved_blocks += simulation.moved_blocks
-            if simulation.remains is None or not simulation.remains.journals:
+            if simulation.survival.remains is None or not simulation.survival.remains.journals:
                 break
-            remains = simulation.remains
+            remains = simulation.survival.remains
             if random.random() < 0.3:
                 remains = _resized(remains, random.choice([8, 20, 48]))
     except BaseException as error:
