@@ -60,6 +60,8 @@ class ShipLimits(NamedTuple):
     """Whether only blocks that a load has found are written, not all that reach host memory."""
     blocks_per_s: float | None = None
     """How many blocks a second may begin to be written; None: any number."""
+    where: str = "the tier"
+    """Names the tier in errors."""
 
 
 class WriteBehindLimits(NamedTuple):
@@ -179,6 +181,8 @@ class WriteBehind:
         if self._is_closed:
             return
         attempts, epoch = (taken.attempts, taken.epoch) if taken is not None else (0, None)
+        if isinstance(error, DeadlineError) and tier in self._limits.far:
+            error = self._silent(tier, len(host_ids))  # which names the store, as its errors do
         if not isinstance(error, RecalledError):
             self._failures[tier] = error
             attempts += 1
@@ -394,14 +398,16 @@ class WriteBehind:
         for tier, queue in self._queues.items():
             while queue.epochs.left_of(epochs[tier]) and not self._is_closed:
                 if not (self._may_write(tier) or self._is_on_trial(tier)):
-                    return self._failures.get(tier) or DeadlineError(
-                        -1,
-                        f"host→{tier.label}",
-                        queue.epochs.left_of(epochs[tier]),
-                        "the tier does not respond",
-                    )
+                    left = queue.epochs.left_of(epochs[tier])
+                    return self._failures.get(tier) or self._silent(tier, left)
                 await self._change(RETRY_S)
         return None
+
+    def _silent(self, tier: Tier, blocks: int) -> DeadlineError:
+        """Return the error of blocks that are not written because nothing is heard of a tier."""
+        ship = self._limits.far.get(tier)
+        where = "the tier" if ship is None else ship.where
+        return DeadlineError(-1, f"host→{tier.label}", blocks, f"{where} does not respond")
 
     async def owe_all(self) -> None:
         """Owe to lower tiers the blocks of host memory that they lack and have free places for.

@@ -198,7 +198,9 @@ class RemoteTier:
         if when == "off":
             return None
         per_s = None if mb_per_s is None else mb_per_s * MB / self._sizes.block_stride_bytes
-        return ShipLimits(size, WRITE_WINDOWS * write * size, when == "reused", per_s)
+        assert self.requests is not None
+        where = self.requests.store.where
+        return ShipLimits(size, WRITE_WINDOWS * write * size, when == "reused", per_s, where)
 
 
 class _Discovery(NamedTuple):

@@ -209,7 +209,7 @@ async def test_a_store_that_is_away_costs_nothing_but_its_hits(tmp_path: Path) -
         "shutdown_flush_s": 0.1, "io_deadline_s": 1.0,
     }  # fmt: skip
     async with Node(remote) as node:
-        with pytest.raises(TransferError, match=r"s3|does not respond"):
+        with pytest.raises(TransferError, match="s3://bucket/kv"):
             await node.put(1)
         assert await node.get(1) == BLOCKS
         assert not node.store.is_joined

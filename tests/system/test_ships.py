@@ -41,6 +41,7 @@ class Bench:
         cache = CacheConfig(tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=host, evict_ratio=0.0)
         self.far = far
         faults, sound = FaultPlan(1, failure, 0.001, 0.01), FaultPlan(1, 0.0, 0.001, 0.01)
+        self.faults = faults
         self.backend = FakeBackend(host, faults, empty(0), sound, far=far)
         self.backend.ship = ship
         window = Window(window_spans * SPAN * BLOCK_KEY_BYTES, SPAN * BLOCK_KEY_BYTES)
@@ -168,6 +169,19 @@ def test_a_write_that_fails_is_tried_again_and_then_given_up() -> None:
         assert await bench.perform(Operation.GET) == BLOCKS
 
     on_bench(work, far, failure=1.0)
+
+
+def test_a_flush_names_a_store_that_hangs() -> None:
+    """A write that has taken too long is said of the store by its name, as any failure of it."""
+
+    async def work(bench: Bench) -> None:
+        bench.faults.delay_min_s = bench.faults.delay_max_s = 5 * bench.engine.cache.io_deadline_s
+        await bench.perform(Operation.PUT)
+        for _ in range(2):  # as it is found out, and afterwards
+            with pytest.raises(TransferError, match="a far store does not respond"):
+                await bench.engine.flush()
+
+    on_bench(work, new_far(), ship=SHIP._replace(where="a far store"))
 
 
 @pytest.mark.parametrize(("host", "spans"), [(24, 1), (32, 2)])
