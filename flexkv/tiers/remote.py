@@ -122,7 +122,7 @@ class RemoteTier:
             Window(read * span_bytes, read * span_bytes),
             Window(write * span_bytes, span_bytes),
             pool,
-            work=partial(_work, port, pool, hints, discovery.work),
+            work=partial(self._work, port, hints, discovery.work),
             ship=self._ship(size, write),
             store=partial(_statistics, requests, pool, hints, discovery),
             stop=port.stop,
@@ -135,6 +135,26 @@ class RemoteTier:
         """Go to the pool of a generation of the cluster, if there is a remote tier."""
         if self.pool is not None:
             self.pool.follow(cluster_generation)
+
+    def _work(
+        self, port: RemotePort, hints: Hints, work: Callable[[Spawn], Work], hooks: TierHooks
+    ) -> Work:
+        """Return the tasks that the engine has to run for the tier."""
+        pool = self.pool
+        assert pool is not None
+
+        def lose(why: str) -> None:
+            self._unavailable.lose_tier(Tier.REMOTE, why)
+            hooks.lose(why)
+
+        port.spawn, pool.lose = hooks.spawn, lose
+        state = TierState(hooks.is_failing, hooks.try_now)
+        return {
+            "remote pool": pool.run(),
+            "remote hints": keep_time(hints),
+            "remote probe": Probe(port.requests, pool).run(state),
+            **work(hooks.spawn),
+        }
 
     @property
     def _can_list(self) -> bool:
@@ -219,24 +239,6 @@ class _Discovery(NamedTuple):
     work: Callable[[Spawn], Work]
     counts: Callable[[], tuple[int, CollectionCounts, TouchCounts]]
     look_up: Callable[[bytes, int, int], Awaitable[None] | None] | None = None
-
-
-def _work(
-    port: RemotePort,
-    pool: SharedPool,
-    hints: Hints,
-    work: Callable[[Spawn], Work],
-    hooks: TierHooks,
-) -> Work:
-    port.spawn = hooks.spawn
-    pool.lose = hooks.lose
-    state = TierState(hooks.is_failing, hooks.try_now)
-    return {
-        "remote pool": pool.run(),
-        "remote hints": keep_time(hints),
-        "remote probe": Probe(port.requests, pool).run(state),
-        **work(hooks.spawn),
-    }
 
 
 def _statistics(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +186,30 @@ async def test_engines_of_other_models_share_nothing(remote: dict[str, Any]) -> 
         await other.until(listed)
         assert other.store.known_spans == 0
         assert await other.get(1) == 0
+
+
+async def test_a_pool_that_holds_other_blocks_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If something else is described in the pool's place, the tier is given up, and that is said.
+
+    The log and the statistics say why; the engine serves from its own tiers.
+    """
+    remote = {"remote_cache_path": f"file://{tmp_path}/shared/"}
+    async with Node(remote) as first:
+        await first.until(listed)
+    (description,) = tmp_path.glob("shared/*/pool.json")  # noqa: ASYNC240 -- a small directory
+    description.write_text(description.read_text().replace("a model", "another"))
+    with caplog.at_level(logging.WARNING):
+        async with Node(remote, shutdown_flush_s=0.1) as second:
+            await second.until(lambda _: bool(second.manager.statistics().missing_tiers))
+            missing = second.manager.statistics().missing_tiers
+            assert "'another' there and 'a model' here" in missing["remote"]
+            with pytest.raises(TransferError, match=f"directory {tmp_path}/shared"):
+                await second.put(1)
+            assert await second.get(1) == BLOCKS
+    assert "tier_not_available" in caplog.text
+    assert "'another' there and 'a model' here" in caplog.text
 
 
 async def test_nothing_is_written_if_that_is_not_wanted(remote: dict[str, Any]) -> None:
