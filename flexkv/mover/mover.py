@@ -52,6 +52,7 @@ class Mover:
             self._life = MoverLife(self._config, self.sizes)
         except OSError as error:
             self._count_failure(now_s, f"it cannot be started: {error.strerror}")
+            log.warning("mover_ended", store=self.where, reason=self._why, lives=self.lives)
             raise RemoteError(self.where, "request", self._why) from error
         self.lives += 1
         log.info("mover_started", store=self.where, pid=self._life.pid)

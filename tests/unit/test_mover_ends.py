@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import gc
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from subprocess import TimeoutExpired
 import pytest
 
 from flexkv.common.errors import RemoteError
+from flexkv.mover import life as lives
 from flexkv.mover import mover as movers
 from flexkv.mover.codes import NOT_FOUND
 from flexkv.mover.life import END_S
@@ -184,6 +187,21 @@ async def test_a_mover_that_cannot_start_is_started_less_and_less_often(
         with pytest.raises(RemoteError, match="its mover is not there: no"):
             mover.life()
     assert mover.lives == 3
+
+
+async def test_a_mover_that_cannot_be_started_is_logged(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If no process can be started, the log says why, as when one has ended."""
+
+    def refuse(window_fd: int, answer_s: float) -> None:
+        raise OSError(errno.EAGAIN, "no process is left")
+
+    monkeypatch.setattr(lives, "_started", refuse)
+    with caplog.at_level(logging.WARNING), pytest.raises(RemoteError, match="no process is left"):
+        rig.store.mover.life()
+    assert "mover_ended" in caplog.text
+    assert "no process is left" in caplog.text
 
 
 async def test_a_mover_that_dies_while_a_slot_is_filled_fails_the_put(rig: Rig) -> None:
