@@ -402,6 +402,8 @@ FIGURES: tuple[tuple[Kind, str, str, Labels, Reader], ...] = (
      ("tier", "outcome"), _outcomes(lambda store: store.touches)),
     (GAUGE, "flexkv_store_horizon_seconds", "Age of the oldest spans that the budget has room for.",
      ("tier",), _horizon),
+    (GAUGE, "flexkv_store_refused", "Whether it refuses what collecting or touching spans needs.",
+     ("tier",), lambda now: [((tier,), bool(of.refused)) for tier, of in now.stores.items()]),
     (COUNTER, "flexkv_store_listed_rounds", "Listings of the whole pool that have ended.",
      ("tier",), _each("stores", "listed_rounds")),
 )  # fmt: skip

@@ -134,8 +134,11 @@ def remote_tier(cache: CacheConfig) -> Iterator[Finding]:
 
 
 async def _round_trip(requests: Requests) -> RoundTrip:
-    async with asyncio.timeout(ROUND_TRIP_S):
-        return await round_trip(requests.store)
+    try:
+        async with asyncio.timeout(ROUND_TRIP_S):
+            return await round_trip(requests.store)
+    finally:
+        await requests.store.leave()
 
 
 def _try(directory: Path) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from flexkv.io.remote.names import SHARDS, Pool
 from flexkv.io.remote.offline import FoundPool, FoundPools, SpanProver, base_of, fault_of
 from flexkv.io.remote.until import Until
 from flexkv.settings import load_settings
-from flexkv.tiers.remote_gc.lease import Lease, numbers_in
+from flexkv.tiers.remote_gc.lease import LEASE_S, Lease, numbers_in
 from flexkv.tiers.remote_gc.once import Collected, collect, shards_of
 from flexkv.tiers.remote_gc.removal import Removal
 from flexkv.tiers.remote_gc.rules import Limits
@@ -101,6 +101,7 @@ def _figures(each: FoundPool, found: FoundPools, now_s: float) -> dict[str, Any]
         "gb": round(each.nbytes / 1e9, 3),
         "oldest_days": round(max(0.0, oldest_s) / DAY_S, 3),
         "newest_days": round(max(0.0, newest_s) / DAY_S, 3),
+        "gc": "yes" if now_s - each.leased_s <= LEASE_S else "no",
     }
 
 

@@ -198,7 +198,10 @@ def _state(tier: str, joined: bool, now: Samples) -> str:
         return "[bold red]not joined"
     ups = now.get("flexkv_tier_up", {})
     down = [way for way in ("reads", "writes") if not ups.get((way, tier), 1.0)]
-    return f"[bold red]{', '.join(down)} down" if down else "joined"
+    if down:
+        return f"[bold red]{', '.join(down)} down"
+    is_refused = now.get("flexkv_store_refused", {}).get((tier,), 0.0)
+    return "[bold red]collection refused" if is_refused else "joined"
 
 
 def _routes(now: Samples, before: Samples | None, seconds: float) -> Table:

@@ -124,6 +124,8 @@ class StoreStatistics(msgspec.Struct, frozen=True):
         requests: what was asked of the store since the start.
         collection: what was deleted from the pool, and whether this engine does that.
         touches: what was done for spans that were read and old.
+        refused: why the store refuses what collecting or touching needs, so that it pauses; empty
+            if it does not.
     """
 
     where: str
@@ -135,6 +137,7 @@ class StoreStatistics(msgspec.Struct, frozen=True):
     requests: RemoteCounts
     collection: CollectionCounts
     touches: TouchCounts
+    refused: str = ""
 
 
 class ClusterStatistics(msgspec.Struct, frozen=True):

@@ -193,6 +193,7 @@ class RemoteTier:
             SpanNews(partial(_note, hints, touches.used), forget),
             work,
             lambda: (listing.rounds, collector.counts(), touches.counts()),
+            lambda: collector.refusals.why or touches.refusals.why,
         )
 
     def _by_lookups(self, requests: Requests, pool: SharedPool, hints: Hints) -> _Discovery:
@@ -210,6 +211,7 @@ class RemoteTier:
             SpanNews(partial(_note, hints, _nothing), partial(_drop, hints)),
             work,
             lambda: (0, *nothing),
+            lambda: "",
             lookups.look_up,
         )
 
@@ -231,6 +233,7 @@ class _Discovery(NamedTuple):
         news: takes what the port has learnt of them.
         work: returns the tasks that learn it from the store.
         counts: returns how often the pool was listed, and what was collected and touched.
+        refused: returns why the store refuses what collecting or touching needs.
         look_up: see `TierParts`.
     """
 
@@ -238,6 +241,7 @@ class _Discovery(NamedTuple):
     news: SpanNews
     work: Callable[[Spawn], Work]
     counts: Callable[[], tuple[int, CollectionCounts, TouchCounts]]
+    refused: Callable[[], str]
     look_up: Callable[[bytes, int, int], Awaitable[None] | None] | None = None
 
 
@@ -256,6 +260,7 @@ def _statistics(
         requests=requests.counts(),
         collection=collection,
         touches=touches,
+        refused=discovery.refused(),
     )
 
 

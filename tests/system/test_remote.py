@@ -67,7 +67,7 @@ class Node:
     async def until_gets(self, seed: int, blocks: int) -> None:
         """Get a prompt, again and again, until so many blocks come."""
         async with asyncio.timeout(60):
-            while await self.get(seed) != blocks:
+            while await self.get(seed) != blocks:  # noqa: ASYNC110 -- the state of another engine
                 await asyncio.sleep(0.01)  # a get that finds nothing lets no other task run
 
     async def until_stores(self, seed: int) -> None:

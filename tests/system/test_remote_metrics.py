@@ -85,7 +85,7 @@ def test_every_number_of_a_store_is_a_metric(served: Any) -> None:
         "hedges_total": 8, "hedges_won_total": 9, "busy_total": 10, "missing_spans_total": 11,
         "existing_spans_total": 12, "wrong_answers_total": 13, "deleted_spans_total": 14,
         "joined": 1, "generation": 21, "known_spans": 22, "lost_spans_total": 23,
-        "listed_rounds_total": 24, "horizon_seconds": 32.5,
+        "listed_rounds_total": 24, "horizon_seconds": 32.5, "refused": 0,
     }  # fmt: skip
     for name, wanted in (
         ("requests", {"get": 1, "put": 2, "list": 3}),
@@ -112,6 +112,8 @@ def test_a_store_is_watched_in_the_terminal(served: Any) -> None:
     (line,) = [each for each in shown(url).splitlines() if "joined" in each]
     cells = [cell.strip() for cell in line.strip("│ ").split("│")]
     assert cells == ["remote", "joined", "0", "0 in, 0 out", "22", "1", "2", "3", "4"]
+    stores["remote"] = structs.replace(STORE, refused="s3://bucket: delete failed: status 403")
+    assert "collection refused" in shown(url)
     stores["remote"] = structs.replace(STORE, is_joined=False)
     assert "not joined" in shown(url)
     options = ["top", "--url", url, "--interval", "0.1", "--count", "1"]

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from typer.testing import CliRunner
 from flexkv.cli.main import commands
 from flexkv.cli.remote_store import Session, run
 from flexkv.common.errors import ConfigError, RemoteError
+from flexkv.io.remote.directory import DirectoryStore
 from flexkv.io.remote.open import open_store
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.round_trip import round_trip
 from flexkv.settings import load_settings
 from flexkv.tiers.remote_gc.collector import generation_of
-from flexkv.tiers.remote_gc.lease import Lease
+from flexkv.tiers.remote_gc.lease import LEASE_S, Lease, folder_of
 from tests.remote_pools import POOL, fill, span_key
 
 RUNNER = CliRunner()
@@ -98,6 +100,14 @@ def test_ls_lists_pools_with_model_size_and_age(shared: Shared) -> None:
     assert (base["spans"], base["blocks"], newer["spans"]) == (6, 24, 2)
     assert base["oldest_days"] == pytest.approx(2, abs=0.01)
     assert base["newest_days"] == pytest.approx(0, abs=0.01)
+    assert base["gc"] == "no"
+    lease = shared.folder / folder_of(POOL) / "3"
+    lease.parent.mkdir(exist_ok=True)
+    lease.write_text("an engine")
+    collected = {pool["pool"]: pool["gc"] for pool in shared.json("ls")}
+    assert collected == {POOL.name: "yes", generation_of(POOL, 1).name: "no"}
+    os.utime(lease, (0, time.time() - 2 * LEASE_S))
+    assert {pool["gc"] for pool in shared.json("ls")} == {"no"}
     shown = shared.run("ls").stdout
     assert POOL.name[:6] in shown
     assert "oldest" in shown
@@ -237,6 +247,22 @@ def test_doctor_tries_the_remote_tier(shared: Shared) -> None:
     assert "MB/s" in finding["found"]
     assert "ms a request" in finding["found"]
     assert [each for each in shared.folder.rglob("*") if each.is_file()] == []
+
+
+@pytest.mark.parametrize("kind", ["touch", "pages"])
+def test_doctor_tries_all_that_an_engine_does(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A store that refuses to list, or to touch an object, is a finding, too."""
+
+    def refuse(self: DirectoryStore, name: str) -> None:
+        raise RemoteError("the store", kind, "status 403", is_lasting=True)
+
+    shared.set("FLEXKV_ENABLE_REMOTE", "1")
+    monkeypatch.setattr(DirectoryStore, kind, refuse)
+    result = RUNNER.invoke(commands, ["doctor", "--json"])
+    assert result.exit_code == 1, result.output
+    assert f"{kind} failed: status 403" in json.loads(result.stdout)["remote tier"]["found"]
 
 
 def test_doctor_says_why_the_remote_tier_cannot_be_used(shared: Shared) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import logging
 from collections.abc import AsyncIterator
 from random import Random
 
@@ -16,13 +18,13 @@ from flexkv.testing.timed_store import TimedStore
 from flexkv.testing.virtual_time import run_virtual
 from flexkv.tiers.remote_gc.collector import (
     GARBAGE_S,
-    REFUSED_S,
     SWEEP_S,
     Collector,
     generation_of,
 )
 from flexkv.tiers.remote_gc.lease import LEASE_S, RENEW_S, Lease
 from flexkv.tiers.remote_gc.once import SinglePool, shards_of
+from flexkv.tiers.remote_gc.refusals import PAUSE_MAX_S, PAUSE_S
 from flexkv.tiers.remote_gc.rules import Limits
 from tests.remote_engines import POOL, Rig, World, failed, with_rig
 
@@ -380,12 +382,48 @@ def test_a_store_that_refuses_touches_is_left_alone(monkeypatch: pytest.MonkeyPa
         await asyncio.sleep(10)
         assert rig.touches.counts().skipped == 1
         assert rig.touches.counts().touched == 0
-        await asyncio.sleep(REFUSED_S)
+        assert "status 403" in rig.touches.refusals.why
+        await asyncio.sleep(PAUSE_S)
         rig.touches.used(keys[1])
         await asyncio.sleep(10)
         assert rig.touches.counts().touched == 1
+        assert not rig.touches.refusals.why
 
     with_rig(Limits(ttl_s=TTL_S), work)
+
+
+def test_a_store_that_refuses_to_be_collected_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After one refusal the engine collects again within a minute; pauses of many are bounded."""
+    asked_s: list[float] = []
+
+    async def refuse(self: TimedStore, name: str, buffers: object) -> bool:
+        asked_s.append(asyncio.get_running_loop().time())
+        raise RemoteError("store", "put", "status 403", is_lasting=True)
+
+    async def main() -> None:
+        rig = Rig(Limits(ttl_s=TTL_S))
+        with monkeypatch.context() as patch:
+            patch.setattr(TimedStore, "put", refuse)
+            await rig.start()
+            assert "status 403" in rig.collector.refusals.why
+            await asyncio.sleep(PAUSE_S / 2)
+        await asyncio.sleep(PAUSE_S)
+        assert rig.collector.counts().is_collector
+        assert not rig.collector.refusals.why
+        asked_s.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(TimedStore, "put", refuse)
+            await asyncio.sleep(10 * PAUSE_MAX_S)
+        pauses = [later - earlier for earlier, later in itertools.pairwise(asked_s)]
+        assert [round(pause_s / PAUSE_S) for pause_s in pauses[:5]] == [1, 2, 4, 8, 10]
+        assert max(pauses) < PAUSE_MAX_S + 10
+        await rig.tasks.stop()
+
+    with caplog.at_level(logging.WARNING):
+        run_virtual(main())
+    assert f"pause_s={PAUSE_S:.0f}" in caplog.text
 
 
 def test_a_budget_alone_touches_once_the_pool_is_nearly_full() -> None:

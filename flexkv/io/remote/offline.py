@@ -40,6 +40,7 @@ class FoundPool:
         pool: its names and description; None if it has no description that can be read.
         spans, nbytes: how many, and their bytes.
         oldest_s, newest_s: when spans were last modified.
+        leased_s: when an engine has last taken or renewed the lease to collect it; 0 if none has.
         latest: the latest generation that an object below this pool's name stands for.
     """
 
@@ -49,6 +50,7 @@ class FoundPool:
     nbytes: int = 0
     oldest_s: float = float("inf")
     newest_s: float = 0.0
+    leased_s: float = 0.0
     latest: int = 0
 
     @property
@@ -108,6 +110,8 @@ async def pools_of(requests: Requests, seen: Callable[[int], object]) -> FoundPo
                 described.append(pool_name)
             elif rest.startswith("generations/") and rest[12:].isdecimal():
                 pool.latest = max(pool.latest, int(rest[12:]))
+            elif rest.startswith("gc/") and rest[3:].isdecimal():
+                pool.leased_s = max(pool.leased_s, each.modified_s)
             elif span_of(each.name) is not None:
                 pool.spans, pool.nbytes = pool.spans + 1, pool.nbytes + each.size_bytes
                 pool.oldest_s = min(pool.oldest_s, each.modified_s)

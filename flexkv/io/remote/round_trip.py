@@ -1,4 +1,4 @@
-"""Tries a store: writes an object, reads it back and deletes it."""
+"""Tries a store: writes an object, reads, lists and touches it, and deletes it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from flexkv.common.errors import RemoteError
 from flexkv.io.remote.store import Store
 
 ROUND_TRIP_BYTES = 16 << 20
+_FOLDER = "doctor/"
 
 
 class RoundTrip(NamedTuple):
@@ -24,12 +25,14 @@ class RoundTrip(NamedTuple):
 
 
 async def round_trip(store: Store, nbytes: int = ROUND_TRIP_BYTES) -> RoundTrip:
-    """Write, read and delete an object of its own, and return how fast that was.
+    """Write, read, list, touch and delete an object of its own, and return how fast that was.
+
+    So all that an engine asks of a store is tried once.
 
     Raises:
         RemoteError: the store failed, or returned other bytes than were written.
     """
-    name = f"doctor/{secrets.token_hex(16)}"
+    name = f"{_FOLDER}{secrets.token_hex(16)}"
     wanted = np.random.default_rng().bytes(nbytes)
     try:
         begin_s = time.perf_counter()
@@ -41,9 +44,15 @@ async def round_trip(store: Store, nbytes: int = ROUND_TRIP_BYTES) -> RoundTrip:
         begin_s = time.perf_counter()
         await store.head(name)
         head_s = time.perf_counter() - begin_s
-    except BaseException:  # cancelled, too; its own error tells more than that of the deletion
+        async for _ in store.pages(_FOLDER):
+            break
+        await store.touch(name)
+    except BaseException as error:  # cancelled, too; its own error tells more than the deletion's
         with suppress(RemoteError):
             await store.delete(name)
+        if isinstance(error, FileNotFoundError):
+            why = "what was written cannot be found"
+            raise RemoteError(store.where, "get", why) from None
         raise
     await store.delete(name)
     if found != wanted:

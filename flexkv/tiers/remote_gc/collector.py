@@ -27,6 +27,7 @@ from flexkv.io.remote.port import Spawn
 from flexkv.io.remote.requests import Requests
 from flexkv.observe.logs import get_logger
 from flexkv.tiers.remote_gc.lease import RENEW_S, Lease, numbers_in, within
+from flexkv.tiers.remote_gc.refusals import Refusals
 from flexkv.tiers.remote_gc.removal import Removal, RemovalCounts
 from flexkv.tiers.remote_gc.rules import (
     Ages,
@@ -48,8 +49,6 @@ SWEEP_S, LEFTOVER_S = 24 * 3600.0, 3600.0
 """How often a shard is searched for leftovers of puts, and how old those are at least."""
 CLOCK_S = 3600.0
 """How often the store's time is read."""
-REFUSED_S = 3600.0
-"""The pause after the store has refused the requests of collecting."""
 PAGE_S = 30.0
 
 
@@ -83,6 +82,7 @@ class Collector:
         touch_age_s: from which age on a read should touch a span.
         lease: the right to collect the pool, with the store's clock.
         removal: deletes spans and garbage, and counts that.
+        refusals: of the requests by which an engine collects.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class Collector:
         """
         self.lease = Lease(requests)
         self.removal = Removal(requests, delete_per_s or 1.0, forget)
+        self.refusals = Refusals()
         self._may_collect = delete_per_s is not None
         self._requests, self._pool, self._limits = requests, pool, limits
         self._has_limits = limits != Limits()
@@ -211,24 +212,29 @@ class Collector:
     async def _turn(self, pool: Pool) -> float:
         """Do what is due, and return the pause until the next turn."""
         try:
-            now_s = asyncio.get_running_loop().time()
-            if not self._has_limits:
-                await self._tidy_in_passing(pool, now_s)
-                return RENEW_S
-            is_held = self._may_collect and await self.lease.hold(pool)
-            if is_held != self._is_collector:
-                log.info("remote_collection", is_collector=is_held, pool=pool.name)
-            self._is_collector = is_held
-            if is_held and now_s - self._tidied_s > TIDY_S:
-                self._tidied_s = now_s
-                await self.tidy(pool)
-            elif not is_held and now_s - self._clock_s > CLOCK_S:
-                await self.lease.read_clock(pool)
-                self._clock_s = now_s
+            await self._do_what_is_due(pool)
         except RemoteError as error:
-            log.warning("remote_collection_failed", error=str(error))
-            return REFUSED_S if error.is_lasting else RENEW_S
+            pause_s = self.refusals.refused(error) if error.is_lasting else RENEW_S
+            log.warning("remote_collection_failed", error=str(error), pause_s=round(pause_s))
+            return pause_s
+        self.refusals.granted()
         return RENEW_S
+
+    async def _do_what_is_due(self, pool: Pool) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if not self._has_limits:
+            await self._tidy_in_passing(pool, now_s)
+            return
+        is_held = self._may_collect and await self.lease.hold(pool)
+        if is_held != self._is_collector:
+            log.info("remote_collection", is_collector=is_held, pool=pool.name)
+        self._is_collector = is_held
+        if is_held and now_s - self._tidied_s > TIDY_S:
+            self._tidied_s = now_s
+            await self.tidy(pool)
+        elif not is_held and now_s - self._clock_s > CLOCK_S:
+            await self.lease.read_clock(pool)
+            self._clock_s = now_s
 
     async def _tidy_in_passing(self, pool: Pool, now_s: float) -> None:
         """Remove garbage if that is due and no engine collects the pool, and release the lease.

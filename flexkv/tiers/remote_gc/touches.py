@@ -11,7 +11,6 @@ some are left to the next read.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections import OrderedDict, deque
 
@@ -25,7 +24,8 @@ from flexkv.io.remote.port import Spawn
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.until import Until
 from flexkv.observe.logs import get_logger
-from flexkv.tiers.remote_gc.collector import REFUSED_S, Collector
+from flexkv.tiers.remote_gc.collector import Collector
+from flexkv.tiers.remote_gc.refusals import Refusals
 from flexkv.tiers.remote_gc.turns import Pacer, side_by_side
 
 log = get_logger(__name__)
@@ -59,6 +59,7 @@ class Touches:
 
     Attributes:
         requests: the store's.
+        refusals: of touches.
     """
 
     def __init__(self, requests: Requests, pool: CurrentPool, collector: Collector) -> None:
@@ -70,8 +71,7 @@ class Touches:
         """When the spans that were looked at were last modified, or earlier."""
         self._unlisted: OrderedDict[BlockKey, float] = OrderedDict()
         """When the spans that no listing has shown were first used."""
-        self._refused_s = -math.inf
-        """When the store last refused a touch."""
+        self.refusals = Refusals()
         self._bell = Bell()
         self._touched = self._young = self._skipped = self._failed = 0
 
@@ -90,8 +90,7 @@ class Touches:
                 return
         elif key in self._looked_at:
             return
-        is_refused = asyncio.get_running_loop().time() < self._refused_s + REFUSED_S
-        if is_refused or len(self._waiting) >= WAITING_MAX:
+        if self.refusals.is_pause or len(self._waiting) >= WAITING_MAX:
             self._skipped += 1
             return
         self._queued.add(key)
@@ -122,8 +121,8 @@ class Touches:
         except (RemoteError, FileNotFoundError) as error:
             self._failed += 1
             if isinstance(error, RemoteError) and error.is_lasting:
-                self._refused_s = asyncio.get_running_loop().time()
-                log.warning("remote_span_not_touched", error=str(error))
+                pause_s = self.refusals.refused(error)
+                log.warning("remote_span_not_touched", error=str(error), pause_s=round(pause_s))
             return
         finally:
             self._queued.discard(key)
@@ -145,6 +144,7 @@ class Touches:
             return modified_s
         early_s = clock.early_s()
         await self.requests.touch(name, until)
+        self.refusals.granted()
         self._touched += 1
         return early_s
 
