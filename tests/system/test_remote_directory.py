@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -139,6 +142,63 @@ async def test_a_mount_that_is_gone_is_no_miss(tmp_path: Path) -> None:
     with pytest.raises(RemoteError, match="gone") as caught:
         await store.read_into(NAME, 0, [memoryview(bytearray(9))])
     assert caught.value.blames_tier
+    store.close()
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mount]:
+    """Return a path at which file systems come and go."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        assert os.stat(elsewhere).st_dev != tmp_path.stat().st_dev
+        yield Mount(tmp_path / "mount", Path(elsewhere))
+
+
+class Mount:
+    """A directory, or a link to one of another file system, which stands for a mount."""
+
+    def __init__(self, path: Path, elsewhere: Path) -> None:
+        self.path, self.elsewhere = path, elsewhere
+        self.path.symlink_to(elsewhere)
+
+    def unmount(self) -> None:
+        """Leave an empty directory, as of the disk below a mount."""
+        self.path.unlink()
+        self.path.mkdir()
+
+    def mount(self, folder: Path) -> None:
+        """Have a folder's content there."""
+        self.path.rmdir()
+        self.path.symlink_to(folder)
+
+
+@pytest.mark.parametrize("below", ["", "kv"])
+async def test_what_is_unmounted_is_not_made_on_the_disk_below(mount: Mount, below: str) -> None:
+    """A store whose file system is gone takes nothing; it does once that is back, as any device."""
+    store = DirectoryStore(mount.path / below)
+    assert await store.put(POOL.description_name, [b"{}"])
+    mount.unmount()
+    with pytest.raises(RemoteError, match="not mounted any more") as caught:
+        await store.put(NAME, PARTS)
+    assert caught.value.blames_tier
+    assert list(mount.path.iterdir()) == []
+    mount.mount(mount.elsewhere)
+    assert await store.put(NAME, PARTS)
+    mount.unmount()
+    copy = mount.path.with_name("copy")  # it has another number, as NFS may when mounted again
+    shutil.copytree(mount.elsewhere, copy)
+    mount.mount(copy)
+    other = POOL.object_name(b"\x08" * 16)
+    assert await store.put(other, PARTS)
+    assert (copy / below / other).exists()
+    store.close()
+
+
+async def test_what_is_deleted_is_made_again(mount: Mount) -> None:
+    """A directory that somebody deletes is made again, since its file system is still there."""
+    store = DirectoryStore(mount.path / "kv")
+    assert await store.put(NAME, PARTS)
+    shutil.rmtree(mount.elsewhere / "kv")
+    assert await store.put(NAME, PARTS)
     store.close()
 
 

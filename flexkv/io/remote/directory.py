@@ -65,6 +65,8 @@ class DirectoryStore:
         """
         self.where = f"directory {root}"
         self._root = root
+        self._home: tuple[Path, int] | None = None
+        """The folder below the root that was written to last, and its file system's number."""
         counts = {"read": readers, "write": writers, "name": 2}
         self._pools = in_background(
             lambda: {
@@ -111,12 +113,13 @@ class DirectoryStore:
         """Create an object whose bytes are the buffers' in turn; return False if it exists."""
         path, stop = self._root / name, _Stop()
         views = [memoryview(buffer).cast("B") for buffer in buffers]
+        folder = self._root / name.partition("/")[0]
 
         def write() -> bool:
             if path.exists():
                 return False
             temporary = path.with_name(f"{_TEMPORARY}{path.name}.{secrets.token_hex(8)}")
-            fd = _created(temporary)
+            fd = self._created(temporary)
             try:
                 try:
                     wanted = sum(view.nbytes for view in views)
@@ -125,6 +128,7 @@ class DirectoryStore:
                     os.fdatasync(fd)
                 finally:
                     os.close(fd)
+                self._home = folder, path.parent.stat().st_dev
                 return _named(temporary, path)
             finally:
                 with suppress(FileNotFoundError):
@@ -135,6 +139,29 @@ class DirectoryStore:
         except FileNotFoundError as error:
             why = "its directory was removed meanwhile"
             raise RemoteError(self.where, "put", why) from error
+
+    def _created(self, path: Path) -> int:
+        """Return a descriptor of a new private file; missing directories are made.
+
+        Raises:
+            OSError: it cannot be created, or what was written last is gone with its file system.
+                Otherwise an unmounted directory would be made again, on the disk below it.
+        """
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+        try:
+            return os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            if self._is_unmounted():
+                raise OSError(errno.ESTALE, "its file system is not mounted any more") from None
+            _make_private(path.parent)
+            return os.open(path, flags, 0o600)
+
+    def _is_unmounted(self) -> bool:
+        """Return whether what was written last is gone, and another file system is in its place."""
+        if self._home is None or self._home[0].exists():
+            return False
+        there = next(folder for folder in (self._root, *self._root.parents) if folder.exists())
+        return there.stat().st_dev != self._home[1]
 
     async def read(self, name: str) -> bytes:
         """Return a small object's bytes."""
@@ -285,16 +312,6 @@ def _leading(buffers: list[memoryview]) -> list[memoryview]:
         if total > _PIECE_BYTES:
             return buffers[: max(1, number)]
     return buffers[:_BUFFERS_MAX]
-
-
-def _created(path: Path) -> int:
-    """Return a descriptor of a new private file; missing directories are made."""
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
-    try:
-        return os.open(path, flags, 0o600)
-    except FileNotFoundError:
-        _make_private(path.parent)
-        return os.open(path, flags, 0o600)
 
 
 def _make_private(folder: Path) -> None:
