@@ -196,7 +196,7 @@ class ClusterNode:
         self.failures: list[BaseException] = []
         self.supervisor = Supervisor(self.failures.append)
         self.generation = 0
-        self.id = PeerId(number.to_bytes(16, "big"), life)
+        self.id = PeerId(number.to_bytes(16, "little"), life)
         facts = others.get("facts", FACTS)
         self.identity = Identity(self.id, "pool", facts, lambda: self.generation)
         self.limits = others.get("limits", GrantLimits(1000))
