@@ -3,83 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Coroutine
-from random import Random
 from typing import Any
 
 import pytest
 
-from flexkv.actors.supervisor import Supervisor
 from flexkv.cluster.grants import (
     BUSY_MS,
     IDLE_S,
     PREFETCH_S,
     GrantLimits,
-    Grants,
     Lent,
     ReadStatus,
 )
 from flexkv.cluster.wire import Busy, Grant, PeerId, PeerProtocolError, Want
 from flexkv.common.errors import CapacityError, ClosedError, StorageError
-from flexkv.testing.virtual_time import run_virtual
-from tests.cluster_rigs import FakeOwner, keys_of, tasks_of, turns
-
-A, B, C = (PeerId(bytes([n]) * 16, n) for n in range(3))
-LIMITS = GrantLimits(100)
-
-
-class Rig:
-    """Grants over a fake engine, and every answer that they gave."""
-
-    def __init__(self, limits: GrantLimits) -> None:
-        self.owner = FakeOwner()
-        self.failures: list[BaseException] = []
-        self.supervisor = Supervisor(self.failures.append)
-        self.grants = Grants(self.owner, limits, self.supervisor.spawn)
-        self.answers: list[Grant | Busy] = []
-        self._number = 0
-
-    def want(self, peer: PeerId, keys: bytes, first: int, last: int, group: int = 0) -> int:
-        """Ask for blocks, and return the number."""
-        self._number += 1
-        want = Want(self._number, keys, first, last, group)
-        self.grants.want(peer, want, self.answers.append)
-        return self._number
-
-    def stored(self, prompt: int, blocks: int) -> bytes:
-        """Return the keys of a prompt whose blocks are in host memory."""
-        keys = keys_of(prompt, blocks)
-        self.owner.put(keys)
-        return keys
-
-
-def with_grants(
-    work: Callable[[Rig], Coroutine[Any, Any, None]], limits: GrantLimits = LIMITS
-) -> None:
-    """Run a test on a virtual clock; afterwards nothing may be held or running."""
-
-    async def main() -> None:
-        rig = Rig(limits)
-        await rig.supervisor.start()
-        await work(rig)
-        rig.grants.close()
-        await turns()
-        assert not rig.owner.holds
-        assert rig.grants.counts.pinned_blocks == rig.grants.counts.grants == 0
-        assert rig.grants._kept_by == {}
-        assert rig.grants._reserved == rig.grants._prefetches == 0
-        assert tasks_of(rig.supervisor) == 0
-        await rig.supervisor.stop()
-        assert not rig.failures
-
-    run_virtual(main())
-
-
-def lent(told: Lent | ReadStatus) -> Lent:
-    """Return blocks that were lent."""
-    assert isinstance(told, Lent)
-    return told
+from tests.cluster_rigs import keys_of, turns
+from tests.unit.grants_rig import LIMITS, A, B, C, Rig, lent, with_grants
 
 
 def test_one_peer_gets_half_and_more_peers_share() -> None:
@@ -430,74 +370,3 @@ def test_a_number_in_use_is_refused() -> None:
         assert len(rig.answers) == 3
 
     with_grants(work)
-
-
-class Walk:
-    """Random peers that ask, read and leave."""
-
-    def __init__(self, rig: Rig, random: Random) -> None:
-        self.rig, self.random = rig, random
-        self.prompts = [keys_of(prompt, 20) for prompt in range(5)]
-        self.begun: list[Lent] = []
-        self.asked: list[tuple[PeerId, int]] = []
-
-    def store(self) -> None:
-        """Put a prompt in host memory, or on disk."""
-        put = self.random.choice([self.rig.owner.put, self.rig.owner.put_on_disk])
-        put(self.random.choice(self.prompts), 0, self.random.randrange(20))
-
-    def ask(self) -> None:
-        """Want some blocks."""
-        peer, first = self.random.choice([A, B, C]), self.random.randrange(19)
-        last, group = self.random.randrange(first + 1, 21), self.random.randrange(2)
-        number = self.rig.want(peer, self.random.choice(self.prompts), first, last, group)
-        self.asked.append((peer, number))
-
-    def read(self) -> None:
-        """Begin to read a block."""
-        if self.asked:
-            peer, number = self.random.choice(self.asked)
-            told = self.rig.grants.blocks(peer, number, self.random.randrange(20), 1)
-            self.begun += [told] if isinstance(told, Lent) else []
-
-    def end_read(self) -> None:
-        """End a read."""
-        if self.begun:
-            self.begun.pop(self.random.randrange(len(self.begun))).ended()
-
-    def release(self) -> None:
-        """Release what was asked for."""
-        if self.asked:
-            self.rig.grants.release(*self.asked.pop(self.random.randrange(len(self.asked))))
-
-    def leave(self) -> None:
-        """End a peer's link, now and then."""
-        if self.random.random() < 0.1:
-            self.rig.grants.end_peer(self.random.choice([A, B, C]))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_accounts_are_right(seed: int) -> None:
-    """Whatever peers do, what is held is what the grants keep, within every bound."""
-    random = Random(seed)
-    limits = GrantLimits(random.choice([1, 7, 40]), 12, 5, 3, 2)
-
-    async def work(rig: Rig) -> None:
-        walk = Walk(rig, random)
-        steps = [walk.store, walk.ask, walk.ask, walk.read, walk.end_read, walk.release, walk.leave]
-        for _ in range(400):
-            random.choice(steps)()
-            await asyncio.sleep(random.expovariate(4.0) if random.random() < 0.2 else 0)
-            counts = rig.grants.counts
-            assert counts.pinned_blocks == len(rig.owner.holds) <= limits.pinned_blocks
-            assert rig.owner.prefetching <= limits.prefetches
-            of_peers = [len(of) for of in rig.grants._grants.values()]
-            assert sum(of_peers) == counts.grants <= limits.grants
-            assert max(of_peers, default=0) <= limits.grants_per_peer
-        assert max(Counter(answer.number for answer in rig.answers).values()) == 1
-        for each in walk.begun:
-            each.ended()
-        counts = rig.grants.counts
-        assert counts.granted + counts.missed + counts.busy == len(rig.answers)
-
-    with_grants(work, limits)
