@@ -23,8 +23,8 @@ from flexkv.cluster.handshake import (
     introduce_to_reader,
     prove_to_reader,
 )
-from flexkv.cluster.wire import Introduction, PeerId, PeerProtocolError, Refused, framed
-from flexkv.common.errors import ConfigError
+from flexkv.cluster.wire import Introduction, PeerId, PeerProtocolError, framed, refused
+from flexkv.common.errors import ConfigError, MalformedError
 from flexkv.observe.logs import get_logger
 from flexkv.process import forks
 
@@ -43,7 +43,10 @@ ACCEPT_PAUSE_S = 0.2
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 Serve = Callable[[socket.socket, Introduction], Awaitable[None]]
-"""Serves a connection, and returns once it is over; the listener closes the socket then."""
+"""Serves a connection, and returns once it is over; the listener closes the socket then.
+
+It may raise OSError, EOFError, TimeoutError or MalformedError, which end the connection only.
+"""
 
 
 class ListenerHooks(NamedTuple):
@@ -79,7 +82,6 @@ class Listener:
         self._connections: dict[_Connection, None] = {}
         self._idle = asyncio.Event()
         self._is_closed = False
-        self._pause: asyncio.TimerHandle | None = None
         self.address = ""
         if listening.family in (socket.AF_INET, socket.AF_INET6):
             self.address = tcp.address_of(*listening.getsockname()[:2])
@@ -90,7 +92,6 @@ class Listener:
 
     def listen(self) -> None:
         """Accept connections from now on, until `close`."""
-        self._pause = None
         if not self._is_closed:
             asyncio.get_running_loop().add_reader(self._listening, self._accept)
 
@@ -106,7 +107,7 @@ class Listener:
                 if error.errno in _OUT_OF_RESOURCES:
                     log.warning("peer_not_accepted", reason=str(error))
                     loop.remove_reader(self._listening)
-                    self._pause = loop.call_later(ACCEPT_PAUSE_S, self.listen)
+                    loop.call_later(ACCEPT_PAUSE_S, self.listen)
                 return
             try:
                 accepted.setblocking(False)
@@ -137,8 +138,6 @@ class Listener:
         if self._is_closed:
             return
         self._is_closed = True
-        if self._pause is not None:
-            self._pause.cancel()
         asyncio.get_running_loop().remove_reader(self._listening)
         self._listening.close()
         for connection in list(self._connections):
@@ -165,7 +164,10 @@ class Listener:
             purpose=theirs.purpose,
         )
         serve = self._hooks.control if theirs.purpose == "control" else self._hooks.data
-        await serve(connection.socket, theirs)
+        try:
+            await serve(connection.socket, theirs)
+        except (OSError, EOFError, TimeoutError, MalformedError) as error:
+            log.info("peer_lost", peer=str(theirs.peer_id), reason=str(error))
 
     async def _greeted(self, connection: _Connection) -> Introduction:
         """Return who is at the other end, once it has proved that it belongs to the cluster.
@@ -187,7 +189,7 @@ class Listener:
                 self._check(ours, theirs)
             except ConfigError as error:
                 if theirs.purpose == "control":
-                    refusal = Refused(0, error.field, str(error.value), error.why)
+                    refusal = refused(0, error.field, error.value, error.why)
                     await asyncio.get_running_loop().sock_sendall(peer, framed(refusal))
                 raise
         if theirs.purpose == "data":

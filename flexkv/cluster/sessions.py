@@ -17,12 +17,12 @@ from flexkv.cluster.wire import (
     PeerProtocolError,
     Ping,
     Pong,
-    Refused,
     Release,
     SnapshotPart,
     SnapshotWanted,
     ToOwner,
     Want,
+    refused,
 )
 from flexkv.observe.logs import get_logger
 
@@ -134,8 +134,7 @@ class _Session:
                 self._grants.release(self._peer, message.number)
             case Want() | SnapshotWanted() if message.generation != self._generation():
                 why = f"is {self._generation()} on this node"
-                answer = Refused(message.number, "generation", str(message.generation), why)
-                self._send(answer)
+                self._send(refused(message.number, "generation", message.generation, why))
             case Want():
                 self._grants.want(self._peer, message, self._send)
             case SnapshotWanted():

@@ -39,14 +39,15 @@ TAG_BYTES = 8
 PART_TAGS = 65_536
 """How many tags one SnapshotPart may have."""
 FRAME_BYTES_MAX = KEYS_BYTES_MAX + 4096
-INTRODUCTION_BYTES_MAX = 16 << 10
+INTRODUCTION_BYTES_MAX = 64 << 10
+TEXT_MAX = 512
 NODE_ID_BYTES = 16
 
 Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Position: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=WANT_BLOCKS_MAX)]
-ShortText: TypeAlias = Annotated[str, msgspec.Meta(max_length=512)]
+ShortText: TypeAlias = Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
 Tags: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=PART_TAGS * TAG_BYTES)]
-Facts: TypeAlias = Annotated[Mapping[ShortText, int | ShortText], msgspec.Meta(max_length=64)]
+Facts: TypeAlias = Annotated[Mapping[ShortText, int | str], msgspec.Meta(max_length=64)]
 Purpose: TypeAlias = Literal["control", "data"]
 
 
@@ -144,6 +145,11 @@ class Refused(Message, tag="refused", frozen=True):
     field: ShortText
     value: ShortText
     why: ShortText
+
+
+def refused(number: int, field: str, value: object, why: str) -> Refused:
+    """Return a refusal, with texts that are cut to what a message may have."""
+    return Refused(number, *(text[:TEXT_MAX] for text in (field, str(value), why)))
 
 
 class SnapshotPart(Message, tag="part", frozen=True):

@@ -205,6 +205,7 @@ class Simulation:
     async def _want(self, node: ClusterNode, holder: int) -> None:
         """Ask for blocks; perhaps give up, perhaps read, perhaps release."""
         self.wants += 1
+        asked = node.nodes[holder]
         first = self.random.randrange(20)
         asking = node.peers.want(holder, self.random.choice(PROMPTS), first, first + 4)
         try:
@@ -212,10 +213,10 @@ class Simulation:
                 grant = await asking
         except TimeoutError:
             return
-        if not grant.count:
+        owner = next((each for each in self.nodes if each.node == asked), None)
+        if not grant.count or owner is None:
             return
         self.granted += 1
-        owner = next(each for each in self.nodes if each.node == node.nodes[holder])
         lent = owner.grants.blocks(node.id, grant.number, first, grant.count)
         if isinstance(lent, Lent):
             assert len(lent.block_ids) == grant.count

@@ -125,7 +125,11 @@ def test_what_is_on_disk_is_fetched_first() -> None:
         assert len(rig.owner.holds) == 2
         await asyncio.sleep(rig.owner.prefetch_s + 0.01)
         assert rig.answers == [Grant(1, 2, 8, False)]
-        assert rig.grants.counts.prefetched == 1
+        rig.owner.put_on_disk(keys, 10, 11)
+        rig.want(B, keys, 10, 20)
+        await asyncio.sleep(rig.owner.prefetch_s + 0.01)
+        assert rig.answers[1:] == [Grant(2, 10, 1, False)]
+        assert rig.grants.counts.prefetched == 2
 
     with_grants(work)
 
@@ -258,6 +262,23 @@ def test_a_grant_ends_when_nothing_is_read() -> None:
         assert rig.grants.counts.grants == 0
         assert rig.grants.counts.expired == 3
         assert not rig.owner.holds
+
+    with_grants(work)
+
+
+def test_one_timer_serves_all_grants() -> None:
+    """Reads and grants set no timers of their own."""
+
+    async def work(rig: Rig) -> None:
+        keys = rig.stored(1, 4)
+        for _ in range(20):
+            number = rig.want(A, keys, 0, 4)
+            lent(rig.grants.blocks(A, number, 0, 1)).ended()
+        timers = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]
+        assert len(timers) == 1
+        rig.grants.end_peer(A)
+        await asyncio.sleep(2 * IDLE_S)
+        assert timers == []
 
     with_grants(work)
 

@@ -39,8 +39,9 @@ from flexkv.cluster.wire import (
     Refused,
     Want,
     framed,
+    understood,
 )
-from flexkv.common.errors import ConfigError, PeerError
+from flexkv.common.errors import PeerError
 from flexkv.observe.logs import configure_logging
 from flexkv.testing.virtual_time import run_virtual
 from tests.cluster_rigs import (
@@ -386,6 +387,41 @@ def test_a_reader_that_differs_is_told_the_field() -> None:
     with_node(work)
 
 
+def test_long_facts_are_told_and_refused() -> None:
+    """Facts may be long, as those of models with many layers are; a refusal is cut."""
+
+    async def work(node: ClusterNode) -> None:
+        loop = asyncio.get_running_loop()
+        mine = await node.network.dial(node.listener.address)
+        await prove_to_owner(mine, KEY)
+        other = STRANGER._replace(facts={**FACTS, "group_1": "x" * 10_000}).introduction("control")
+        await loop.sock_sendall(mine, framed(other))
+        ours = framed(node.identity.introduction("control"))
+        told = (await rest_of(mine))[len(ours) :]
+        refusal = understood(FROM_OWNER, told[4:])
+        assert isinstance(refusal, Refused)
+        assert (refusal.field, len(refusal.value)) == ("group_1", 512)
+        mine.close()
+
+    with_node(work)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "gone"), EOFError("short"), TimeoutError("slow")])
+def test_a_data_connection_that_breaks_ends_alone(error: Exception) -> None:
+    """What goes wrong on a data connection closes it, and ends nothing else."""
+
+    async def work(node: ClusterNode) -> None:
+        async def breaks(connected: socket.socket, introduction: Introduction) -> None:
+            raise error
+
+        node.listener._hooks = node.listener._hooks._replace(data=breaks)
+        mine = await greeted(node, "data")
+        assert await rest_of(mine) == b""
+        mine.close()
+
+    with_node(work)
+
+
 class Exhausted(socket.socket):
     """A listening socket of a process that has no descriptors left, for a while."""
 
@@ -425,34 +461,6 @@ async def test_without_descriptors_the_port_pauses() -> None:
     listener.close()
     await listener.wait_closed()
     await node.stop()
-
-
-async def test_an_address_that_is_taken_is_refused() -> None:
-    """A port that cannot be bound is a mistake in the configuration, which names it."""
-    with tcp.listening("127.0.0.1", 0, 16) as bound:
-        port = bound.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"p2p_port='127.0.0.1:{port}'"):
-            tcp.listening("127.0.0.1", port, 16)
-
-
-@pytest.mark.parametrize("local_ip", ["0.0.0.0", "::", "node-7", "", "localhost"])
-def test_an_address_that_others_cannot_use_is_refused(local_ip: str) -> None:
-    """What is told to other nodes must be the IP address of one machine."""
-    with pytest.raises(ConfigError, match="local_ip"):
-        tcp.listening(local_ip, 0, 16)
-
-
-@pytest.mark.parametrize("address", ["", "1.2.3.4", "host:80", "1.2.3.4:0", "1.2.3.4:99999"])
-async def test_an_address_that_is_not_valid_is_not_connected_to(address: str) -> None:
-    """An address in the cluster's records is an IP address and a port; no name is looked up."""
-    with pytest.raises(ValueError, match="not an IP address and a port"):
-        await tcp.connected(address)
-
-
-def test_addresses_are_written_and_read() -> None:
-    """What is written as an address is read as the same, for both kinds of IP addresses."""
-    for ip in ("127.0.0.1", "2001:db8::1"):
-        assert tcp.parts_of(tcp.address_of(ip, 7)) == (ip, 7)
 
 
 async def test_no_secret_is_logged(capfd: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,10 @@ def test_a_refused_connection_takes_the_peer_down_at_once() -> None:
         assert rig.peers.is_up(1)
         assert [is_up for _, is_up in rig.changes] == [False, True]
         assert (await rig.want()).count == 4
+        rig.owner.is_away = True
+        rig.owner.links[0].abort()
+        await asyncio.sleep(60)
+        assert [is_up for _, is_up in rig.changes] == [False, True, False]
 
     reading(work)
 
@@ -111,6 +115,11 @@ def test_a_link_that_ends_fails_what_waits_at_once() -> None:
         assert not rig.peers.is_up(1)
         rig.owner.answer = answered
         await asyncio.sleep(1.0)
+        assert rig.peers.is_up(1)
+        rig.owner.heard.clear()
+        await asyncio.sleep(5 * SILENCE_S)
+        pings = [message for _, message in rig.owner.heard if isinstance(message, Ping)]
+        assert len(pings) == pytest.approx(5 * SILENCE_S / PING_S, abs=1)
         assert (await rig.want()).count == 4
         assert len(rig.owner.dialed_s) == 2
 
@@ -286,7 +295,7 @@ def test_a_busy_peer_is_left_alone_for_as_long_as_it_says() -> None:
 
 
 WRONG_ANSWERS: dict[str, Callable[[ToOwner], Message]] = {
-    "too many": lambda message: Grant(message.number, 0, 5),
+    "too many": lambda message: Grant(message.number, 2, 3),
     "other blocks": lambda message: Grant(message.number, 1, 2),
     "a snapshot": lambda message: SnapshotPart(message.number, 1, b"", b"", True),
 }
@@ -299,7 +308,7 @@ def test_a_wrong_answer_ends_the_link(answer: Callable[[ToOwner], Message]) -> N
     async def work(rig: Reading) -> None:
         rig.owner.answer = lambda message: [answer(message)]
         with pytest.raises(PeerError, match="that answers nothing"):
-            await rig.want()
+            await rig.peers.want(1, KEYS, 2, 4)
         assert not rig.peers.is_up(1)
 
     reading(work)
