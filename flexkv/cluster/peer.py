@@ -200,7 +200,6 @@ class Peer:
                 self._attempt = asyncio.get_running_loop().create_future()
             if self._task is None:
                 self._task = self._shared.spawn("peer link", self._keep())
-                self._task.add_done_callback(self._stopped)
             # `wait` leaves the future alone when the caller is cancelled.
             await asyncio.wait([self._attempt], timeout=self._shared.times.answer_s)
         if self._wants is None:
@@ -311,10 +310,6 @@ class Peer:
         attempt, self._attempt = self._attempt, None
         if attempt is not None and not attempt.done():
             attempt.set_result(None)
-
-    def _stopped(self, task: asyncio.Task[None]) -> None:
-        if self._task is task:
-            self._task = None
 
     def _check_up(self) -> None:
         if not self.is_up:

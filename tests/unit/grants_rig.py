@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -56,6 +57,8 @@ def with_grants(
         await work(rig)
         rig.grants.close()
         await turns()
+        timers = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]
+        assert all(timer.cancelled() for timer in timers)
         assert not rig.owner.holds
         assert rig.grants.counts.pinned_blocks == rig.grants.counts.grants == 0
         assert rig.grants._kept_by == {}

@@ -375,6 +375,28 @@ def test_leaves_may_have_gaps() -> None:
     with_grants(work)
 
 
+WRONG_WANTS = {
+    "no range": Want(2, keys_of(1, 4), 2, 2),
+    "backwards": Want(2, keys_of(1, 4), 3, 2),
+    "behind the prompt": Want(2, keys_of(1, 4), 0, 5),
+    "cut keys": Want(2, keys_of(1, 4)[:-1], 0, 3),
+    "no keys": Want(2, b"", 0, 1),
+}
+
+
+@pytest.mark.parametrize("want", WRONG_WANTS.values(), ids=WRONG_WANTS)
+def test_a_want_that_makes_no_sense_is_refused(want: Want) -> None:
+    """A Want must name a range of its keys."""
+
+    async def work(rig: Rig) -> None:
+        rig.stored(1, 4)
+        with pytest.raises(PeerProtocolError, match="makes no sense"):
+            rig.grants.want(A, want, rig.answers.append)
+        assert rig.answers == []
+
+    with_grants(work)
+
+
 def test_a_number_in_use_is_refused() -> None:
     """A peer's numbers are its own, and each is used once at a time."""
 

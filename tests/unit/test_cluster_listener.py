@@ -198,6 +198,21 @@ def test_many_strangers_displace_each_other_and_nobody_else() -> None:
     with_node(work)
 
 
+def test_connections_are_bounded_altogether(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the most connections, a new one is closed, and the others stay."""
+    monkeypatch.setattr("flexkv.cluster.listener.CONNECTIONS_MAX", 3)
+
+    async def work(node: ClusterNode) -> None:
+        mine = [await greeted(node, "data") for _ in range(3)]
+        late = await node.network.dial(node.listener.address)
+        assert await rest_of(late) == b""
+        assert len(node.listener) == len(node.data) == 3
+        for each in (*mine, late):
+            each.close()
+
+    with_node(work)
+
+
 def test_dismissed_strangers_count_no_more() -> None:
     """Strangers that arrive in one turn of the loop are bounded as well."""
 
@@ -236,26 +251,15 @@ def test_what_a_node_says_wrongly_ends_its_session(said: bytes, is_framed: bool)
     with_node(work)
 
 
-WRONG_WANTS = {
-    "no range": Want(2, keys_of(1, 4), 2, 2),
-    "backwards": Want(2, keys_of(1, 4), 3, 2),
-    "behind the prompt": Want(2, keys_of(1, 4), 0, 5),
-    "cut keys": Want(2, keys_of(1, 4)[:-1], 0, 3),
-    "no keys": Want(2, b"", 0, 1),
-    "in use": Want(1, keys_of(1, 4), 0, 4),
-}
-
-
-@pytest.mark.parametrize("want", WRONG_WANTS.values(), ids=WRONG_WANTS)
-def test_a_want_that_makes_no_sense_ends_the_session(want: Want) -> None:
-    """A Want must name a range of its keys, and a number that is not in use."""
+def test_a_want_that_makes_no_sense_ends_the_session() -> None:
+    """A reader that uses a number twice at once loses its link and its grants."""
 
     async def work(node: ClusterNode) -> None:
         keys = keys_of(1, 4)
         node.owner.put(keys)
         mine = await greeted(node, "control")
-        loop = asyncio.get_running_loop()
-        await loop.sock_sendall(mine, framed(Want(1, keys, 0, 4)) + framed(want))
+        want = framed(Want(1, keys, 0, 4))
+        await asyncio.get_running_loop().sock_sendall(mine, want + want)
         await rest_of(mine)
         await turns()
         assert len(node.sessions) == 0

@@ -382,6 +382,11 @@ def test_a_node_that_left_fails_what_waits_at_once() -> None:
         assert tasks_of(rig.node.supervisor) == 0
         assert len(rig.peers) == 0
         rig.peers.left(rig.owner.node)
+        late = rig.peers.parts(rig.owner.node)
+        rig.peers.left(rig.owner.node)
+        with pytest.raises(PeerError, match="left"):
+            await anext(late)
+        assert tasks_of(rig.node.supervisor) == 0
         with pytest.raises(PeerError, match="not in the cluster any more"):
             await rig.peers.want(2, KEYS, 0, 4)
         assert not rig.peers.is_up(2)
