@@ -27,6 +27,7 @@ CASES = (
     "remote_beside",
     "remote_s3",
     "mooncake",
+    "peer",
     "survive",
     "neighbours",
     "starved",
