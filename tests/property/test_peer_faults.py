@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flexkv.io.peer import frames
+from flexkv.io.peer import receiver as receiving
 from flexkv.io.peer.checked_reads import Fetched
 from flexkv.io.peer.frames import HEADER_BYTES, SUM_BYTES
 from flexkv.io.peer.receiver import Receiver
@@ -97,7 +97,7 @@ async def test_only_right_blocks_are_believed(kind: str, monkeypatch: pytest.Mon
     Reads to which nothing happens bring everything. Bytes change in the blocks that were asked for
     only, and no byte lands after the answer, though the peer goes on sending.
     """
-    monkeypatch.setattr(frames, "MESSAGE_BYTES", 3 * BLOCK_BYTES)
+    monkeypatch.setattr(receiving, "MESSAGE_BYTES", 3 * BLOCK_BYTES)
     async with nodes() as (owner, reader):
         for seed in range(SEEDS):
             scene, before = Scene(seed), reader.arena.array.copy()

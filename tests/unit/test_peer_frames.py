@@ -12,7 +12,6 @@ from flexkv.io.peer.frames import (
     BLOCK_BYTES_MAX,
     BLOCKS_MAX,
     HEADER_BYTES,
-    MESSAGE_BYTES,
     Read,
     Status,
     messages,
@@ -20,6 +19,7 @@ from flexkv.io.peer.frames import (
     unpack_read,
 )
 
+MESSAGE_BYTES = 4 << 20
 READ = Read(2**63 + 5, 2**32 - 1, 64, 2 << 20)
 
 
@@ -76,7 +76,7 @@ def test_malformed_answers_are_refused() -> None:
 def test_messages_have_whole_blocks(block_bytes: int) -> None:
     """Messages name each block once, in order; only a message of one block may be too large."""
     addresses = np.arange(64, dtype=np.int64) * 7
-    found = list(messages(addresses, block_bytes))
+    found = list(messages(addresses, block_bytes, MESSAGE_BYTES))
     assert np.array_equal(np.concatenate(found)[:, 0], addresses)
     assert all((extents[:, 1] == block_bytes).all() for extents in found)
     assert all(len(e) == 1 or len(e) * block_bytes <= MESSAGE_BYTES for e in found)

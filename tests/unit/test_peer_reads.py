@@ -10,9 +10,10 @@ import pytest
 
 from flexkv.common.errors import CorruptBlockError, InvariantError, MalformedError, PeerError
 from flexkv.common.terms import BlockIds
-from flexkv.io.peer import frames
+from flexkv.io.peer import receiver as receiver_module
+from flexkv.io.peer import sender as sender_module
 from flexkv.io.peer.checked_reads import Fetched
-from flexkv.io.peer.frames import BLOCKS_MAX, Read, Status
+from flexkv.io.peer.frames import BLOCKS_MAX, HEADER_BYTES, Read, Status
 from flexkv.io.peer.receiver import Receiver
 from flexkv.io.peer.sender import Granted, Sender
 from tests.peer_rig import (
@@ -30,8 +31,9 @@ from tests.peer_rig import (
 
 @pytest.fixture(autouse=True)
 def small_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a message carry three of the rig's blocks."""
-    monkeypatch.setattr(frames, "MESSAGE_BYTES", 3 * BLOCK_BYTES)
+    """Have a message carry three of the rig's blocks at the reader, and seven at the owner."""
+    monkeypatch.setattr(receiver_module, "MESSAGE_BYTES", 3 * BLOCK_BYTES)
+    monkeypatch.setattr(sender_module, "MESSAGE_BYTES", 7 * BLOCK_BYTES)
 
 
 def places(*ids: int) -> BlockIds:
@@ -113,7 +115,7 @@ async def test_a_cancelled_turn_ends_the_reads_behind_it() -> None:
                 for at in (0, 10, 20)
             ]
             asked = b""
-            while len(asked) < 3 * frames.HEADER_BYTES:
+            while len(asked) < 3 * HEADER_BYTES:
                 asked += await asyncio.get_running_loop().sock_recv(theirs, 1000)
             tasks[1].cancel()
         assert tasks[1].cancelled()

@@ -29,8 +29,6 @@ SUM_BYTES = 8
 BLOCKS_MAX = 64
 """The most blocks of one READ."""
 BLOCK_BYTES_MAX = 1 << 30
-MESSAGE_BYTES = 4 << 20
-"""Blocks are moved in messages of as many whole blocks as fit in this, and of one at least."""
 
 
 class Status(IntEnum):
@@ -111,9 +109,15 @@ def unpack_answer(header: bytes, read: Read) -> Status:
     return Status(status)
 
 
-def messages(addresses: NDArray[np.int64], block_bytes: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the blocks at these addresses as extents, int64[n, 2], message by message."""
-    at_once = max(1, MESSAGE_BYTES // block_bytes)
+def messages(
+    addresses: NDArray[np.int64], block_bytes: int, message_bytes: int
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the blocks at these addresses as extents, int64[n, 2], message by message.
+
+    A message has as many whole blocks as fit in `message_bytes`, and one at least. Each end may cut
+    the stream in its own way.
+    """
+    at_once = max(1, message_bytes // block_bytes)
     for begin in range(0, len(addresses), at_once):
         some = addresses[begin : begin + at_once]
         yield np.stack([some, np.full_like(some, block_bytes)], axis=1)

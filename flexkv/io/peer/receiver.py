@@ -29,6 +29,8 @@ from flexkv.io.peer.frames import (
 from flexkv.io.peer.sockets import NO_EXTENTS, Extents, SocketRing, StreamEndedError
 from flexkv.io.ports import Sums
 
+MESSAGE_BYTES = 8 << 20
+"""What is received at once: small enough that summing overlaps with receiving."""
 Arrived = Callable[[int, Sums], None]
 """Called with the number of leading blocks that have arrived, unchecked, and the sums of all."""
 
@@ -123,7 +125,7 @@ class Receiver:
         if status is not Status.OK:
             return status, sums
         count, head_bytes = 0, SUM_BYTES * read.blocks
-        for extents in messages(addresses, read.block_bytes):
+        for extents in messages(addresses, read.block_bytes, MESSAGE_BYTES):
             due_bytes = (read.blocks - count - len(extents)) * read.block_bytes
             head = await self._receive(extents, head_bytes, due_bytes)
             if head_bytes:

@@ -14,6 +14,9 @@ from flexkv.io.peer.frames import HEADER_BYTES, Read, Status, messages, unpack_r
 from flexkv.io.peer.sockets import NO_EXTENTS, SocketRing, StreamEndedError
 from flexkv.io.ports import Sums
 
+MESSAGE_BYTES = 32 << 20
+"""What is handed to the kernel at once: large, since each message costs CPU time."""
+
 
 class Granted(NamedTuple):
     """Blocks that may be sent.
@@ -83,7 +86,7 @@ class Sender:
             if not len(found.addresses) == len(found.sums) == read.blocks:
                 raise InvariantError(f"{len(found.addresses)} blocks were found for {read}")
             head = read.answer(Status.OK) + found.sums.astype("<u8").tobytes()
-            for extents in messages(found.addresses, read.block_bytes):
+            for extents in messages(found.addresses, read.block_bytes, MESSAGE_BYTES):
                 await self._send(index, extents, head)
                 head = b""
         finally:
