@@ -70,8 +70,8 @@ class CheckedReads:
 
         def arrived(count: int, sums: Sums) -> None:
             nonlocal seen, promised
-            summing.begin()
             self._copier.start_checksum(self._pages[group], host_ids[seen:count], summing.end)
+            summing.begin()
             seen, promised = count, sums
 
         arena = self._host.arena
