@@ -135,8 +135,8 @@ Fault = Callable[[socket.socket], None]
 
 
 def close(end: socket.socket) -> None:
-    """End the connection."""
-    end.close()
+    """End the stream. A socket that is closed with READs unread would reset the connection."""
+    end.shutdown(socket.SHUT_WR)
 
 
 def reset(end: socket.socket) -> None:
