@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,7 @@ def sockets(blocks: int, block_bytes: int, connections: int) -> None:
             threading.Thread(target=serve, args=(listening.accept()[0],), daemon=True).start()
 
 
-def engine_over(memory: mmap.mmap | memoryview, nbytes: int) -> tuple[object, int]:
+def engine_over(memory: mmap.mmap | memoryview, nbytes: int) -> tuple[Any, int]:
     """Return a TransferEngine and the address of the memory that it may use."""
     from mooncake.engine import TransferEngine
 
