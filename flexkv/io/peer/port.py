@@ -29,7 +29,7 @@ from flexkv.common.extents import check_ids
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier, Transfer
 from flexkv.index.hints import HOLDERS_MAX, holders_of
 from flexkv.io.peer.checked_reads import CheckedReads, Fetched
-from flexkv.io.peer.frames import BLOCKS_MAX, MESSAGE_BYTES
+from flexkv.io.peer.frames import BLOCKS_MAX
 from flexkv.io.peer.lanes import Lanes
 from flexkv.io.peer.sockets import SocketRing
 from flexkv.io.ports import Completion
@@ -38,7 +38,7 @@ from flexkv.io.remote.port import Spawn
 
 _OUTER_BLOCKS = 2 * HOLDERS_MAX
 """Ids at the other end are holders, twice as many for blocks on a holder's disk."""
-READ_BYTES = 2 * MESSAGE_BYTES
+READ_BYTES = 8 << 20
 """About how much one READ asks for."""
 COPY_THREADS = 2
 BUSY_S = 0.05
