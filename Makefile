@@ -16,7 +16,7 @@ TORCH_INDEX ?=
 APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
 TEST_APT_PACKAGES := fuse3 g++ chromium libibverbs1 redis-server
 CEPH_APT_PACKAGES := ceph-mon ceph-osd radosgw
-MACHINE_APT_PACKAGES := xfsprogs btrfs-progs dosfstools e2fsprogs ntfs-3g
+MACHINE_APT_PACKAGES := xfsprogs btrfs-progs dosfstools e2fsprogs ntfs-3g iproute2 nftables redis-server
 
 .PHONY: help setup ext demo moto test test-system test-s3 test-latest test-vllm test-vllm-code soak-vllm lock check \
 	lint types gpu mutants coverage sanitize bench soak wheel clean

@@ -1,4 +1,4 @@
-"""A real Redis or Valkey server for tests, on loopback, that writes no file.
+"""A real Redis or Valkey server for tests, on loopback or elsewhere, that writes no file.
 
 It dies with the process that started it, however that ends.
 """
@@ -10,10 +10,15 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 
 PROGRAMS = "redis-server", "valkey-server"
 PATIENCE_S = 30.0
 DIES_WITH_US = "setpriv", "--pdeathsig", "KILL"
+
+
+def _connected(ip: str, port: int, timeout_s: float) -> socket.socket:
+    return socket.create_connection((ip, port), timeout_s)
 
 
 class RedisServer:
@@ -24,8 +29,15 @@ class RedisServer:
         password: which its clients have to know; "" if none.
     """
 
-    def __init__(self, password: str = "") -> None:
-        self.password = password
+    def __init__(
+        self,
+        password: str = "",
+        ip: str = "127.0.0.1",
+        command: Sequence[str] = (),
+        connect: Callable[[str, int, float], socket.socket] = _connected,
+    ) -> None:
+        """Choose a free port; `command` and `connect` reach the network in which it is to run."""
+        self.password, self._ip, self._command, self._connect = password, ip, command, connect
         self._folder = tempfile.TemporaryDirectory(prefix="flexkv-redis-")
         self._process: subprocess.Popen[bytes] | None = None
         with socket.socket() as free:
@@ -36,16 +48,16 @@ class RedisServer:
         """Return once the server answers."""
         program = next(filter(None, map(shutil.which, PROGRAMS)), None)
         assert program, "redis-server is not installed"
-        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", self._folder.name]
+        options = ["--port", str(self.port), "--bind", self._ip, "--dir", self._folder.name]
         options += ["--save", "", "--appendonly", "no", "--loglevel", "warning"]
         if self.password:
             options += ["--requirepass", self.password]
-        command = [*DIES_WITH_US, program, *options]
+        command = [*DIES_WITH_US, *self._command, program, *options]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         until_s = time.monotonic() + PATIENCE_S
         while True:
             try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                self._connect(self._ip, self.port, 1.0).close()
             except OSError:
                 assert self._process.poll() is None, "the server has ended"
                 assert time.monotonic() < until_s, "the server does not answer"

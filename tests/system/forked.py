@@ -105,7 +105,8 @@ class Program:
     def kill(self) -> None:
         """Send SIGKILL, and wait until it has ended."""
         if self._status is None:
-            os.kill(self.pid, 9)
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(self.pid, 9)
             self.wait()
 
     def close(self) -> None:
