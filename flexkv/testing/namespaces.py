@@ -138,13 +138,9 @@ class Host(Namespace):
         self.run("ip", "link", "set", "eth0", "up" if is_up else "down")
 
     def slow_down(self, mbit_per_s: int) -> None:
-        """Limit what it sends."""
+        """Limit what it sends from now on."""
         limit = ["rate", f"{mbit_per_s}mbit", "burst", "128kb", "latency", "400ms"]
         self.run("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *limit)
-
-    def speed_up(self) -> None:
-        """Lift that limit."""
-        self.run("tc", "qdisc", "delete", "dev", "eth0", "root")
 
     @property
     def received_bytes(self) -> int:

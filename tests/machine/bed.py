@@ -34,7 +34,9 @@ class BedNode:
     def __init__(self, host: Host, log: Path, keys: dict[str, Any]) -> None:
         """Start it, without waiting."""
         self.host, self.log = host, log
-        self._program = Program("tests.machine.sharing_node", "main", host.pid, json.dumps(keys), log)
+        self._program = Program(
+            "tests.machine.sharing_node", "main", host.pid, json.dumps(keys), log
+        )
         self.pid = self._program.pid
         self._numbers = count(1)
         self._answers: dict[int, Answer] = {}
@@ -52,7 +54,9 @@ class BedNode:
         output = self._program.stdout.fileno()
         while number not in self._answers:
             left_s = until_s - time.monotonic()
-            assert left_s > 0 and select.select([output], [], [], left_s)[0], f"silent: {self.log}"
+            assert left_s > 0, f"silent: {self.log.read_text()[-3000:]}"
+            if not select.select([output], [], [], left_s)[0]:
+                continue
             told = os.read(output, 1 << 16)
             assert told, f"it has ended: {self.log.read_text()[-3000:]}"
             *lines, self._read = (self._read + told).split(b"\n")
@@ -78,9 +82,19 @@ class BedNode:
             time.sleep(0.02)
         return answer
 
+    def is_free(self) -> Answer:
+        """Wait until nothing of its host memory is held, and return the facts."""
+        held = "claims", "runs", "waiting", "pinned", "reserved", "draining"
+        return self.until("facts", lambda facts: not any(facts[name] for name in held))
+
     def signal(self, number: int) -> None:
         """Send a signal."""
         os.kill(self.pid, number)
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether it was not killed."""
+        return self._program.is_running
 
     def kill(self) -> None:
         """Send SIGKILL, and wait until it has ended."""
@@ -140,6 +154,13 @@ class Bed:
         self.nodes[number] = self._start(self.hosts[number])
         return self.nodes[number].ready()
 
+    def until_delivered(self) -> None:
+        """Wait until no connection between machines has bytes under way."""
+        until_s = time.monotonic() + PATIENCE_S
+        while any(_queued(host) for host in self.hosts):
+            assert time.monotonic() < until_s, [_queued(host) for host in self.hosts]
+            time.sleep(0.02)
+
     def restart_redis(self) -> None:
         """Start the Redis again, empty."""
         self.redis.kill()
@@ -167,6 +188,12 @@ class Bed:
         where: TracebackType | None,
     ) -> None:
         self._opened.close()
+
+
+def _queued(host: Host) -> list[str]:
+    """Return the connections of a host with bytes that nobody has read or acknowledged yet."""
+    lines = host.run("ss", "-Htn").splitlines()
+    return [line for line in lines if line.split()[1:3] != ["0", "0"]]
 
 
 def check_machine() -> None:

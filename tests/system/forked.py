@@ -102,6 +102,11 @@ class Program:
             self._channel.close()
         return self._status
 
+    @property
+    def is_running(self) -> bool:
+        """Return whether its end was not waited for yet."""
+        return self._status is None
+
     def kill(self) -> None:
         """Send SIGKILL, and wait until it has ended."""
         if self._status is None:
