@@ -20,7 +20,8 @@ REQUESTS = 200
 
 def begun(store: OpenStore) -> list[asyncio.Future[object]]:
     """Begin requests that get no answer."""
-    gets = [store.get(f"get{number}", 0, 100) for number in range(REQUESTS)]  # type: ignore[attr-defined]
+    get = store.get  # type: ignore[attr-defined]
+    gets = [get(f"get{number}", 0, 100) for number in range(REQUESTS)]
     puts = [store.put(f"put{number}", [bytes(1 << 16)]) for number in range(REQUESTS // 4)]
     return [*gets, *map(asyncio.ensure_future, puts)]
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 import flexkv
+from flexkv.cluster.store import ClusterStoreError
+from flexkv.cluster.wire import PeerProtocolError
 from flexkv.common.errors import (
     AgentGoneError,
     BackendUnavailableError,
@@ -69,6 +71,8 @@ EXAMPLES: list[Exception] = [
     InvalidTransition("READY", "commit", ["reserved", "ready"]),
     InvariantError("two claims"),
     ProtocolError("a peer sent something else"),
+    PeerProtocolError("a node sent something else"),
+    ClusterStoreError("redis 10.0.0.1:6379", "XADD", "no answer in time"),
     NotPrivateError("is a symbolic link", "/ssd"),
 ]
 
