@@ -86,6 +86,17 @@ def test_what_is_far_waiting_or_being_written_is_not_owed_again() -> None:
     assert (again.attempts, again.epoch, again.keys) == (1, taken.epoch, taken.keys)
 
 
+def test_what_others_have_stored_meanwhile_is_not_written() -> None:
+    """A span that the tier is said to have when its turn comes is dropped, and is not given up."""
+    tiers, known = residency(host=8), set[BlockKey]()
+    owed = OwedSpans(tiers, Tier.REMOTE, SPAN, lambda tier, key: key in known)
+    owed.add(filled(tiers, Tier.HOST, 0, 1), 0)
+    known.add(keys(0, 1)[-BLOCK_KEY_BYTES:])
+    assert owed.take() is None
+    assert (owed.blocks, owed.given_up.total(), owed.epochs.left_of(0)) == (0, 0, 0)
+    assert tiers.counts(Tier.HOST).pinned == 0
+
+
 def test_writes_of_an_older_generation_do_not_count() -> None:
     """After a clear, a span is owed although it is on its way, and then once until it is written.
 
