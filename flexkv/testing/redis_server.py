@@ -71,6 +71,11 @@ class RedisServer:
         assert self._process is not None, "it is not running"
         return self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        """Return whether it was started and not killed since."""
+        return self._process is not None
+
     def kill(self) -> None:
         """Kill the server: what it knew is lost."""
         if self._process is not None:

@@ -33,7 +33,7 @@ BLOCKS = 32
 """Blocks of a prompt."""
 BLOCK_BYTES = 256 << 10
 PROMPT_BYTES = BLOCKS * BLOCK_BYTES
-AREAS = 4
+AREAS = 8
 """How many prompts have room on the device."""
 HOST_BLOCKS = 192
 MODEL = ModelConfig(
@@ -47,7 +47,7 @@ def prompt(seed: int) -> NDArray[np.int64]:
     return np.arange(BLOCKS * PER_BLOCK) + 100_000 * seed
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def content(seed: int) -> NDArray[np.uint16]:
     """Return the bytes of a prompt's blocks, by layer."""
     shape = MODEL.num_layers, 2, BLOCKS, PER_BLOCK, MODEL.num_kv_heads, MODEL.head_size
