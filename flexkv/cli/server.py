@@ -53,7 +53,7 @@ def flush(address: Address = None) -> None:
 
 @server.command("clear")
 def clear(
-    tier: Annotated[str | None, typer.Option(help="host or disk; default: both.")] = None,
+    tier: Annotated[str | None, typer.Option(help="host or disk; default: all tiers.")] = None,
     address: Address = None,
 ) -> None:
     """Empty the cache: every tier, or one."""

@@ -470,8 +470,11 @@ class CacheConfig(ConfigModel):
             if not self.mooncake_store_config_path:
                 why = "use_mooncake_store_backend needs it: set this key"
                 raise ConfigError("mooncake_store_config_path", HIDDEN, why)
-        elif len(self.remote_cache_path) != 1:
-            why = "a remote tier has exactly one address: set this key"
+        elif not self.remote_cache_path:
+            why = "enable_remote needs it: set this key"
+            raise ConfigError("remote_cache_path", HIDDEN, why)
+        elif (count := len(self.remote_cache_path)) > 1:
+            why = f"a remote tier has one address, not {count}"
             raise ConfigError("remote_cache_path", HIDDEN, why)
         for name in sorted(_FILE_KEYS & self.model_fields_set):
             why = "is ignored: the remote tier has an object for every few blocks, not files"

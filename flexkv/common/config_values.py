@@ -19,6 +19,8 @@ def _joined(value: object) -> object:
         return ()
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(";") if part.strip())
+    if not isinstance(value, list | tuple):
+        raise ValueError("must be a URL as text")  # noqa: TRY004 -- pydantic takes no other
     return value
 
 

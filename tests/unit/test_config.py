@@ -281,10 +281,15 @@ def test_any_secret_lets_other_machines_in(secret: str) -> None:
     CacheConfig(enable_p2p_cpu=True, local_ip="::1")
 
 
-@pytest.mark.parametrize("path", ["", "s3://one/;s3://two/"])
-def test_a_remote_tier_has_one_address(path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [("", "remote_cache_path: enable_remote needs it"), (None, "enable_remote needs it"),
+     ("s3://one/;s3://two/", "remote_cache_path: a remote tier has one address, not 2"),
+     (7, "remote_cache_path=7: must be a URL as text")],
+)  # fmt: skip
+def test_a_remote_tier_has_one_address(path: Any, why: str) -> None:
     """A remote tier without an address, or with two, is refused by the key."""
-    with pytest.raises(ConfigError, match="remote_cache_path"):
+    with pytest.raises(ConfigError, match=why):
         CacheConfig(enable_remote=True, remote_cache_path=path)
 
 
