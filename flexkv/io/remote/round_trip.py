@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from contextlib import suppress
@@ -14,6 +15,8 @@ from flexkv.io.remote.store import Store
 
 ROUND_TRIP_BYTES = 16 << 20
 _FOLDER = "doctor/"
+TIDY_S = 1.0
+"""How long an object is tried to be deleted after a failure."""
 
 
 class RoundTrip(NamedTuple):
@@ -48,8 +51,9 @@ async def round_trip(store: Store, nbytes: int = ROUND_TRIP_BYTES) -> RoundTrip:
             break
         await store.touch(name)
     except BaseException as error:  # cancelled, too; its own error tells more than the deletion's
-        with suppress(RemoteError):
-            await store.delete(name)
+        with suppress(RemoteError, TimeoutError):
+            async with asyncio.timeout(TIDY_S):
+                await store.delete(name)
         if isinstance(error, FileNotFoundError):
             why = "what was written cannot be found"
             raise RemoteError(store.where, "get", why) from None
