@@ -329,7 +329,6 @@ async def test_bad_arguments_are_named_and_change_nothing(
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"enable_p2p_cpu": True}, "enable_p2p_cpu"),
         ({"enable_cpu": False}, "enable_cpu"),
     ],
 )

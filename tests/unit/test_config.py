@@ -246,7 +246,7 @@ def test_a_size_in_the_file_wins_in_whatever_unit() -> None:
     assert settings.cache_config.sized(ModelConfig(**MODEL)).num_host_blocks == 5
 
 
-@pytest.mark.parametrize("file", [{"sync_get": True}, {"enable_p2p_cpu": True}])
+@pytest.mark.parametrize("file", [{"sync_get": True}, {"cache_config": {"enable_cpu": False}}])
 def test_settings_of_parts_that_are_not_built_are_refused(file: dict[str, Any]) -> None:
     """Keys of parts that are not built load, but are refused by name when something starts."""
     with pytest.raises(ConfigError, match="not built yet"):
