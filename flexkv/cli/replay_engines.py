@@ -1,4 +1,4 @@
-"""`flexkv replay-hits` of several engines, each alone or with one store for all."""
+"""`flexkv replay-hits` of several engines: alone, with one store for all, or with each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIST_PER_S: float = CacheConfig.model_fields["remote_list_per_s"].default
 
 
 class Rates(NamedTuple):
-    """What engines hit on a trace, by capacity; `shared` is None without a store."""
+    """What engines hit on a trace, by capacity; `shared` is None if nothing is shared."""
 
     alone: list[EngineHits]
     shared: list[EngineHits] | None
@@ -64,10 +64,16 @@ def print_rates(rates: Rates, capacities: Sequence[int], engines: int, as_json: 
     """Print the rates as a table, or as JSON."""
     rows = {"alone": [hits.rate for hits in rates.alone]}
     if rates.shared is not None:
-        rows["with the store"] = [hits.rate for hits in rates.shared]
-        rows["of that, from the store"] = [
-            hits.far_blocks / max(1, hits.asked_blocks) for hits in rates.shared
-        ]
+        rows["shared"] = [hits.rate for hits in rates.shared]
+        if any(hits.peer_blocks for hits in rates.shared):
+            rows["of that, from other engines"] = [
+                hits.peer_blocks / max(1, hits.asked_blocks) for hits in rates.shared
+            ]
+        if any(hits.stored_spans for hits in rates.shared):
+            rows["of that, from the store"] = [
+                (hits.far_blocks - hits.peer_blocks) / max(1, hits.asked_blocks)
+                for hits in rates.shared
+            ]
     rows["endless cache"] = [rates.endless] * len(capacities)
     if as_json:
         told = {"engines": engines, "capacities": [*capacities], "hit_rate": rows}

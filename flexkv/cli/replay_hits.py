@@ -45,8 +45,9 @@ def replay_hits(
     groups: Annotated[str, typer.Option(help=_GROUPS_HELP, metavar="KIND[:TOKENS][*COUNT],…")] = "",
     engines: Annotated[int, typer.Option(min=1, max=1024, help="Engines with a cache each.")] = 1,
     remote: Annotated[bool, typer.Option("--remote", help="Give them one endless store.")] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="They read from each other.")] = False,
     span_blocks: Annotated[
-        int, typer.Option(min=1, max=65536, help="With --remote: blocks of a span.")
+        int, typer.Option(min=1, max=65536, help="With --remote or --peers: blocks of a span.")
     ] = 1,
     list_per_s: Annotated[
         float, typer.Option(min=0.0, callback=finite, help="With --remote: as remote_list_per_s.")
@@ -65,16 +66,21 @@ def replay_hits(
     """Show the hit rate of each eviction policy on a request trace, by cache size.
 
     Two bounds are shown beside them: Belady's policy, which knows the future, and a cache without
-    limit. A hit is a block of the prompt's longest stored prefix. With --engines or --remote, one
-    policy is shown: what the engines hit alone and with a store, and the bound of an endless cache.
+    limit. A hit is a block of the prompt's longest stored prefix. With --engines, --remote or
+    --peers, one policy is shown: what the engines hit alone, and what they hit with what they
+    share, and the bound of an endless cache.
     """
     capacities, policies = _capacities(blocks), _policies(policy)
     eviction = Eviction("lru" if policy == "all" else policies[-1])
-    if (engines > 1 or remote) and groups:
-        raise ConfigError("groups", groups, "cannot be combined with --engines and --remote")
-    if engines > 1 or remote:
+    is_fleet = engines > 1 or remote or peers
+    if is_fleet and groups:
+        why = "cannot be combined with --engines, --remote and --peers"
+        raise ConfigError("groups", groups, why)
+    if is_fleet:
         fleet = fleet_of(engines, routing, seed)
-        sharing = Sharing(span_blocks, list_per_s) if remote else None
+        sharing = None
+        if remote or peers:
+            sharing = Sharing(span_blocks, list_per_s, remote, peers)
         told = rates_of(prompts_of(read_trace(trace, limit)), capacities, eviction, fleet, sharing)
         print_rates(told, capacities, engines, as_json)
         return

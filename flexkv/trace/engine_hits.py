@@ -1,4 +1,4 @@
-"""Hit rates of several engines on one request trace, each alone or with one store for all.
+"""Hit rates of several engines on one request trace: alone, with a store, or with each other.
 
 The store is a set of spans; all else is as in an engine: its table (`Residency`), what it owes to
 the store (`OwedSpans`), and what it knows of the store (`Hints`), by its own writes and by listing.
@@ -7,31 +7,37 @@ the store (`OwedSpans`), and what it knows of the store (`Hints`), by its own wr
                                 ▲                       fetched ──┘                       │
                                 └── all of it is in its table now; whole spans ──▶ store ◀┘
 
-A fetch and a write take no time here, the store has no limit, and nobody deletes anything there. So
-the rates say what the rules of the tier make of a trace, not what a slow store does.
+Engines that are peers tell each other of the changes of their spans (`SpanChanges`), and lend what
+they still have. A fetch, a write and an announcement take no time here, the store has no limit, and
+nobody deletes anything there. So the rates say what the rules of the tiers make of a trace, not
+what a slow store or network does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count, cycle
+from itertools import count, cycle, pairwise
 from random import Random
 from typing import NamedTuple
 
 import numpy as np
 
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, BlockKey, Positions, Tier
+from flexkv.index.change_hub import ChangeHub
 from flexkv.index.claims import Holding
 from flexkv.index.eviction import Eviction
-from flexkv.index.hints import STORE, HintedCatalogue, Hints
+from flexkv.index.hints import STORE, HintedCatalogue, Hints, holders_of
 from flexkv.index.owed_spans import OwedSpans
 from flexkv.index.residency import PREFIX, WORTHY, Residency
+from flexkv.index.span_changes import SpanChanges
 from flexkv.io.remote.names import SHARDS
 from flexkv.trace.hits import Prompt
 
 ROUTINGS = ("random", "round-robin")
 PAGE_SPANS = 1000
 """How many spans an answer to a listing has at most, as of S3."""
+CHANGES_MAX = 1 << 20
+"""More changes than one request makes."""
 SPARE_SPANS = 1024
 """How many more spans an engine remembers than there are."""
 
@@ -47,12 +53,16 @@ class Fleet(NamedTuple):
 
 
 class Sharing(NamedTuple):
-    """What engines that share a store know of it."""
+    """What engines share, and what they know of it."""
 
     span_blocks: int
-    """How many blocks a span has: the store has whole spans only."""
-    list_per_s: float
+    """How many blocks a span has: only whole spans are shared."""
+    list_per_s: float = 0.0
     """Requests of each engine that list the store; 0: it knows its own spans only."""
+    has_store: bool = True
+    """Whether there is a store for all."""
+    has_peers: bool = False
+    """Whether engines read from each other's host memory."""
 
 
 class EngineHits(NamedTuple):
@@ -61,10 +71,12 @@ class EngineHits(NamedTuple):
     own_blocks: int
     """Hits in host memory of the engine that was asked."""
     far_blocks: int
-    """Hits behind those, in the store."""
+    """Hits behind those, in the store or in other engines."""
     asked_blocks: int
     stored_spans: int
     """Spans in the store at the end."""
+    peer_blocks: int = 0
+    """Those of the far ones that came from other engines."""
 
     @property
     def rate(self) -> float:
@@ -102,8 +114,16 @@ class Store:
                 yield bytes(shard[first : seen[number]])
 
 
+class _Served(NamedTuple):
+    """How many blocks of a request came from where."""
+
+    own: int
+    peers: int
+    store: int
+
+
 class _Engine:
-    """One engine: its host memory, and what it knows of the store."""
+    """One engine: its host memory, and what it knows of the store and of the others."""
 
     def __init__(
         self, capacity_blocks: int, eviction: Eviction, hints: Hints, store: Store | None
@@ -114,6 +134,7 @@ class _Engine:
         self._owed = OwedSpans(self._index, Tier.REMOTE, hints.span_blocks, far)
         self._pages: Iterator[bytes] = iter(())
         self._seen = [0] * SHARDS
+        self._spans: SpanChanges | None = None
 
     def list(self, requests: int) -> None:
         """Make some requests that list the store, round after round."""
@@ -125,20 +146,57 @@ class _Engine:
                 page = next(self._pages)
             self._hints.note(STORE, page)
 
-    def serve(self, prompt: Prompt, now_s: int) -> tuple[int, int]:
-        """Serve a request; return how many blocks of it the engine had, and how many were far."""
+    def announce_from_now_on(self) -> None:
+        """Record how spans change, for `announced`."""
+        hub = ChangeHub(self._index)
+        self._spans = SpanChanges(hub, self._hints.span_blocks, CHANGES_MAX)
+
+    def announced(self) -> tuple[bytes, bytes]:
+        """Return the keys of spans that came, and of those that went, since the last call."""
+        assert self._spans is not None
+        changes = self._spans.take()
+        assert changes is not None, "more changes than one request makes"
+        came = b"".join(change.key for change in changes if change.on_host)
+        return came, b"".join(change.key for change in changes if not change.on_host)
+
+    def hear(self, holder: int, came: bytes, went: bytes) -> None:
+        """Take what another engine has announced."""
+        self._hints.note(holder, came)
+        self._hints.drop(holder, went)
+
+    def lend(self, prompt: Prompt, first: int, last: int) -> int:
+        """Return how many blocks of a prompt another engine may read here; their use counts."""
+        return self._index.run(prompt.keys, first, last, use=True).last - first
+
+    def serve(self, prompt: Prompt, now_s: int, others: Sequence[_Engine]) -> _Served:
+        """Serve a request; return where the engine found how many blocks of it."""
         index, blocks = self._index, len(prompt.ids)
         index.tick(now_s)
         found = index.find(prompt.keys, use=True)
-        runs = self._catalogue.far(prompt.keys, found.last, blocks, frozenset())
-        far = sum(len(run.block_ids) for run in runs)
+        peers, store = self._far(prompt, found.last, others)
         with index.holding(found.holdings):
-            fetched = self._fill(prompt, found.last, found.last + far, PREFIX)
+            fetched = self._fill(prompt, found.last, found.last + peers + store, PREFIX)
         near = found.last + len(fetched)
         with index.holding([*found.holdings, Holding(Tier.HOST, fetched)]):
             self._fill(prompt, near, blocks, WORTHY)
         self._write_behind()
-        return found.last, len(fetched)
+        peers = min(peers, len(fetched))
+        return _Served(found.last, peers, len(fetched) - peers)
+
+    def _far(self, prompt: Prompt, first: int, others: Sequence[_Engine]) -> tuple[int, int]:
+        """Return how many blocks from a position on other engines lend, and the store has."""
+        at, counts = first, {Tier.PEER: 0, Tier.REMOTE: 0}
+        for tier, ids in self._catalogue.far(prompt.keys, first, len(prompt.ids), frozenset()):
+            holders = holders_of(ids)
+            begins = [0, *(np.flatnonzero(np.diff(holders)) + 1).tolist(), len(ids)]
+            for begin, end in pairwise(begins):
+                there = wanted = end - begin
+                if tier is Tier.PEER:
+                    there = others[int(holders[begin]) - 1].lend(prompt, at, at + wanted)
+                at, counts[tier] = at + there, counts[tier] + there
+                if there < wanted:
+                    return counts[Tier.PEER], counts[Tier.REMOTE]
+        return counts[Tier.PEER], counts[Tier.REMOTE]
 
     def _fill(self, prompt: Prompt, first: int, last: int, how: int) -> BlockIds:
         """Bring blocks to host memory as far as they fit, and owe whole spans to the store."""
@@ -170,35 +228,52 @@ def replay_engines(
     fleet: Fleet,
     sharing: Sharing | None = None,
 ) -> EngineHits:
-    """Return the hits of engines, each alone or with one store for all.
+    """Return the hits of engines, each alone, with one store for all, or with each other.
 
     Args:
         prompts: the requests of a trace.
         capacity_blocks: how many blocks the host memory of each engine holds.
         eviction: its policy.
         fleet: the engines.
-        sharing: how they share a store; None if there is none.
+        sharing: what they share; None if each is alone.
     """
-    store = None if sharing is None else Store()
-    span_blocks, list_per_s = sharing or Sharing(1, 0.0)
+    sharing = sharing or Sharing(1, has_store=False)
+    store = Store() if sharing.has_store else None
     distinct = 1 + max((max(prompt.ids, default=0) for prompt in prompts), default=0)
-    spans_max = distinct // span_blocks + SPARE_SPANS
+    spans_max = distinct // sharing.span_blocks + SPARE_SPANS
+    if sharing.has_peers:
+        spans_max += fleet.engines * (capacity_blocks // sharing.span_blocks)
     engines = [
-        _Engine(capacity_blocks, eviction, Hints(spans_max, span_blocks), store)
+        _Engine(capacity_blocks, eviction, Hints(spans_max, sharing.span_blocks), store)
         for _ in range(fleet.engines)
     ]
-    own = far = asked = now_s = listed = 0
+    if sharing.has_peers:
+        for engine in engines:
+            engine.announce_from_now_on()
+    own = peers = stored = asked = now_s = listed = 0
     begin_s = prompts[0].at_s if prompts else 0
     for prompt, number in zip(prompts, _routes(fleet), strict=False):
         now_s = max(now_s, prompt.at_s)
-        due = int((now_s - begin_s) * list_per_s)
-        if due > listed:
+        due = int((now_s - begin_s) * sharing.list_per_s)
+        if due > listed and store is not None:
             for engine in engines:
                 engine.list(due - listed)
             listed = due
-        here, there = engines[number].serve(prompt, now_s)
-        own, far, asked = own + here, far + there, asked + len(prompt.ids)
-    return EngineHits(own, far, asked, 0 if store is None else len(store))
+        served = engines[number].serve(prompt, now_s, engines)
+        if sharing.has_peers:
+            _announce(engines, number)
+        own, peers, stored = own + served.own, peers + served.peers, stored + served.store
+        asked += len(prompt.ids)
+    spans = 0 if store is None else len(store)
+    return EngineHits(own, peers + stored, asked, spans, peers)
+
+
+def _announce(engines: Sequence[_Engine], number: int) -> None:
+    """Tell all engines but one how its spans have changed."""
+    came, went = engines[number].announced()
+    for each, engine in enumerate(engines):
+        if each != number:
+            engine.hear(number + 1, came, went)
 
 
 def _routes(fleet: Fleet) -> Iterable[int]:

@@ -69,6 +69,63 @@ def test_engines_with_a_store_hit_what_a_plain_model_does(seed: int, span_blocks
         assert far > 0
 
 
+class Pair(Model):
+    """Two engines as plain LRU lists that read from each other."""
+
+    def serve(self, engine: int, ids: list[int]) -> tuple[int, int]:
+        """Serve a request; return the hits in the engine's cache, and those behind them."""
+        cache, other, size = self.caches[engine], self.caches[1 - engine], self.span_blocks
+        own = next((at for at, block in enumerate(ids) if block not in cache), len(ids))
+        last = own
+        while (end := (last // size + 1) * size) <= len(ids) and ids[end - 1] in other:
+            last = end
+        if last > own:
+            for block in reversed(ids[:last]):
+                other.move_to_end(block)
+        self.store.update(ids[own:last])
+        kept = ids[: self.capacity]
+        last = max(own, min(last, len(kept)))
+        for block in reversed(kept[:own]):
+            cache.move_to_end(block)
+        for block in kept[own:]:
+            if len(cache) >= self.capacity:
+                cache.popitem(last=False)
+            cache[block] = None
+        for block in reversed(kept):
+            cache.move_to_end(block)
+        return own, last - own
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("span_blocks", [1, 3])
+def test_peers_hit_what_a_plain_model_does(seed: int, span_blocks: int) -> None:
+    """What one of two engines has is read from it, by whole spans, and counts as used there."""
+    prompts = prompts_of(lines(seed))
+    sharing = Sharing(span_blocks, has_store=False, has_peers=True)
+    for capacity in (12, 25, 60):
+        model = Pair(2, capacity, span_blocks)
+        hits = [model.serve(at % 2, [*prompt.ids]) for at, prompt in enumerate(prompts)]
+        told = replay_engines(prompts, capacity, LRU, Fleet(2, "round-robin"), sharing)
+        own, far = (sum(each) for each in zip(*hits, strict=True))
+        assert (told.own_blocks, told.far_blocks, told.peer_blocks) == (own, far, far)
+        assert told.stored_spans == 0
+        assert far > 0
+
+
+@pytest.mark.parametrize("engines", [4, 7])
+def test_peers_and_a_store_hit_what_an_endless_cache_does(engines: int) -> None:
+    """What no peer has any more comes from the store; peers with room for all need no store."""
+    prompts, small = prompts_of(lines(3)), 160 // engines
+    fleet, bound = Fleet(engines, "random", 5), infinite(prompts).rate
+    both = replay_engines(prompts, small, LRU, fleet, Sharing(1, AT_ONCE, has_peers=True))
+    assert both.rate == bound
+    assert 0 < both.peer_blocks < both.far_blocks
+    roomy = Sharing(1, has_store=False, has_peers=True)
+    assert replay_engines(prompts, 100_000, LRU, fleet, roomy).rate == bound
+    few = replay_engines(prompts, small, LRU, fleet, roomy).rate
+    assert replay_engines(prompts, small, LRU, fleet).rate < few < bound
+
+
 @pytest.mark.parametrize("routing", ["random", "round-robin"])
 def test_a_store_makes_up_for_routing(routing: str) -> None:
     """With spans of a block engines and a store hit what an endless cache does; alone, less."""
@@ -129,13 +186,17 @@ def test_the_command_shows_alone_shared_and_the_bound(trace: Path) -> None:
     facts = json.loads(told.stdout)
     rates = facts["hit_rate"]
     assert (facts["engines"], facts["capacities"]) == (4, [20, 40])
-    assert rates["alone"][0] < rates["alone"][1] < rates["with the store"][0]
-    assert rates["with the store"] == rates["endless cache"]
+    assert rates["alone"][0] < rates["alone"][1] < rates["shared"][0]
+    assert rates["shared"] == rates["endless cache"]
     assert 0 < rates["of that, from the store"][1] < rates["of that, from the store"][0]
     table = CliRunner().invoke(commands, [*command, "--span-blocks", "4"]).output
-    assert all(name in table for name in ("alone", "with the store", "endless cache"))
+    assert all(name in table for name in ("alone", "shared", "from the store", "endless cache"))
+    command = ["replay-hits", str(trace), "--engines", "2", "--peers", "--blocks", "20", "--json"]
+    rates = json.loads(CliRunner().invoke(commands, command).stdout)["hit_rate"]
+    assert rates["alone"] < rates["shared"] < rates["endless cache"]
+    assert "of that, from the store" not in rates
     table = CliRunner().invoke(commands, ["replay-hits", str(trace), "--engines", "2"]).output
-    assert "with the store" not in table
+    assert "shared" not in table
     assert "alone" in table
 
 
