@@ -124,7 +124,7 @@ bench: $(VENV)/.setup-dev  ## Benchmarks, side by side with their limits; ARGS="
 	$(BIN)/python -m benchmarks $(ARGS)
 
 soak: $(VENV)/.setup-dev $(MOTO_VENV)/.setup  ## Fresh simulations, long property tests, many crashes and faults; about 35 minutes
-	SIMULATION_SEEDS=10000 POOL_SPANS=100000 POOL_SEEDS=3 SIMULATION_FIRST=$${SIMULATION_FIRST:-$$(date +%s)00} \
+	CLUSTER_NODES=1000 CLUSTER_SEEDS=200 SIMULATION_SEEDS=10000 POOL_SPANS=100000 POOL_SEEDS=3 SIMULATION_FIRST=$${SIMULATION_FIRST:-$$(date +%s)00} \
 	REMOTE_FAULTS=10000 REMOTE_FAULT_FIRST=$${REMOTE_FAULT_FIRST:-$$(date +%s)00} \
 	INDEX_OPERATIONS=120000 KILLS=200 DAMAGES=10000 POWER_LOSSES=1000 HYPOTHESIS_PROFILE=soak FUZZ_FRAMES=100000 FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
 	$(BIN)/python -m pytest -q tests/simulation tests/property tests/system/test_warm.py \

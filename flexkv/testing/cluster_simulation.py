@@ -290,21 +290,24 @@ class ClusterSimulation:
     # -- faults ---------------------------------------------------------------------------------
 
     async def _disturbed(self) -> None:
-        """Change spans and make faults for the scene's time."""
+        """Change spans and make faults for the scene's time; return once all faults have ended."""
         loop, scene = asyncio.get_running_loop(), self.scene
         until_s, owed = loop.time() + scene.seconds, 0.0
-        while loop.time() < until_s:
+        lasting: set[asyncio.Task[None]] = set()
+        while loop.time() < until_s or lasting:
             await asyncio.sleep(step_s := 0.01)
             owed += scene.changes_per_s * step_s
             nodes = list(self.living.values())
-            for _ in range(int(owed) if nodes else 0):
+            for _ in range(int(owed)):
                 self.random.choice(nodes).source.change()
             owed %= 1.0
-            if self.random.random() < scene.faults_per_s * step_s:
-                await self._fault()
+            if loop.time() < until_s and self.random.random() < scene.faults_per_s * step_s:
+                task = self._group.create_task(self._fault())
+                lasting.add(task)
+                task.add_done_callback(lasting.discard)
 
     async def _fault(self) -> None:
-        """Make one fault; those that last end by themselves."""
+        """Make one fault; return once it has ended."""
         kinds = [
             self._redis_dies, self._redis_is_flushed, self._redis_is_trimmed, self._is_cut_off,
             self._pool_is_split, self._is_slow,
@@ -320,7 +323,7 @@ class ClusterSimulation:
 
     async def _redis_dies(self) -> None:
         self.server.is_down = True
-        await self._changing(self.random.random() * 2 * self.scene.ttl_s)
+        await asyncio.sleep(self.random.random() * 2 * self.scene.ttl_s)
         if self.random.random() < 0.5:
             self.server.flush()
         self.server.is_down = False
@@ -334,27 +337,27 @@ class ClusterSimulation:
     async def _is_cut_off(self) -> None:
         node = self._some()
         node.redis.is_cut_off = True
-        await self._changing(self.random.random() * 3 * self.scene.ttl_s)
+        await asyncio.sleep(self.random.random() * 3 * self.scene.ttl_s)
         node.redis.is_cut_off = False
 
     async def _pool_is_split(self) -> None:
         half = self.random.sample(list(self.living.values()), len(self.living) // 2)
         for node in half:
             node.redis.is_cut_off = True
-        await self._changing(2 * self.scene.ttl_s)
+        await asyncio.sleep(2 * self.scene.ttl_s)
         for node in half:
             node.redis.is_cut_off = False
 
     async def _is_slow(self) -> None:
         node = self._some()
         usual, node.redis.delay_s = node.redis.delay_s, lambda: 0.5 * self.random.random()
-        await self._changing(2 * self.scene.ttl_s)
+        await asyncio.sleep(2 * self.scene.ttl_s)
         node.redis.delay_s = usual
 
     async def _answers_are_lost(self) -> None:
         node = self._some()
         node.redis.loses_answers = True
-        await self._changing(self.random.random() * self.scene.ttl_s)
+        await asyncio.sleep(self.random.random() * self.scene.ttl_s)
         node.redis.loses_answers = False
 
     async def _nodes_die(self) -> None:
@@ -392,15 +395,6 @@ class ClusterSimulation:
         """Kill a node, and start another one or the same."""
         self.kill(node)
         self.start(node_id, node.follows, address)
-
-    async def _changing(self, seconds: float) -> None:
-        """Go on with changes while a fault lasts."""
-        loop = asyncio.get_running_loop()
-        until_s = loop.time() + seconds
-        while loop.time() < until_s:
-            await asyncio.sleep(0.02)
-            for _ in range(int(self.scene.changes_per_s * 0.02)):
-                self._some().source.change()
 
     # -- laws -----------------------------------------------------------------------------------
 

@@ -303,3 +303,13 @@ def test_the_own_node_is_no_member() -> None:
     members = Membership(Hints(64, 1), OWN, 1.0)
     members.saw([Beat(OWN)], 0.0)
     assert not len(members)
+
+
+def test_a_node_is_away_only_while_the_registry_lacks_it() -> None:
+    """A node that the registry has lacked twice, but never for long, is a member still."""
+    members = Membership(Hints(64, 1), OWN, 10.0)
+    for now_s, beats in enumerate([[node(1)], [], [node(1)], [], [node(1)], [], [], [], [], []]):
+        members.saw(beats, float(now_s))
+        assert len(members) == 1, now_s
+    members.saw([], 10.0)
+    assert not len(members)

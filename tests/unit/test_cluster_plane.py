@@ -302,6 +302,30 @@ async def test_a_failing_snapshot_is_asked_for_ever_more_seldom(cluster: Cluster
 
 
 @virtual
+async def test_what_comes_during_a_snapshot_follows_it(cluster: Cluster) -> None:
+    """Entries that come while a snapshot is under way are applied behind it; one is enough."""
+    one, other = await cluster.pair()
+    asked: list[NodeRecord] = []
+
+    async def slowly(node: NodeRecord) -> AsyncIterator[Any]:
+        asked.append(node)
+        for part in one.plane.publisher.snapshot():
+            yield part
+            await asyncio.sleep(1.0)
+
+    other.plane.follower._snapshots.parts = slowly
+    one.source.put(OTHER, True, False)
+    one.source.has_lost = True
+    await asyncio.sleep(0.5)
+    one.source.put(KEY, True, False)
+    one.source.put(OTHER, False, False)
+    await asyncio.sleep(TTL_S / 3)
+    assert knows(other, one)
+    assert not knows(other, one, OTHER)
+    assert len(asked) == 1
+
+
+@virtual
 async def test_what_cannot_be_decoded_is_counted(cluster: Cluster) -> None:
     """Entries that nobody can read harm nobody."""
     one, other = await cluster.pair()
