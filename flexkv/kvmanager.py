@@ -341,7 +341,7 @@ class KVManager:
         if not flag("cluster", cluster):
             return self.clear()
         thread = self._bridge.blocking("reset(cluster=True)", "use `await reset_cluster()`")
-        return thread.call(lambda: self.engine.reset_cluster())
+        return thread.call(self._door.reset_cluster)
 
     async def reset_cluster(self) -> int:
         """Make all nodes that share blocks forget them; return the cluster's new generation.
@@ -352,7 +352,7 @@ class KVManager:
             ConfigError: this node shares no blocks with others.
             ClusterStoreError: Redis did not do it, or it is not known whether it did.
         """
-        return await self._bridge.call_async(lambda: self.engine.reset_cluster())
+        return await self._bridge.call_async(self._door.reset_cluster)
 
     def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
         """Forget the blocks of one tier, of one namespace, or all; traffic may go on.

@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn, TextIO
 import typer
 
 from flexkv import __version__
+from flexkv.cli.cluster import cluster
 from flexkv.cli.demo import demo
 from flexkv.cli.doctor import doctor
 from flexkv.cli.explain import explain
@@ -37,6 +38,7 @@ commands.command()(serve)
 commands.command()(stats)
 commands.command()(top)
 commands.command()(vllm_demo)
+commands.add_typer(cluster, name="cluster")
 commands.add_typer(remote, name="remote")
 commands.add_typer(server, name="server")
 commands.add_typer(ssd, name="ssd")

@@ -22,14 +22,15 @@ Address = Annotated[
 ]
 
 
-def _at(address: str | None) -> str:
+def address_of(address: str | None) -> str:
+    """Return the address that an option gives, or the configured one."""
     return address or load_settings().server_recv_port
 
 
 @server.command("status")
 def status(address: Address = None) -> None:
     """Show who is connected, and the engine's statistics, as JSON."""
-    typer.echo(json.dumps(command(_at(address), "status"), indent=2))
+    typer.echo(json.dumps(command(address_of(address), "status"), indent=2))
 
 
 @server.command("flush")
@@ -38,7 +39,7 @@ def flush(address: Address = None) -> None:
 
     The exit status is 1 if a configured tier is not in use.
     """
-    report = command(_at(address), "flush")
+    report = command(address_of(address), "flush")
     if not any(report.values()):
         typer.echo("everything in host memory is in all lower tiers that are configured")
     for tier, blocks in report["lacking_blocks"].items():
@@ -57,7 +58,7 @@ def clear(
     address: Address = None,
 ) -> None:
     """Empty the cache: every tier, or one."""
-    typer.echo(f"forgot {command(_at(address), 'clear', tier=tier)} blocks")
+    typer.echo(f"forgot {command(address_of(address), 'clear', tier=tier)} blocks")
 
 
 def trace_start(
@@ -72,10 +73,10 @@ def trace_start(
 ) -> None:
     """Start a trace in a running server."""
     path = None if file is None else str(file.absolute())
-    typer.echo(f"recording {command(_at(address), 'trace_start', path=path, tokens=tokens)}")
+    typer.echo(f"recording {command(address_of(address), 'trace_start', path=path, tokens=tokens)}")
 
 
 def trace_stop(address: Address = None) -> None:
     """Stop the trace of a running server, and complete its file."""
-    path = command(_at(address), "trace_stop")
+    path = command(address_of(address), "trace_stop")
     typer.echo("no trace was being recorded" if path is None else f"recorded {path}")

@@ -60,6 +60,7 @@ class ClusterState(msgspec.Struct, frozen=True):
         is_registered: whether this node is registered.
         id: of this node, in hexadecimal.
         life: of this node, in hexadecimal.
+        zone: of this node.
         generation: the latest that was seen.
         published_seq: the number of the latest entry that the store has of this node.
         pending_spans: for how many spans a change is not told yet.
@@ -78,6 +79,7 @@ class ClusterState(msgspec.Struct, frozen=True):
     is_registered: bool
     id: str
     life: str
+    zone: str
     generation: int
     published_seq: int
     pending_spans: int
@@ -182,6 +184,7 @@ class MetadataPlane:
             is_registered=self.registration.is_registered,
             id=own.id.hex(),
             life=f"{own.life:016x}",
+            zone=own.zone,
             generation=self.follower.generation,
             published_seq=self.publisher.sent_seq,
             pending_spans=self.publisher.pending_spans,

@@ -147,6 +147,10 @@ class Door(Protocol):
         """Forget blocks, and return once no crash can bring them back."""
         ...
 
+    async def reset_cluster(self) -> int:
+        """Make all nodes that share blocks forget them; return the new generation."""
+        ...
+
     def trace_start(self, path: str | None, with_tokens: bool | None) -> None:
         """Record to a file from now on."""
         ...

@@ -26,6 +26,7 @@ class Control:
             "status": self._status,
             "clear": self._clear,
             "flush": self._flush,
+            "cluster_reset": self._engine.reset_cluster,
         }
 
     async def perform(self, verb: str, arguments: dict[str, Any]) -> Any:

@@ -421,6 +421,16 @@ class EngineClient:
         """Do what `clear` does."""
         return self.clear(tier, namespace)
 
+    async def reset_cluster(self) -> int:
+        """Have the server begin a new generation of its cluster: see `KVManager.reset_cluster`.
+
+        Raises:
+            BackendUnavailableError: there is no server.
+        """
+        self._check_open()
+        address = self._settings.server_recv_port
+        return int(_value_of(await run_stoppable("reset", lambda _: ask(address, "cluster_reset"))))
+
     def trace_start(self, path: str | None = None, with_tokens: bool | None = None) -> None:
         """Have the server record to a file from now on; a relative path is relative to us."""
         name = None if path is None else str(Path(path).absolute())

@@ -149,7 +149,10 @@ class ClusterStatistics(msgspec.Struct, frozen=True):
         state: what it knows of the others.
         grants: what others have asked of it.
         connections: how many connections of others there are.
+        lent_bytes: how many bytes others were let read since the start.
+        down: addresses of nodes that are not asked now, because they did not answer.
         read: what was read of each node since the start, by its address.
+        read_in_all: what was read of all nodes, also of those that have left.
     """
 
     address: str
@@ -157,7 +160,10 @@ class ClusterStatistics(msgspec.Struct, frozen=True):
     state: ClusterState
     grants: GrantCounts
     connections: int
+    lent_bytes: int
+    down: tuple[str, ...]
     read: dict[str, PeerReads]
+    read_in_all: PeerReads
 
 
 class Cluster(Protocol):

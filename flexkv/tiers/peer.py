@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from random import Random
@@ -188,6 +189,8 @@ class _Node:
         )
         self._peers: Peers | None = None
         self._hooks: TierHooks | None = None
+        self._read_of_gone: Counter[str] = Counter()
+        self._lent_bytes = 0
 
     # -- work -----------------------------------------------------------------------------------
 
@@ -295,18 +298,24 @@ class _Node:
 
     def statistics(self) -> ClusterStatistics:
         """Return what is known of the cluster now."""
-        generation = self.generation
+        generation, peers = self.generation, self._peers
+        assert peers is not None
+        members = list(self._membership.members())
+        read, in_all = {}, Counter(self._read_of_gone)
+        for holder, counts in list(self.port.counts.items()):
+            in_all.update(counts)
+            if (node := self._membership.node(holder)) is not None:
+                read[node.address] = PeerReads(**counts)
         return ClusterStatistics(
             self._listener.address,
             None if generation.is_apart else generation.number,
             self.plane.state(),
             self._grants.counts,
             len(self._listener),
-            {
-                node.address: PeerReads(**counts)
-                for holder, counts in list(self.port.counts.items())
-                if (node := self._membership.node(holder)) is not None
-            },
+            self._lent_bytes,
+            tuple(each.node.address for each in members if not peers.is_up(each.holder)),
+            read,
+            PeerReads(**in_all),
         )
 
     # -- owner ----------------------------------------------------------------------------------
@@ -323,6 +332,7 @@ class _Node:
             if isinstance(found, ReadStatus):
                 return Status(int(found))
             addresses = arena.address + found.block_ids * arena.block_stride_bytes
+            self._lent_bytes += len(addresses) * read.block_bytes
             return Granted(addresses, self._host.sums[found.block_ids], found.ended)
 
         index = self._ring.add(connection)
@@ -368,7 +378,7 @@ class _Node:
 
     def left(self, holder: int, node: NodeRecord) -> None:
         """Close the connections to a node that has left."""
-        self.port.counts.pop(holder, None)
+        self._read_of_gone.update(self.port.counts.pop(holder, {}))
         self._lanes.stop(holder)
         if self._peers is not None:
             self._peers.left(node)
