@@ -122,7 +122,7 @@ def _facts(known: ClusterStatistics) -> dict[str, str]:
 def _rows(known: ClusterStatistics) -> list[tuple[str, ...]]:
     """Return a row of cells for each other node, those with most spans first."""
     none: Any = type(known.read_in_all)()
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for node in sorted(known.state.nodes, key=lambda each: (-each.spans, each.address)):
         read = known.read.get(node.address, none)
         state = "[bold red]down" if node.address in known.down else "up"

@@ -78,9 +78,8 @@ def replay_hits(
         raise ConfigError("groups", groups, why)
     if is_fleet:
         fleet = fleet_of(engines, routing, seed)
-        sharing = None
-        if remote or peers:
-            sharing = Sharing(span_blocks, list_per_s, remote, peers)
+        shared = Sharing(span_blocks, list_per_s, remote, peers)
+        sharing = shared if remote or peers else None
         told = rates_of(prompts_of(read_trace(trace, limit)), capacities, eviction, fleet, sharing)
         print_rates(told, capacities, engines, as_json)
         return

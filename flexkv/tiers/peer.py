@@ -30,7 +30,7 @@ from flexkv.cluster.redis_commands import RedisCommands
 from flexkv.cluster.redis_store import RedisStore
 from flexkv.cluster.secret import cluster_key
 from flexkv.cluster.sessions import Sessions
-from flexkv.cluster.wire import Introduction, PeerId
+from flexkv.cluster.wire import WANT_BLOCKS_MAX, Introduction, PeerId
 from flexkv.common.config import MB, CacheConfig, CacheSizes
 from flexkv.common.errors import MalformedError, PeerError
 from flexkv.common.space import rules_of
@@ -135,7 +135,7 @@ class PeerTier:
             work=node.work,
             cluster=node,
             stop=node.stop,
-            waiting_since_s=node.port.waiting_since_s,
+            waiting_since_s=lambda _: asyncio.get_running_loop().time(),  # each peer has its limits
         )
 
 
@@ -348,6 +348,9 @@ class _Node:
     async def want(self, holder: int, wish: Wish) -> Allowed:
         """Ask a holder for blocks: see `Holders`."""
         assert self._peers is not None
+        if wish.last > WANT_BLOCKS_MAX:
+            why = f"a prompt of {wish.last} blocks is too long: {WANT_BLOCKS_MAX} can be asked for"
+            raise PeerError(str(holder), "asking", why)
         grant = await self._peers.want(holder, *wish)
         return Allowed(grant.number, grant.count, grant.is_cut)
 

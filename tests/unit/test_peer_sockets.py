@@ -14,7 +14,8 @@ import pytest
 from flexkv.common.errors import ClosedError
 from flexkv.io.peer.fence import Fence
 from flexkv.io.peer.sockets import NO_EXTENTS, Extents, SocketRing, StreamEndedError
-from tests.peer_rig import connected, flood
+from flexkv.testing.virtual_time import run_virtual
+from tests.peer_rig import connected, flood, nodes
 
 BYTES = 4 << 20
 Ends = tuple[socket.socket, socket.socket]
@@ -281,3 +282,46 @@ async def test_a_fence_waits_for_all_work() -> None:
         fence.end()
     assert cancelled.cancelled()
     assert calls == [1]
+
+
+class _Moving(SocketRing):
+    """A ring without sockets, over which a byte moves each half second until some time."""
+
+    def __init__(self, until_s: float) -> None:
+        self._until_s = until_s
+
+    def _moved_bytes(self, index: int) -> int:
+        return int(2 * min(asyncio.get_running_loop().time(), self._until_s))
+
+
+@pytest.mark.parametrize(("until_s", "lasts_s"), [(0.0, 1.0), (10.0, 11.0)])
+def test_a_move_may_take_as_long_as_bytes_move(until_s: float, lasts_s: float) -> None:
+    """Only when nothing has moved for the time given, or half as long again, is a move given up."""
+
+    async def work() -> None:
+        ring, loop = _Moving(until_s), asyncio.get_running_loop()
+        async with ring.unless_stalled(0, 1.0):
+            await asyncio.sleep(0.9 * until_s)
+        with pytest.raises(TimeoutError):
+            async with ring.unless_stalled(0, 1.0):
+                await asyncio.sleep(100)
+        assert lasts_s <= loop.time() <= lasts_s + 1
+
+    run_virtual(work())
+
+
+async def test_bytes_that_move_over_tcp_are_counted() -> None:
+    """Both ends see that bytes move, whether the application has taken them yet or not."""
+    async with nodes() as (owner, reader):
+        ours, theirs = connected()
+        rings = (owner.ring, owner.ring.add(theirs)), (reader.ring, reader.ring.add(ours))
+        before = [ring._moved_bytes(index) for ring, index in rings]
+        await owner.ring.send(rings[0][1], NO_EXTENTS, b"some bytes")
+        await reader.ring.receive(rings[1][1], NO_EXTENTS, 4)
+        after = [ring._moved_bytes(index) for ring, index in rings]
+        assert after[1] - before[1] >= len(b"some bytes")
+        assert rings[1][0]._moved_bytes(-1) == 0, "it has been removed"
+        for ring, index in rings:
+            await ring.remove(index)
+        ours.close()
+        theirs.close()

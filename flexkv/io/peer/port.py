@@ -182,8 +182,7 @@ class PeerPort:
         self._copier = Copier(COPY_THREADS)
         self._reads = CheckedReads(host, self._copier)
         self.counts: dict[int, Counter[str]] = {}
-        self._moved_s: dict[int, float] = {}
-        """When something of each transfer has arrived last."""
+        self._in_flight: set[int] = set()
         self._ended: list[Completion] = []
         self._wake: Callable[[], None] | None = None
         self._is_stopped = self._closed = False
@@ -204,11 +203,11 @@ class PeerPort:
         """
         self._check_open()
         check_ids(transfer, self._host.arena.num_blocks, _OUTER_BLOCKS)
-        if self.spawn is None or self._wake is None or transfer.op_id in self._moved_s:
+        if self.spawn is None or self._wake is None or transfer.op_id in self._in_flight:
             raise InvariantError(f"transfer {transfer.op_id}: not connected, or in flight already")
         if transfer.route.target is not Tier.HOST or transfer.names is None:
             raise InvariantError(f"transfer {transfer.op_id} {transfer.route}: peers are only read")
-        self._moved_s[transfer.op_id] = asyncio.get_running_loop().time()
+        self._in_flight.add(transfer.op_id)
         self.spawn("peer get", self._get(transfer))
 
     def reap(self) -> list[Completion]:
@@ -226,7 +225,7 @@ class PeerPort:
             filled, error = filled + brought.filled, brought.error
             if error is not None:
                 break
-        del self._moved_s[transfer.op_id]
+        self._in_flight.discard(transfer.op_id)
         self._ended.append(Completion(transfer.op_id, error, filled))
         assert self._wake is not None
         self._wake()
@@ -265,8 +264,10 @@ class PeerPort:
             allowed = await self._holders.want(run.holder, run.wish)
         except PeerError as error:
             return Fetched(0, error)
+        except ClosedError as error:
+            return Fetched(0, PeerError(str(run.holder), "asking", str(error)))
         try:
-            brought = await self._read(run, allowed, transfer.op_id)
+            brought = await self._read(run, allowed)
         finally:
             self._holders.release(run.holder, allowed.number)
         if brought.error is not None or brought.filled == len(run.host_ids):
@@ -279,7 +280,7 @@ class PeerPort:
         missing = MissingBlockError(transfer.op_id, str(transfer.route), left, why)
         return Fetched(brought.filled, missing)
 
-    async def _read(self, run: _Run, allowed: Allowed, op_id: int) -> Fetched:
+    async def _read(self, run: _Run, allowed: Allowed) -> Fetched:
         """Read granted blocks, in parts that arrive over all lanes at once."""
         group = run.wish.group
         at_once = 1
@@ -292,7 +293,7 @@ class PeerPort:
             ended = asyncio.get_running_loop().create_future()
             ends.append(ended)
             part = _Part(run, allowed.number, begin, min(begin + at_once, blocks), number)
-            self.spawn("peer read", self._read_part(part, op_id, ended))
+            self.spawn("peer read", self._read_part(part, ended))
         filled = 0
         error: TransferError | None = None
         for ended in ends:  # all must be over before the blocks are anybody else's
@@ -301,7 +302,7 @@ class PeerPort:
                 filled, error = filled + brought.filled, brought.error
         return Fetched(filled, error)
 
-    async def _read_part(self, part: _Part, op_id: int, ended: asyncio.Future[Fetched]) -> None:
+    async def _read_part(self, part: _Part, ended: asyncio.Future[Fetched]) -> None:
         """Read some blocks over one lane, and report how that ended."""
         run, group = part.run, part.run.wish.group
         try:
@@ -310,10 +311,10 @@ class PeerPort:
             first = run.wish.first + part.begin * self._ratios[group]
             own = run.host_ids[part.begin : part.end]
             brought = await self._reads.fetch(receiver, part.number, first, own, group)
-            if brought.filled:
-                self._moved_s[op_id] = asyncio.get_running_loop().time()
         except PeerError as error:
             brought = Fetched(0, error)
+        except (OSError, ClosedError) as error:  # there is no room for another socket
+            brought = Fetched(0, PeerError(str(run.holder), "connecting", str(error)))
         if isinstance(brought.error, PeerError):
             self._holders.blame(run.holder, brought.error)
         ended.set_result(brought)
@@ -324,11 +325,6 @@ class PeerPort:
         """End all transfers soon: the engine is being closed."""
         self._is_stopped = True
         self._lanes.stop()
-
-    def waiting_since_s(self, op_id: int) -> float:
-        """Return since when nothing of a transfer has arrived."""
-        now_s = asyncio.get_running_loop().time()
-        return self._moved_s.get(op_id, now_s)
 
     async def sync(self) -> None:
         """Return at once: nothing is written."""
@@ -355,7 +351,7 @@ class PeerPort:
         self._lanes.close()
         self._copier.close()
         self._reads.close()
-        if unreaped := len(self._moved_s) + len(self._ended):
+        if unreaped := len(self._in_flight) + len(self._ended):
             raise InvariantError(f"peer port closed with {unreaped} transfers unreaped")
 
 

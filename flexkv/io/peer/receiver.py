@@ -51,7 +51,7 @@ class Receiver:
             ring: moves the bytes; the memory of the blocks must be lent to it.
             index: of the socket.
             peer: the owner's address, for errors.
-            stall_s: how long the next message may take to arrive.
+            stall_s: for how long nothing may arrive.
         """
         self._ring, self._stall_s = ring, stall_s
         self.index, self.peer, self.is_broken = index, peer, False
@@ -135,9 +135,9 @@ class Receiver:
         return status, sums
 
     async def _receive(self, extents: Extents, head_bytes: int, due_bytes: int = 0) -> bytes:
-        async with asyncio.timeout(self._stall_s):
+        async with self._ring.unless_stalled(self.index, self._stall_s):
             return await self._ring.receive(self.index, extents, head_bytes, due_bytes)
 
     async def _send(self, header: bytes) -> None:
-        async with asyncio.timeout(self._stall_s):
+        async with self._ring.unless_stalled(self.index, self._stall_s):
             await self._ring.send(self.index, NO_EXTENTS, header)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -45,7 +44,7 @@ class Sender:
 
         Args:
             ring: moves the bytes.
-            stall_s: a reader that does not take a message within this time loses its connection.
+            stall_s: a reader that takes nothing for so long loses its connection.
         """
         self._ring, self._stall_s = ring, stall_s
 
@@ -93,5 +92,5 @@ class Sender:
             found.ended()
 
     async def _send(self, index: int, extents: NDArray[np.int64], head: bytes) -> None:
-        async with asyncio.timeout(self._stall_s):
+        async with self._ring.unless_stalled(index, self._stall_s):
             await self._ring.send(index, extents, head)

@@ -15,9 +15,10 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import struct
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from errno import EIO, EMFILE
 from itertools import count
@@ -40,6 +41,11 @@ HEAD_BYTES_MAX = 1024
 WAKE_BYTES_MAX = 512 << 10
 """While more bytes are due, the kernel copies what has arrived in steps of at least this size: it
 costs a tenth less CPU time, at both ends, than to be woken for every packet."""
+
+
+_MOVED, _MOVED_AT = struct.Struct("=QQ"), 120
+"""Bytes acknowledged and bytes received, in the kernel's struct tcp_info since Linux 4.1."""
+_TCP_INFO_BYTES = _MOVED_AT + _MOVED.size
 
 
 class StreamEndedError(EOFError):
@@ -163,6 +169,41 @@ class SocketRing:
         index, is_tcp = next(self._indices), own.family in (socket.AF_INET, socket.AF_INET6)
         self._places[index] = _Place(own, self._free.pop(), is_tcp)
         return index
+
+    @asynccontextmanager
+    async def unless_stalled(self, index: int, stall_s: float) -> AsyncIterator[None]:
+        """Let a move over a socket take as long as bytes keep moving, however slowly.
+
+        Raises:
+            TimeoutError: nothing has moved over the socket for `stall_s`, or half as long again.
+        """
+        loop, moved = asyncio.get_running_loop(), self._moved_bytes(index)
+        async with asyncio.timeout(stall_s) as limit:
+
+            def look() -> None:
+                nonlocal moved
+                if (now := self._moved_bytes(index)) != moved and not limit.expired():
+                    moved = now
+                    limit.reschedule(loop.time() + stall_s)
+                timers.append(loop.call_later(stall_s / 2, look))
+                del timers[:-1]
+
+            timers = [loop.call_later(stall_s / 2, look)]
+            try:
+                yield
+            finally:
+                timers[-1].cancel()
+
+    def _moved_bytes(self, index: int) -> int:
+        """Return how many bytes have arrived over a TCP socket, and were taken by its peer."""
+        place = self._places.get(index)
+        if place is None or not place.is_tcp:
+            return 0
+        try:
+            told = place.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        except OSError:
+            return 0
+        return sum(_MOVED.unpack_from(told, _MOVED_AT)) if len(told) == _TCP_INFO_BYTES else 0
 
     def stop(self, index: int) -> None:
         """Shut a socket down: what is under way on it ends soon, what comes later fails at once.
