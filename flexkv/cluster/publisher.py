@@ -217,6 +217,8 @@ class Publisher:
         """Make entries of what is pending."""
         pending, self._pending = self._pending, {}
         tell_all, self._tell_all = self._tell_all, self._snapshots > 0
+        if not pending:
+            return
         told = self._to_tell(pending, tell_all)
         if any(told):
             self._unsent = entries_of(self._own.life, self._seq + 1, told)
