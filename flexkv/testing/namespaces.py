@@ -93,7 +93,7 @@ class Namespace:
             try:
                 enter(self.pid)
                 done.append(work())
-            except OSError as error:
+            except (OSError, AssertionError) as error:
                 failed.append(error)
 
         thread = threading.Thread(target=there, name="inside a namespace")

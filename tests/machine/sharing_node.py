@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from psutil import Process
 
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import FlexKVError
@@ -117,7 +118,8 @@ class SharingNode:
             "draining": host.draining_blocks, "ready": host.ready_blocks,
             "read": routes.get("peer→host", 0),
             "missing": told.missing_tiers, "health": told.tiers[Tier.PEER.label].reads,
-            "descriptors": len(os.listdir("/proc/self/fd")),
+            "descriptors": len(os.listdir("/proc/self/fd")), "tasks": len(asyncio.all_tasks()),
+            "memory_bytes": Process().memory_info().rss,
         }  # fmt: skip
 
     async def digest(self) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from tests.machine.sharing_node import AREAS, BLOCKS, PROMPT_BYTES
 
 pytestmark = pytest.mark.machine
 
-NODES, PROMPTS = 3, 12
-"""Twice as many prompts as a node has room for."""
+NODES = 3
 ROUNDS = int(os.environ.get("SHARING_ROUNDS", "8"))
 SEED = int(os.environ.get("SHARING_SEED", "1"))
 DESCRIPTORS_MORE = 40
@@ -33,17 +32,21 @@ class Soak:
 
     Attributes:
         gets: how many were compared.
-        far_blocks: how many blocks nodes have read from each other, in lives that were not killed.
+        faults: how many there were.
+        far_blocks: how many blocks nodes have read from each other, without those of killed nodes.
     """
 
     def __init__(self, bed: Bed, seed: int) -> None:
         self.bed, self._random = bed, random.Random(seed)
         self.gets = self.far_blocks = self.faults = 0
         self._stopped: set[int] = set()
+        self._prompts: list[int] = []
+        self._read = [0] * NODES
 
     def round(self, number: int) -> None:
         """Put and get on every node while something fails; then repair it."""
         nodes, chance = self.bed.nodes, self._random
+        self._share(number)
         first = [self._begin(node, 0) for node in range(NODES)]
         if number % 2:
             target = number // 2 % (NODES + 1)
@@ -64,17 +67,30 @@ class Soak:
         self._collect([first, second], set(range(NODES)))
         self._stopped.clear()
         self._repair()
-        for node in nodes:
-            node.is_free()
+        for number, node in enumerate(nodes):
+            read = node.is_free()["read"]
+            self.far_blocks += read - self._read[number]
+            self._read[number] = read
+
+    def _share(self, number: int) -> None:
+        """Put a new prompt on each node, and wait until the others know of it."""
+        self._prompts = [number * NODES + node for node in range(NODES)]
+        for node, seed in zip(self.bed.nodes, self._prompts, strict=True):
+            assert node.do("put", seed=seed) == {"status": "success"}
+        for own, node in enumerate(self.bed.nodes):
+            for seed in set(self._prompts) - {self._prompts[own]}:
+                node.until("known", lambda known: known["own"] + known["far"] == BLOCKS, seed=seed)
 
     def _begin(self, node: int, area: int) -> list[int]:
-        """Put a prompt, and begin to get others, in half of the areas from one on."""
+        """Begin to get new and old prompts, and to put one, in half of the areas from one on."""
         chance, at = self._random, self.bed.nodes[node]
-        numbers = [at.begin("put", seed=chance.randrange(PROMPTS), area=area)]
-        if chance.random() < 0.6:
-            numbers.append(at.begin("clear"))
-        areas = range(area + 1, area + AREAS // 2)
-        return numbers + [at.begin("get", seed=chance.randrange(PROMPTS), area=n) for n in areas]
+        numbers = []
+        for each in range(area, area + AREAS // 2 - 1):
+            seed = chance.choice([*self._prompts, *self._prompts, chance.randrange(NODES * ROUNDS)])
+            numbers.append(at.begin("get", seed=seed, area=each))
+        again = chance.choice(self._prompts)
+        numbers.append(at.begin("put", seed=again, area=area + AREAS // 2 - 1))
+        return [*numbers, at.begin("clear")] if chance.random() < 0.3 else numbers
 
     def _collect(self, begun: list[list[list[int]]], nodes: set[int]) -> None:
         """Check all answers of some nodes."""
@@ -95,6 +111,7 @@ class Soak:
         for number, node in enumerate(self.bed.nodes):
             if not node.is_running:
                 self.bed.start_again(number)
+                self._read[number] = 0
 
     # -- faults ---------------------------------------------------------------------------------
 
@@ -167,10 +184,7 @@ def test_no_byte_is_wrong_and_nothing_is_left(tmp_path: Path) -> None:
             soak.round(number)
         for node, descriptors in zip(bed.nodes, before, strict=True):
             facts = node.is_free()
-            soak.far_blocks += facts["read"]
             assert facts["descriptors"] <= descriptors + DESCRIPTORS_MORE
-        bed.nodes[0].do("put", seed=PROMPTS)
-        for node in bed.nodes[1:]:
-            node.until("get", lambda got: got["blocks"] == BLOCKS, seed=PROMPTS)
+        soak.round(ROUNDS)
         sys.stdout.write(f"{soak.faults} faults, {soak.gets} gets, {soak.far_blocks} blocks read\n")
         assert all(node.end() == 0 for node in bed.nodes)
