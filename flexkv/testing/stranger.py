@@ -47,7 +47,7 @@ class Stranger:
         self.frames = self.connections = self.heard_bytes = self.refused = 0
         self._begins = [self._hello(VERSION)]
         self._recorded = list(self._begins)
-        self._open: list[socket.socket] = []
+        self._open: list[tuple[socket.socket, bytes]] = []
         self._numbers = count(1)
 
     def run(self, frames: int, going_on: Callable[[], bool] = lambda: True) -> None:
@@ -65,8 +65,8 @@ class Stranger:
 
     def close(self) -> None:
         """Close the connections that are open still."""
-        for connection in self._open:
-            self._end(connection, b"")
+        for connection, heard in self._open:
+            self._end(connection, heard)
         self._open.clear()
 
     # -- one connection -------------------------------------------------------------------------
@@ -80,9 +80,9 @@ class Stranger:
             for _ in range(chance.randrange(1, 9)):
                 self._say(connection, self._frame(heard))
         if chance.random() < 0.1:
-            self._open.append(connection)
+            self._open.append((connection, heard))
             if len(self._open) > OPEN_MAX:
-                self._end(self._open.pop(chance.randrange(OPEN_MAX)), heard)
+                self._end(*self._open.pop(chance.randrange(OPEN_MAX)))
         else:
             self._end(connection, heard)
 
