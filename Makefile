@@ -56,7 +56,7 @@ moto: $(MOTO_VENV)/.setup  ## A server that speaks S3, in a venv of its own, for
 test: $(VENV)/.setup-dev $(MOTO_VENV)/.setup  ## Run the tests, on two cores; ARGS="-n 0 tests/unit" for some, in one process
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-test-system: $(VENV)/.setup-dev  ## The tests that mount file systems and make cgroups: as root
+test-system: $(VENV)/.setup-dev  ## The tests that mount file systems, make cgroups and networks: as root
 	scripts/system-packages $(MACHINE_APT_PACKAGES) || echo 'some tests need $(MACHINE_APT_PACKAGES)'
 	$(BIN)/python -m pytest tests/machine $(ARGS)
 
@@ -130,6 +130,8 @@ soak: $(VENV)/.setup-dev $(MOTO_VENV)/.setup  ## Fresh simulations, long propert
 	$(BIN)/python -m pytest -q tests/simulation tests/property tests/system/test_warm.py \
 	tests/system/test_crash.py tests/system/test_power_loss.py tests/system/test_fuzz.py \
 	tests/system/test_remote_faults.py
+	SHARING_ROUNDS=100 SHARING_SEED=$${SHARING_SEED:-$$(date +%s)} FUZZ_FRAMES=100000 FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
+	$(BIN)/python -m pytest -q -s tests/machine/test_sharing_soak.py tests/machine/test_sharing_strangers.py
 
 wheel: $(VENV)/.setup  ## One abi3 wheel, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

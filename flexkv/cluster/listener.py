@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import socket
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
@@ -38,6 +39,8 @@ DATA_CONNECTIONS_MAX = 8
 CONNECTIONS_MAX = 4096
 """The most connections of all nodes."""
 ACCEPTS_A_TURN = 16
+STRANGERS_LOGGED_S = 1.0
+"""Strangers have one log line in this time at most: they must not fill the log."""
 ACCEPT_PAUSE_S = 0.2
 """How long to wait if the process has no descriptors left."""
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -82,6 +85,7 @@ class Listener:
         self._connections: dict[_Connection, None] = {}
         self._idle = asyncio.Event()
         self._is_closed = False
+        self._strangers_logged_s, self._strangers_unlogged = -math.inf, 0
         self.address = ""
         if listening.family in (socket.AF_INET, socket.AF_INET6):
             self.address = tcp.address_of(*listening.getsockname()[:2])
@@ -130,7 +134,7 @@ class Listener:
             each for each in self._connections if not each.is_proved and not each.is_dismissed
         ]
         if len(unproved) > UNPROVED_MAX:
-            log.warning("peers_unproved", connections=len(unproved), closed=unproved[0].name)
+            self._log_stranger(unproved[0], f"{len(unproved)} connections are unproved")
             self._dismiss(unproved[0])
 
     def close(self) -> None:
@@ -155,7 +159,11 @@ class Listener:
         try:
             theirs = await self._greeted(connection)
         except (OSError, TimeoutError, PeerProtocolError, ConfigError) as error:
-            log.warning("peer_refused", address=connection.name, reason=str(error) or "too slow")
+            reason = str(error) or "too slow"
+            if connection.is_proved:
+                log.warning("peer_refused", address=connection.name, reason=reason)
+            else:
+                self._log_stranger(connection, reason)
             return
         log.debug(
             "peer_accepted",
@@ -195,6 +203,16 @@ class Listener:
         if theirs.purpose == "data":
             connection.data_of = theirs.peer_id
         return theirs
+
+    def _log_stranger(self, connection: _Connection, reason: str) -> None:
+        """Log that a connection was refused, and how many others were since the last line."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._strangers_logged_s < STRANGERS_LOGGED_S:
+            self._strangers_unlogged += 1
+            return
+        others, self._strangers_unlogged = self._strangers_unlogged, 0
+        self._strangers_logged_s = now_s
+        log.warning("peer_refused", address=connection.name, reason=reason, others_before=others)
 
     def _check(self, ours: Introduction, theirs: Introduction) -> None:
         check_alike(ours, theirs)
