@@ -34,7 +34,7 @@ FLOORS = [
     {"engine"},
     {"front"},
     {"server"},
-    {"kvmanager", "metrics"},
+    {"figures", "kvmanager", "metrics"},
     {"integration", "testing"},
     {"cli"},
 ]

@@ -107,7 +107,7 @@ def screen(now: Samples, before: Samples | None, seconds: float) -> Group:
     A table without rows is left out. The first one keeps its title, which says how busy the engine
     is.
     """
-    makers = _requests, _tiers, _stores, _routes
+    makers = _requests, _tiers, _stores, _peers, _routes
     requests, *others = (make(now, before, seconds) for make in makers)
     return Group(requests if requests.row_count else str(requests.title),
                  *(table for table in others if table.row_count))  # fmt: skip
@@ -204,6 +204,31 @@ def _state(tier: str, joined: bool, now: Samples) -> str:
     return "[bold red]collection refused" if is_refused else "joined"
 
 
+def _peers(now: Samples, before: Samples | None, seconds: float) -> Table:
+    table = Table(
+        "peers", "sharing", "Redis", "known spans", "MB read", "MB lent", "granted", "busy",
+        "failed",
+    )  # fmt: skip
+    nodes = now.get("flexkv_cluster_peers")
+    if not nodes:
+        return table
+    down = nodes["down",]
+    apart, redis = (now[f"flexkv_cluster_{what}"][()] for what in ("apart", "redis_up"))
+    failures = now["flexkv_peer_failures_total"]
+    table.add_row(
+        f"{nodes['up',]:,.0f}" + (f" [bold red]and {down:,.0f} down" if down else ""),
+        "[bold red]apart" if apart else "yes",
+        "up" if redis else "[bold red]down",
+        f"{now['flexkv_cluster_known_spans'][()]:,.0f}",
+        _megabytes((), now, before, seconds, "flexkv_peer_read_bytes_total"),
+        _megabytes((), now, before, seconds, "flexkv_cluster_lent_bytes_total"),
+        _per_s("flexkv_cluster_wants_total", ("granted",), now, before, seconds),
+        _per_s("flexkv_peer_failures_total", ("busy",), now, before, seconds),
+        f"{sum(failures[why,] for why in ('failed', 'missing', 'wrong')):,.0f}",
+    )
+    return table
+
+
 def _routes(now: Samples, before: Samples | None, seconds: float) -> Table:
     table = Table("route", "MB", "transfers", "mean ms queued", "mean ms on device", "failed")
     for labels in sorted(now.get("flexkv_transfers_total", {})):
@@ -219,9 +244,12 @@ def _routes(now: Samples, before: Samples | None, seconds: float) -> Table:
 
 
 def _megabytes(
-    labels: tuple[str, ...], now: Samples, before: Samples | None, seconds: float
+    labels: tuple[str, ...],
+    now: Samples,
+    before: Samples | None,
+    seconds: float,
+    name: str = "flexkv_transfer_bytes_total",
 ) -> str:
-    name = "flexkv_transfer_bytes_total"
     value = now.get(name, {}).get(labels, 0.0)
     if before is None or not seconds:
         return f"{value / 1e6:,.0f}"

@@ -157,7 +157,8 @@ async def test_an_engine_on_the_callers_loop_is_read_too(tmp_path: Path) -> None
 def test_the_dashboard_asks_for_what_there_is(tmp_path: Path) -> None:
     """Every name and label that the dashboard uses is exposed, and no two panels overlap."""
     remote = {"enable_remote": True, "remote_cache_path": f"file://{tmp_path}/shared"}
-    manager = KVManager(MODEL, cache_config(tmp_path / "disk", **remote))
+    peers = {"enable_p2p_cpu": True, "redis_port": 1}  # nothing listens there
+    manager = KVManager(MODEL, cache_config(tmp_path / "disk", **remote, **peers))
     manager.start()
     manager.register_kv_caches(kv_caches())
     with MetricsServer(manager, 0, name="metrics", instance=3) as server:
