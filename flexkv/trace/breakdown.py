@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
-from flexkv.common.terms import FAR_TIERS
+from flexkv.common.terms import FAR_TIERS, Tier
 from flexkv.observe.records import OpRecord, PlanRecord, RequestRecord
 from flexkv.trace.load import Trace
 
@@ -18,6 +18,8 @@ ADMISSION, PLANNING, JOINED, BETWEEN = (
 
 FAR = frozenset(tier.label for tier in FAR_TIERS)
 """The tiers whose blocks are a store's or other engines'."""
+
+PEER = Tier.PEER.label
 
 
 class Step(NamedTuple):
@@ -68,6 +70,8 @@ class Breakdown(NamedTuple):
 def step_name(op: OpRecord) -> str:
     """Return the name of the step in which an op was with its device, tier or store."""
     source, _, _ = op.route.partition("→")
+    if source == PEER:
+        return "waiting for peers"
     return f"waiting for {source}" if source in FAR else op.route
 
 

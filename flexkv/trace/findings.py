@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flexkv.observe.records import OpRecord
-from flexkv.trace.breakdown import ADMISSION, FAR, step_name
+from flexkv.trace.breakdown import ADMISSION, FAR, PEER, step_name
 from flexkv.trace.summary import RouteSummary, Summary
 
 SLOW_DISK_RATE = 200e6
@@ -68,13 +68,14 @@ def _corrupt(summary: Summary) -> list[Finding]:
         text = (
             f"{len(of_tier)} reads from {_SOURCES.get(tier, tier)} returned other bytes than were "
             f"written: the blocks were dropped and counted as misses. The first: "
-            f"{of_tier[0].detail}. Check the {'store' if tier in FAR else 'drive'}."
+            f"{of_tier[0].detail}. Check the {_TO_CHECK.get(tier, 'drive')}."
         )
         found.append(Finding("corrupt", text, of_tier[0].at_ns, len(of_tier)))
     return found
 
 
-_SOURCES = {"disk": "SSD", "remote": "the remote store"}
+_SOURCES = {"disk": "SSD", "remote": "the remote store", "peer": "peers"}
+_TO_CHECK = {"remote": "store", "peer": "memory of the nodes, and the network between them"}
 
 
 def _tiers(summary: Summary) -> list[Finding]:
@@ -156,10 +157,17 @@ def _slow_store(summary: Summary) -> list[Finding]:
             f"{route} is slow: a fetch takes {facts.service_ms[0] / 1e3:.1f} s (p50) and "
             f"{facts.service_ms[1] / 1e3:.1f} s (p99), {facts.rate / 1e6:.0f} MB/s while busy; "
             f"gets spend {100 * waits[0]:.0f} % of their time {step_name(ops[0])}, prefetches "
-            f"{100 * waits[1]:.0f} %. Check the way to the store: `flexkv doctor` measures it."
+            f"{100 * waits[1]:.0f} %. {_way_to(route)}"
         )
         found.append(Finding("slow_store", text, min(op.begun_ns for op in ops), len(ops)))
     return found
+
+
+def _way_to(route: str) -> str:
+    """Return what to do about slow fetches on a route."""
+    if route.partition("→")[0] == PEER:
+        return "Check the network to the peers; `flexkv cluster status` says which were read."
+    return "Check the way to the store: `flexkv doctor` measures it."
 
 
 def _share(summary: Summary, kind: str, step: str) -> float:
@@ -176,11 +184,23 @@ def _wrong_hints(summary: Summary) -> list[Finding]:
             continue
         text = (
             f"{len(missing)} of {len(ops)} fetches {route} found a span missing that hints had "
-            "promised: it was deleted since the last listing. Requests computed the blocks. See "
-            f"`remote_list_per_s`, and what deletes objects there. The first: {missing[0].detail}"
+            f"promised: {_why_missing(route)} The first: {missing[0].detail}"
         )
         found.append(Finding("wrong_hints", text, missing[0].ended_ns, len(missing)))
     return found
+
+
+def _why_missing(route: str) -> str:
+    """Return why spans were missing that a far tier was said to have, and what to do about it."""
+    if route.partition("→")[0] == PEER:
+        return (
+            "its node evicted it a moment ago. Requests computed the blocks. Give the nodes more "
+            "host memory, or tell changes sooner (`p2p_publish_ms`)."
+        )
+    return (
+        "it was deleted since the last listing. Requests computed the blocks. See "
+        "`remote_list_per_s`, and what deletes objects there."
+    )
 
 
 def _fetches(summary: Summary) -> dict[str, list[OpRecord]]:
