@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 LOCKS = ["dev", "run", "vllm", "vllm-sources", "moto"]
 LEFT_OUT = {"torch", "torchaudio", "torchcodec", "torchvision"}
 """Packages that the locks leave out; see `scripts/lock`."""
-SCRIPTS = [ROOT / "Makefile", ROOT / ".ci/run", *sorted((ROOT / "scripts").iterdir())]
+FOUND = (path for path in sorted((ROOT / "scripts").rglob("*")) if path.is_file())
+SCRIPTS = [ROOT / "Makefile", ROOT / ".ci/run", *FOUND]
 EXACT = (r"--requirement requirements/", r"\$\(LOCKED\) requirements/", r"==", r"--constraint ")
 UNLOCKED = (r"\$\(LATEST_VENV\)", r"--upgrade uv$")
 """Commands that need no lock: `make test-latest`, and the installation of uv."""

@@ -86,7 +86,8 @@ def _show(known: ClusterStatistics) -> None:
         console.print("no other node is known: they need the same model, settings and p2p_zone")
         return
     columns = "node", "life", "spans", "heard s", "state", "blocks", "MB", "busy", "failed"
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.columns[0].no_wrap = True
     for row in _rows(known):
         table.add_row(*row)
     console.print(table)

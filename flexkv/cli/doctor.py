@@ -20,6 +20,7 @@ from rich.table import Table
 
 from flexkv import _ext
 from flexkv.cli.doctor_model import kv_groups
+from flexkv.cli.doctor_peers import peers
 from flexkv.cli.doctor_tiers import Finding, host_tier, remote_tier, ssd_tier
 from flexkv.common.config import GB, CacheConfig, ModelConfig
 from flexkv.common.errors import ConfigError
@@ -61,6 +62,7 @@ def doctor(
     if cache.enable_ssd:
         findings += ssd_tier(cache)
     findings += remote_tier(cache)
+    findings += peers(cache)
     findings += of_model
     if as_json:
         typer.echo(json.dumps({f.name: f._asdict() for f in findings}, indent=2))

@@ -206,8 +206,7 @@ def _state(tier: str, joined: bool, now: Samples) -> str:
 
 def _peers(now: Samples, before: Samples | None, seconds: float) -> Table:
     table = Table(
-        "peers", "sharing", "Redis", "known spans", "MB read", "MB lent", "granted", "busy",
-        "failed",
+        "peers", "shares", "Redis", "spans", "MB read", "MB lent", "granted", "busy", "failed",
     )  # fmt: skip
     nodes = now.get("flexkv_cluster_peers")
     if not nodes:

@@ -108,6 +108,11 @@ class PeerTier:
         cache, sizes, hints = self._cache, self._sizes, self._hints
         if not cache.has_peers or hints is None:
             return None
+        if cache.mooncake_config_path is not None:
+            why = (
+                "blocks are moved over TCP by FlexKV itself; Mooncake's transfer engine is not used"
+            )
+            log.warning("mooncake_config_path_not_used", reason=why)
         commands = RedisCommands(
             cache.redis_host, cache.redis_port, cache.redis_password.get_secret_value()
         )

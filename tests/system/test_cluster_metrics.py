@@ -105,5 +105,5 @@ def test_the_peers_are_watched_in_the_terminal(served: tuple[str, list[Any]]) ->
     assert scrape(url)["flexkv_cluster_apart"][()] == 1
     assert "apart" in run("top", "--url", url, "--interval", "0.1", "--count", "1")
     told[0] = None
-    assert "sharing" not in run("stats", "--url", url)
+    assert "shares" not in run("stats", "--url", url)
     assert not [name for name in scrape(url) if name == "flexkv_cluster_generation"]
