@@ -17,6 +17,7 @@ import pytest
 
 from flexkv.testing.namespaces import Host, Network, missing
 from flexkv.testing.redis_server import RedisServer
+from flexkv.testing.wire import Quality, Wire
 from tests.system.forked import Program
 
 PATIENCE_S = 60.0
@@ -120,38 +121,43 @@ class Bed:
         redis: the Redis.
     """
 
-    def __init__(self, folder: Path, nodes: int, **keys: Any) -> None:
+    def __init__(self, folder: Path, nodes: int, wire: Quality | None = None, **keys: Any) -> None:
+        """Start everything; with a wire, the first two nodes reach each other by it alone."""
         self._folder, self._keys, self._starts = folder, keys, count(1)
         self.nodes: list[BedNode] = []
         self._opened = ExitStack()
         with ExitStack() as undo:
             self.network = undo.enter_context(Network(nodes + 1))
             *self.hosts, self.redis_host = self.network.hosts
+            self._addresses = [host.address for host in self.hosts]
+            if wire is not None:
+                ends = undo.enter_context(Wire((self.hosts[0], self.hosts[1]), wire)).addresses
+                self._addresses[:2] = ends
             place = self.redis_host
             self.redis = RedisServer(PASSWORD, place.address, place.command, place.connect)
             undo.callback(self.redis.close)
             self.redis.start()
             undo.callback(self._close_nodes)
-            for host in self.hosts:
-                self.nodes.append(self._start(host))
+            for number in range(nodes):
+                self.nodes.append(self._start(number))
             for node in self.nodes:
                 node.ready()
             self._opened = undo.pop_all()
 
-    def _start(self, host: Host) -> BedNode:
+    def _start(self, number: int) -> BedNode:
         keys = {
             "enable_p2p_cpu": True, "redis_host": self.redis_host.address,
             "redis_port": self.redis.port, "redis_password": PASSWORD,
-            "local_ip": host.address, "cluster_secret": SECRET,
+            "local_ip": self._addresses[number], "cluster_secret": SECRET,
             "io_deadline_s": DEADLINE_S, "node_ttl_seconds": TTL_S, "p2p_publish_ms": 10.0,
             **self._keys,
         }  # fmt: skip
-        return BedNode(host, self._folder / f"node-{next(self._starts)}.log", keys)
+        return BedNode(self.hosts[number], self._folder / f"node-{next(self._starts)}.log", keys)
 
     def start_again(self, number: int) -> BedNode:
         """Start an engine in place of one that has ended, and wait until it takes requests."""
         self.nodes[number].close()
-        self.nodes[number] = self._start(self.hosts[number])
+        self.nodes[number] = self._start(number)
         return self.nodes[number].ready()
 
     def until_delivered(self) -> None:
