@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from flexkv.common.config import CacheConfig, Settings
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -35,6 +40,10 @@ def run(command: list[str | Path], folder: Path) -> subprocess.CompletedProcess[
         ("shared_store", ["first engine, put: KVResponse(success, 512 of 512 tokens)",
                           "second engine, get: KVResponse(success, 512 of 512 tokens)",
                           "fetched: 32 blocks", "every byte is there"]),
+        ("two_nodes", ["first node, put: KVResponse(success, 512 of 512 tokens)",
+                       "second node, match: PrefixMatch(0 tokens; 512 more in peer)",
+                       "second node, get: KVResponse(success, 512 of 512 tokens)",
+                       "every byte is there"]),
     ],
 )  # fmt: skip
 def test_an_example_runs_as_it_says(tmp_path: Path, name: str, lines: list[str]) -> None:
@@ -60,6 +69,32 @@ def test_a_server_and_an_engine_of_several_processes_run_as_they_say(tmp_path: P
     finally:
         server.terminate()
         assert server.wait(60) == 0
+
+
+def test_the_files_for_a_cluster_have_known_keys_only() -> None:
+    """The compose file and the Kubernetes example are YAML, and what they set for FlexKV is valid."""
+    folder = ROOT / "examples/cluster"
+    compose = yaml.safe_load((folder / "compose.yaml").read_text())
+    engines = [each for name, each in compose["services"].items() if name.startswith("vllm")]
+    assert len(engines) == 2
+    objects = list(yaml.safe_load_all((folder / "kubernetes.yaml").read_text()))
+    (stateful,) = [each for each in objects if each["kind"] == "StatefulSet"]
+    (pod,) = stateful["spec"]["template"]["spec"]["containers"]
+    set_ = [engine["environment"] for engine in engines]
+    set_.append({each["name"]: each.get("value", "10.0.0.1") for each in pod["env"]})
+    known = {*Settings.model_fields, *CacheConfig.model_fields}
+    for environment in set_:
+        keys = {name.removeprefix("FLEXKV_").lower(): value for name, value in environment.items()}
+        assert known >= set(keys)
+        given = {
+            key: re.sub(r"\$\{.*?(?::-(.*))?\}", lambda found: found[1] or "given", str(value))
+            for key, value in keys.items()
+            if key in CacheConfig.model_fields
+        }
+        assert CacheConfig(**given).has_peers
+    for args in (*(engine["command"] for engine in engines), pod["args"]):
+        connector = json.loads(args[args.index("--kv-transfer-config") + 1])
+        assert connector["kv_connector"] == "FlexKVConnector"
 
 
 def test_every_example_is_run_by_a_test() -> None:
