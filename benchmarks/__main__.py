@@ -32,6 +32,7 @@ CASES = (
     "neighbours",
     "starved",
     "fuzz",
+    "strangers",
     "write_behind",
     "remote_gc",
     "cuda",
