@@ -66,6 +66,11 @@ class Wire:
                 pass_fds=ends, stdin=subprocess.DEVNULL,
             )  # fmt: skip
 
+    @property
+    def pid(self) -> int:
+        """Return the process that carries packets."""
+        return self._carrier.pid
+
     def __enter__(self) -> Self:
         return self
 
