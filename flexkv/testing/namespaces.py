@@ -160,6 +160,11 @@ def reset_from(source: str, after_bytes: int = 0) -> str:
     return f"ip saddr {source} {_after(after_bytes)}meta l4proto tcp reject with tcp reset"
 
 
+def refuse_new_from(source: str) -> str:
+    """Return the fault that new connections from an address get no answer; old ones go on."""
+    return f"ip saddr {source} tcp flags & (syn | ack) == syn drop"
+
+
 def lose_from(source: str, percent: int) -> str:
     """Return the fault that some of the packets from an address are lost, at random."""
     return f"ip saddr {source} numgen random mod 100 < {percent} drop"

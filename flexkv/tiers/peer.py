@@ -22,6 +22,7 @@ from flexkv.cluster.grants import GrantLimits, Grants, ReadStatus
 from flexkv.cluster.handshake import Identity
 from flexkv.cluster.listener import BACKLOG, Listener, ListenerHooks
 from flexkv.cluster.membership import Membership
+from flexkv.cluster.peer import PeerTimes
 from flexkv.cluster.peers import PeerHooks, Peers
 from flexkv.cluster.plane import MetadataPlane
 from flexkv.cluster.publisher import SpanStep
@@ -59,7 +60,8 @@ log = get_logger(__name__)
 SOCKETS_MAX = 4096
 """Data connections of one node, in both directions."""
 STALL_SHARE = 0.25
-"""The share of `io_deadline_s` for which a peer may send nothing in the middle of an answer."""
+"""The share of `io_deadline_s` for which a peer may send nothing in the middle of an answer, or may
+not let us connect: a load may try several times."""
 PATIENCE_SHARE = 0.4
 """The share of `io_deadline_s` for which a peer may be too busy to lend anything."""
 SPANS_LENT = 16
@@ -215,6 +217,7 @@ class _Node:
             self._identity,
             PeerHooks(self._membership.node, self._peer_changed, hooks.spawn),
             Random(own.life),
+            PeerTimes(connect_s=min(PeerTimes().connect_s, self._stall_s)),
         )
         changes = SpanChanges(hooks.changes, self._hints.span_blocks, CHANGES_MAX)
         self._spans = _Spans(changes, cache, self.generation)

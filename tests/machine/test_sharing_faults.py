@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import pytest
 
-from flexkv.testing.namespaces import drop_from, reset_from
+from flexkv.testing.namespaces import drop_from, refuse_new_from, reset_from
 from tests.machine.bed import DEADLINE_S, PATIENCE_S, Bed, BedNode, check_machine
-from tests.machine.sharing_node import BLOCKS, PROMPT_BYTES
+from tests.machine.sharing_node import AREAS, BLOCKS, PROMPT_BYTES
 
 pytestmark = pytest.mark.machine
 
@@ -172,3 +172,25 @@ def test_what_did_not_arrive_once_is_read_again_later(three: Three) -> None:
     heal(three)
     three.reader.do("clear")
     read_all(three, 1)
+
+
+def test_gets_do_not_wait_one_after_the_other_for_a_connection(tmp_path: Path) -> None:
+    """If a peer can be asked, but no new connection comes, all gets at once end in time."""
+    check_machine()
+    with Bed(tmp_path, 2) as bed:
+        owner, reader = bed.nodes
+        seeds = range(1, AREAS)
+        for seed in (*seeds, AREAS):
+            owner.do("put", seed=seed)
+            reader.until("known", lambda known: known["far"] == BLOCKS, seed=seed)
+        owner.host.suffers(refuse_new_from(reader.host.address))
+        begun = [reader.begin("get", seed=seed, area=seed) for seed in seeds]
+        for number in begun:
+            answer = reader.answer(number)
+            assert answer["right"]
+            assert answer["took_s"] <= DEADLINE_S + 1
+        bed.network.heal()
+        reader.until("get", lambda got: got["blocks"] == BLOCKS, seed=AREAS)
+        for node in bed.nodes:
+            node.is_free()
+            assert node.end() == 0

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 
+from flexkv.common.errors import PeerError
 from flexkv.io.peer.receiver import Receiver
 from flexkv.io.peer.sockets import SocketRing
 
@@ -17,10 +18,15 @@ Connect = Callable[[int], Awaitable[tuple[socket.socket, str]]]
 
 
 class _Lane:
-    """One connection, when it is open."""
+    """One connection, when it is open.
+
+    Attributes:
+        error: why the last attempt to open it failed.
+    """
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
+        self.error: PeerError | None = None
         self.receiver: Receiver | None = None
         self.socket: socket.socket | None = None
 
@@ -42,24 +48,37 @@ class Lanes:
     async def lane(self, holder: int, number: int) -> Receiver:
         """Return the connection of this number, modulo `LANES`, to a holder, and open it if needed.
 
+        All that wait for one attempt to open it share its failure: one after the other, they would
+        wait for longer than a load may take.
+
         Raises:
             PeerError: the holder cannot be reached.
         """
         lanes = self._lanes.setdefault(holder, [_Lane() for _ in range(LANES)])
         lane = lanes[number % LANES]
+        before = lane.error
         async with lane.lock:
             if lane.receiver is not None and lane.receiver.is_broken:
                 await self._close(lane)
             if lane.receiver is None:
-                connection, peer = await self._connect(holder)
+                if lane.error is not None and lane.error is not before:
+                    raise PeerError(lane.error.peer, "connecting", lane.error.why)
                 try:
-                    index = self._ring.add(connection)
-                except BaseException:
-                    connection.close()
+                    lane.socket, lane.receiver = await self._opened(holder)
+                except PeerError as error:
+                    lane.error = error
                     raise
-                lane.socket = connection
-                lane.receiver = Receiver(self._ring, index, peer, self._stall_s)
             return lane.receiver
+
+    async def _opened(self, holder: int) -> tuple[socket.socket, Receiver]:
+        """Return a new connection."""
+        connection, peer = await self._connect(holder)
+        try:
+            index = self._ring.add(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection, Receiver(self._ring, index, peer, self._stall_s)
 
     def stop(self, holder: int | None = None) -> None:
         """Break the connections to a holder, or to all: what is read over them fails soon."""
