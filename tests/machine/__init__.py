@@ -1,1 +1,1 @@
-"""Tests that need mounts, cgroups, refused system calls or other Pythons: `make test-system`."""
+"""Tests that need mounts, cgroups, networks, refused calls or other Pythons: `make test-system`."""
