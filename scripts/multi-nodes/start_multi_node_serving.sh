@@ -197,7 +197,7 @@ wait_until() { # WHAT I COMMAND...: wait until a command succeeds, as long as no
 	read -r pid _ < "$run/node-$node.pid"
 	until "$@" >/dev/null 2>&1; do
 		if ! is_alive "$pid" || [ "$(date +%s)" -ge "$until_s" ]; then
-			tail -n 20 "$run/node-$node.log" >&2
+			grep -m 5 'Error: ' "$run/node-$node.log" >&2 || tail -n 20 "$run/node-$node.log" >&2
 			fail "node $node $what; its log is $run/node-$node.log"
 		fi
 		sleep 1

@@ -72,7 +72,7 @@ def test_a_server_and_an_engine_of_several_processes_run_as_they_say(tmp_path: P
 
 
 def test_the_files_for_a_cluster_have_known_keys_only() -> None:
-    """The compose file and the Kubernetes example are YAML, and what they set for FlexKV is valid."""
+    """The compose file and the Kubernetes example are YAML, and set valid keys of FlexKV."""
     folder = ROOT / "examples/cluster"
     compose = yaml.safe_load((folder / "compose.yaml").read_text())
     engines = [each for name, each in compose["services"].items() if name.startswith("vllm")]

@@ -313,3 +313,28 @@ def test_old_and_new_names_may_stand_in_different_sources(tmp_path: Path) -> Non
     with pytest.warns(RetiredKeyWarning):
         settings = load_settings({"FLEXKV_CONFIG_PATH": str(path), "FLEXKV_ENABLE_GDS": "0"})
     assert settings.cache_config.enable_gds is True
+
+
+PEERS: dict[str, Any] = {
+    "enable_p2p_cpu": True, "enable_p2p_ssd": True, "redis_host": "10.0.0.9", "redis_port": 6380,
+    "redis_password": "of redis", "local_ip": "10.0.0.2", "node_ttl_seconds": 5.0,
+    "mooncake_config_path": "/etc/mooncake.json",
+}  # fmt: skip
+"""The keys of sharing between nodes, as users know them."""
+
+
+@pytest.mark.parametrize("way", ["nested", "flat", "environment"])
+def test_the_keys_of_sharing_are_known_everywhere(way: str, tmp_path: Path) -> None:
+    """Each key of sharing means the same in a file, nested or flat, and in the environment."""
+    file = tmp_path / "flexkv.json"
+    keys = PEERS | {"num_ssd_blocks": 8, "ssd_cache_dir": "/d"}
+    if way == "environment":
+        environment = {f"FLEXKV_{key.upper()}": str(each) for key, each in keys.items()}
+    else:
+        file.write_text(json.dumps({"cache_config": keys} if way == "nested" else keys))
+        environment = {"FLEXKV_CONFIG_PATH": str(file)}
+    cache = load_settings(environment).cache_config
+    assert cache.redis_password.get_secret_value() == PEERS["redis_password"]
+    assert {key: getattr(cache, key) for key in PEERS if key != "redis_password"} == {
+        key: each for key, each in PEERS.items() if key != "redis_password"
+    }

@@ -159,3 +159,16 @@ def test_a_quantised_cache_has_elements_of_a_byte(configured: Any, told: str, dt
     config = copy.deepcopy(configured)
     config.cache_config.cache_dtype = told
     assert setup_of(config).model.dtype == dtype
+
+
+def test_the_keys_of_sharing_are_known(tmp_path: Path) -> None:
+    """Nodes that vLLM starts share blocks by the keys that a file has, too."""
+    peers = {
+        "enable_p2p_cpu": True, "enable_p2p_ssd": True, "redis_host": "10.0.0.9",
+        "redis_port": 6380, "local_ip": "10.0.0.2", "node_ttl_seconds": 5.0,
+        "mooncake_config_path": "/etc/mooncake.json",
+    }  # fmt: skip
+    more = {"redis_password": "of redis", "num_ssd_blocks": 8, "ssd_cache_dir": "/d"}
+    cache = settled(tmp_path, {**peers, **more}).cache_config
+    assert {key: getattr(cache, key) for key in peers} == peers
+    assert cache.redis_password.get_secret_value() == "of redis"
