@@ -28,6 +28,7 @@ from flexkv.common.errors import (
 from flexkv.common.extents import check_ids
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier, Transfer
 from flexkv.index.hints import HOLDERS_MAX, holders_of
+from flexkv.index.keys import chain_keys_of
 from flexkv.io.peer.checked_reads import CheckedReads, Fetched
 from flexkv.io.peer.frames import BLOCKS_MAX
 from flexkv.io.peer.lanes import Lanes
@@ -358,7 +359,8 @@ class PeerPort:
 def _runs(transfer: Transfer, ratio: int) -> Iterator[_Run]:
     """Yield the runs of a transfer: consecutive blocks of one holder, in order."""
     assert transfer.names is not None
-    keys, holders = transfer.names.keys, holders_of(transfer.source_ids)
+    keys = chain_keys_of(transfer.names.keys, transfer.group)
+    holders = holders_of(transfer.source_ids)
     positions = transfer.positions.array
     breaks = (np.diff(positions) != ratio) | (np.diff(holders) != 0)
     begins = [0, *(np.flatnonzero(breaks) + 1).tolist(), transfer.block_count]
