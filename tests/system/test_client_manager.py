@@ -275,6 +275,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "BackendUnavailableError": ("cuda", "why"),
     "InvalidTransition": ("state", "event", ["story"]),
     "ClearedError": (),
+    "ClusterStoreError": ("redis", "XADD", "no answer in time"),
 }
 
 

@@ -43,6 +43,8 @@ BASES: dict[str, list[str]] = {
     "remote verify": [],
     "remote gc": [],
     "remote clear": ["--yes"],
+    "cluster status": ["--server", "ipc:///nowhere/socket"],
+    "cluster reset": ["--server", "ipc:///nowhere/socket", "--yes"],
     "server status": ["--server", "ipc:///nowhere/socket"],
     "server flush": ["--server", "ipc:///nowhere/socket"],
     "server clear": ["--server", "ipc:///nowhere/socket"],

@@ -98,12 +98,12 @@ class FarBackend(FakeBackend):
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
         """Open the disk, and the tier behind it."""
         super().open(undo, progress)
-        port = FakePort(self.store, self._memory, self._faults, BLOCK_KEY_BYTES)
+        port = FakePort(self.store, self.memory, self.faults, BLOCK_KEY_BYTES)
         undo.callback(port.close)
         checks = None
         if self._has_checks:
             sums = self._sums if self.shares_sums else None
-            checksummer = FakeChecksummer(self._memory, self._faults, sums)
+            checksummer = FakeChecksummer(self.memory, self.faults, sums)
             checks = BlockChecks(checksummer, KeptSums(FAR, lambda block: ("far", block)))
         self._tiers.append(
             TierParts(

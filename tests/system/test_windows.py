@@ -76,8 +76,8 @@ class MeteredBackend(FakeBackend):
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
         """Open the disk port."""
-        self.port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
-        checksummer = FakeChecksummer(self._memory, self._slow)
+        self.port = FakePort(self._store, self.memory, self.faults, BLOCK_KEY_BYTES)
+        checksummer = FakeChecksummer(self.memory, self._slow)
         self._sums = checksummer.sums
         blocks = len(self._store)
         checks = BlockChecks(checksummer, KeptSums(blocks, lambda at: ("fake", at)))

@@ -110,7 +110,9 @@ class ObjectStore:
         """Create an object whose bytes are the buffers' in turn; return False if it exists."""
         try:
             await self._put(name, buffers, "create")
-        except (AlreadyExistsError, PreconditionError):
+        except (AlreadyExistsError, PreconditionError) as exists:
+            # obstore drops its future, and with it the error, a little later than the buffers.
+            exists.__traceback__ = None
             return False
         except (BaseError, OSError) as error:
             # No variable names the error: its traceback would hold on to the buffers in a cycle.
