@@ -75,18 +75,24 @@ class BedNode:
         """Have something done, and return the answer."""
         return self.answer(self.begin(what, **words))
 
-    def until(self, what: str, condition: Callable[[Answer], bool], **words: Any) -> Answer:
+    def until(
+        self,
+        what: str,
+        condition: Callable[[Answer], bool],
+        within_s: float = PATIENCE_S,
+        **words: Any,
+    ) -> Answer:
         """Ask again and again until a condition is met."""
-        until_s = time.monotonic() + PATIENCE_S
+        until_s = time.monotonic() + within_s
         while not condition(answer := self.do(what, **words)):
             assert time.monotonic() < until_s, (what, answer, self.log.read_text()[-3000:])
             time.sleep(0.02)
         return answer
 
-    def is_free(self) -> Answer:
+    def is_free(self, within_s: float = PATIENCE_S) -> Answer:
         """Wait until nothing of its host memory is held, and return the facts."""
         held = "claims", "runs", "waiting", "pinned", "reserved", "draining"
-        return self.until("facts", lambda facts: not any(facts[name] for name in held))
+        return self.until("facts", lambda facts: not any(facts[name] for name in held), within_s)
 
     def signal(self, number: int) -> None:
         """Send a signal."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
+from flexkv.cluster.grants import IDLE_S
 from flexkv.testing.namespaces import drop_from, refuse_new_from, reset_from
 from tests.machine.bed import DEADLINE_S, PATIENCE_S, Bed, BedNode, check_machine
 from tests.machine.sharing_node import AREAS, BLOCKS, PROMPT_BYTES
@@ -163,6 +164,23 @@ def test_a_peer_that_fails_in_the_middle_of_a_read_costs_a_bounded_time(
     for node in (three.owner, three.reader, three.other):
         node.is_free()
         assert node.end() == 0
+
+
+@pytest.mark.parametrize("how", ["kill", "stop", "unplug"])
+def test_an_owner_frees_what_a_reader_that_is_gone_was_reading(three: Three, how: str) -> None:
+    """The end of a reader frees its grants long before they would expire, for others."""
+    begin_read(three)
+    assert three.owner.do("facts")["pinned"] == BLOCKS
+    match how:
+        case "kill":
+            three.reader.kill()
+        case "stop":
+            three.reader.signal(signal.SIGSTOP)
+        case _:
+            three.reader.host.link(False)
+    three.owner.is_free(within_s=IDLE_S / 2)
+    got = three.other.until("get", lambda got: got["blocks"] == BLOCKS, seed=1)
+    assert got["right"]
 
 
 def test_what_did_not_arrive_once_is_read_again_later(three: Three) -> None:
