@@ -79,8 +79,12 @@ class Tracing:
             actor.note_begins(True)
         of = self._of
         self._observer.tracer = Tracer(
-            [sink], self._block_bytes, of.actors, of.residency, self._sample
+            [sink], self._block_bytes, of.actors, of.residency, self._sample, self._peer_of
         )
+
+    def _peer_of(self, holder: int) -> str:
+        cluster = self._of.cluster
+        return str(holder) if cluster is None else cluster.address_of(holder)
 
     def tell_no_more(self, sink: Sink) -> None:
         """Stop passing records to a sink."""

@@ -83,6 +83,8 @@ class OpRecord(msgspec.Struct, tag="op", frozen=True, gc=False):
     """What went wrong, in words."""
     group: int = 0
     """The KV group of its blocks."""
+    peer: str = ""
+    """The address of the node that it read from, or of several, separated by spaces."""
 
 
 class RequestRecord(msgspec.Struct, tag="request", frozen=True, gc=False):

@@ -17,6 +17,7 @@ from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.graph.ops import OpSpec
 from flexkv.graph.plan import Plan, Template
 from flexkv.index.found import Found
+from flexkv.index.hints import holders_of
 from flexkv.index.residency import Residency
 from flexkv.observe.records import (
     EventRecord,
@@ -68,13 +69,16 @@ class Tracer:
         actors: Mapping[Tier, RecordedActor],
         residency: Residency,
         sample: Callable[[int], SampleRecord],
+        peer_of: Callable[[int], str] = str,
     ) -> None:
         """Ask `actors` when ops began, and `sample` how full the engine is.
 
-        `block_bytes` has the bytes of a block of each KV group.
+        `block_bytes` has the bytes of a block of each KV group; `peer_of` returns the address of a
+        holder of blocks.
         """
         self.sinks, self._block_bytes = sinks, block_bytes
         self._actors, self._residency, self._sample = actors, residency, sample
+        self._peer_of = peer_of
         self._evicted = residency.evicted
         self._issued_ns: dict[int, int] = {}
         self._sampled_ns = 0
@@ -132,10 +136,16 @@ class Tracer:
                 request.request_id, plan.run_id, op.index, actor.name, op.label, blocks,
                 blocks * self._block_bytes[op.group], issued_ns, begun_ns,
                 now_ns, outcome, detail, op.group,
+                self._peers(plan, op) if op.route.source is Tier.PEER else "",
             )
         )  # fmt: skip
         if now_ns - self._sampled_ns >= SAMPLE_NS:
             self._look(now_ns)
+
+    def _peers(self, plan: Plan, op: OpSpec) -> str:
+        """Return the addresses of the nodes that an op reads from."""
+        holders = holders_of(plan.transfer(op).source_ids).tolist()
+        return " ".join(map(self._peer_of, dict.fromkeys(holders)))
 
     def request_ended(
         self,

@@ -177,6 +177,10 @@ class Cluster(Protocol):
         """
         ...
 
+    def address_of(self, holder: int) -> str:
+        """Return the address of the node of a number; the number if it has left."""
+        ...
+
     def statistics(self) -> ClusterStatistics:
         """Return what is known of the cluster now."""
         ...

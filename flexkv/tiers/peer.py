@@ -304,6 +304,11 @@ class _Node:
         """Begin a new generation of the cluster: see `Cluster`."""
         return await self.plane.advance()
 
+    def address_of(self, holder: int) -> str:
+        """Return the address of the node of a number: see `Cluster`."""
+        node = self._membership.node(holder)
+        return str(holder) if node is None else node.address
+
     def statistics(self) -> ClusterStatistics:
         """Return what is known of the cluster now."""
         generation, peers = self.generation, self._peers
@@ -373,9 +378,7 @@ class _Node:
 
     async def _data_connection(self, holder: int) -> tuple[socket, str]:
         assert self._peers is not None
-        node = self._membership.node(holder)
-        connection = await self._peers.data_socket(holder)
-        return connection, str(holder) if node is None else node.address
+        return await self._peers.data_socket(holder), self.address_of(holder)
 
     def _peer_changed(self, node: object, is_up: bool) -> None:
         life = getattr(node, "life", 0)

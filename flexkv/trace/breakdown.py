@@ -75,6 +75,11 @@ def step_name(op: OpRecord) -> str:
     return f"waiting for {source}" if source in FAR else op.route
 
 
+def lane_of(op: OpRecord) -> str:
+    """Return the name of an op's lane in drawings: its route, and the peer that it reads from."""
+    return f"{op.route} {op.peer}" if op.peer else op.route
+
+
 def queue_name(op: OpRecord) -> str:
     """Return the name of the step in which an op waited for its turn."""
     return f"queued for {op.route}"

@@ -1,7 +1,7 @@
 """A trace in the Trace Event Format, which Perfetto and chrome://tracing open.
 
-There is one process for the actors, with a thread for each route, and one for the requests. Each op
-and each request is an asynchronous span.
+There is one process for the actors, with a thread for each route and peer, and one for the
+requests. Each op and each request is an asynchronous span.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from flexkv.trace.breakdown import lane_of
 from flexkv.trace.load import Trace
 
 ACTORS, REQUESTS = 1, 2
@@ -38,11 +39,11 @@ def _events(trace: Trace) -> Iterator[dict[str, Any]]:
     def us(at_ns: int) -> float:
         return (at_ns - origin) / 1e3
 
-    routes = {route: number for number, route in enumerate(sorted({o.route for o in trace.ops}), 1)}
+    lanes = {lane: number for number, lane in enumerate(sorted(set(map(lane_of, trace.ops))), 1)}
     for pid, name in ((ACTORS, "actors"), (REQUESTS, "requests")):
         yield {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}}
-    for route, tid in routes.items():
-        args = {"name": route}
+    for lane, tid in lanes.items():
+        args = {"name": lane}
         yield {"ph": "M", "name": "thread_name", "pid": ACTORS, "tid": tid, "args": args}
     for op in trace.ops:
         told = {
@@ -50,7 +51,7 @@ def _events(trace: Trace) -> Iterator[dict[str, Any]]:
             "name": op.route,
             "id": op.run_id * 4096 + op.op_id,
             "pid": ACTORS,
-            "tid": routes[op.route],
+            "tid": lanes[lane_of(op)],
         }
         args = {
             "request": op.request_id,

@@ -16,11 +16,14 @@ import numpy as np
 
 from flexkv.common.errors import BackendUnavailableError
 from flexkv.observe.records import OpRecord
+from flexkv.trace.breakdown import lane_of
 from flexkv.trace.findings import findings
 from flexkv.trace.summary import Summary, rates
 
 SHOWN_MAX = 30_000
 """The most transfers on the timeline."""
+LANES_MAX = 40
+"""With more lanes than these, peers have no lanes of their own."""
 ROWS_MAX = 8
 """The most rows of a lane; overlapping transfers of a route share rows beyond that."""
 SLOWEST = 20
@@ -50,6 +53,9 @@ def data(summary: Summary) -> dict[str, Any]:
     """Return everything that the page shows."""
     trace, origin = summary.trace, summary.trace.begin_ns
     routes = sorted({op.route for op in trace.ops})
+    lanes = sorted({lane_of(op) for op in trace.ops})
+    if len(lanes) > LANES_MAX:
+        lanes = routes
     shown = _shown(trace.ops)
     return {
         "facts": _facts(summary),
@@ -59,9 +65,10 @@ def data(summary: Summary) -> dict[str, Any]:
         ],
         "detail": _detail(len(shown), len(trace.ops)),
         "routes": routes,
+        "lanes": lanes,
         "block_bytes": trace.header.block_bytes,
         "shown": shown,
-        **_ops(trace.ops, routes, origin),
+        **_ops(trace.ops, routes, lanes, origin),
         "after": {
             plan.run_id: {n: op.after for n, op in enumerate(plan.ops) if op.after}
             for plan in trace.plans.values()
@@ -121,15 +128,17 @@ def _detail(shown: int, ops: int) -> str:
     )
 
 
-def _ops(ops: list[OpRecord], routes: list[str], origin: int) -> dict[str, Any]:
+def _ops(ops: list[OpRecord], routes: list[str], lanes: list[str], origin: int) -> dict[str, Any]:
     """Return the transfers as one list for each field, and the rows that each lane needs."""
     number = {route: at for at, route in enumerate(routes)}
+    lane_number = {name: at for at, name in enumerate(lanes)}
+    lane = [lane_number.get(lane_of(op), lane_number.get(op.route, 0)) for op in ops]
     outcomes = sorted({op.outcome for op in ops})
     outcome = {name: at for at, name in enumerate(outcomes)}
-    free: list[list[int]] = [[] for _ in routes]  # for each lane: when each row is free again
+    free: list[list[int]] = [[] for _ in lanes]  # for each lane: when each row is free again
     rows = [0] * len(ops)
     for at in sorted(range(len(ops)), key=lambda at: ops[at].begun_ns):
-        ends = free[number[ops[at].route]]
+        ends = free[lane[at]]
         row = next((row for row, end in enumerate(ends) if end <= ops[at].begun_ns), len(ends))
         row = row if row < ROWS_MAX else row % ROWS_MAX
         if row == len(ends):
@@ -141,6 +150,7 @@ def _ops(ops: list[OpRecord], routes: list[str], origin: int) -> dict[str, Any]:
         "request": [op.request_id for op in ops],
         "op": [op.op_id for op in ops],
         "route": [number[op.route] for op in ops],
+        "lane": lane,
         "blocks": [op.block_count for op in ops],
         "issued": [(op.issued_ns - origin) // 1000 for op in ops],
         "begun": [(op.begun_ns - origin) // 1000 for op in ops],

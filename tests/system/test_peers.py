@@ -14,6 +14,11 @@ from flexkv.common.terms import Tier
 from flexkv.testing.redis_server import RedisServer
 from flexkv.tiers.generation import Generation
 from flexkv.tiers.parts import ClusterStatistics
+from flexkv.trace.breakdown import lane_of
+from flexkv.trace.chrome import chrome
+from flexkv.trace.load import load
+from flexkv.trace.summary import Summary
+from flexkv.trace.view import data
 
 from . import test_remote
 from .test_remote import BLOCKS, TOKENS, WHOLE, prompt
@@ -223,3 +228,27 @@ async def test_a_node_that_shares_nothing_cannot_reset_the_cluster(keys: dict[st
         with pytest.raises(ConfigError, match="enable_p2p_cpu"):
             await node.manager.reset_cluster()
         assert node.manager.statistics().cluster is None
+
+
+async def test_a_trace_names_the_peers_and_says_that_requests_waited_for_them(
+    keys: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each peer that was read has a lane; the time of a get is named, and nothing was wrong."""
+    async with Node(keys) as first, Node(keys) as second, Node(keys) as reader:
+        for node, seed in ((first, 1), (second, 2)):
+            await node.put(seed)
+            await until(lambda: peer_tokens(reader, seed) == WHOLE * TOKENS)  # noqa: B023
+        with reader.manager.trace(tmp_path / "trace"):
+            for seed in (1, 2):
+                assert await reader.get(seed) == WHOLE
+        addresses = first.cluster.address, second.cluster.address
+    trace = load(tmp_path / "trace")
+    lanes = {f"peer→host {address}" for address in addresses}
+    assert {lane_of(op) for op in trace.ops} == {"host→device", *lanes}
+    shown = data(Summary(trace))
+    assert set(shown["lanes"]) == {"host→device", *lanes}
+    names = [shown["lanes"][number] for number in shown["ops"]["lane"]]
+    assert names == [lane_of(op) for op in trace.ops]
+    assert "waiting for peers" in {each["what"] for each in shown["steps"]}
+    assert {"peer, loaded", "host, loaded"} <= set(shown["sankey"]["labels"])
+    assert all(lane.encode() in chrome(trace) for lane in lanes)
