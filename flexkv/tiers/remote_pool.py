@@ -62,9 +62,9 @@ class SharedPool:
         self.lose: Callable[[str], None] = _not_open
         self.base = Pool(description)
         self._store = store
-        self._is_new_wanted = False
-        self._wanted: int | None = None
-        """The generation to join next; None: the latest one, or a new one after a clear."""
+        self._is_new_wanted = self._is_followed = False
+        self._era: int | None = None
+        """How many resets the cluster had before the generation in use; None: it is not known."""
         self._bell = Bell()
         self._waiters: list[asyncio.Future[None]] = []
         self.failure: RemoteError | None = None
@@ -107,19 +107,18 @@ class SharedPool:
             RemoteError: the store failed.
             ConfigError: something else is in the pool's place.
         """
-        is_new, wanted, clears = self._is_new_wanted, self._wanted, self.clears
-        if wanted is not None:
-            generation = wanted
+        is_new, is_followed, clears = self._is_new_wanted, self._is_followed, self.clears
+        generation = await self._latest(self._era)
+        if is_followed and not generation % CLEARS_MAX:
             await self._begin(generation)
-        else:
-            generation = await self._latest()
-            while is_new and not await self._begin(generation := generation + 1):
-                pass  # another engine has begun it meanwhile
+        while is_new and not await self._begin(generation := generation + 1):
+            pass  # another engine has begun it meanwhile
         pool = Pool(msgspec.structs.replace(self.base.description, generation=generation))
         await join_pool(self._store, pool)
         if clears != self.clears:
             return  # a clear came meanwhile: the caller tries again
         self.current, self._is_new_wanted, self.failure = pool, False, None
+        self._is_followed, self._era = False, generation // CLEARS_MAX
         log.info("remote_pool_joined", store=self._store.where, pool=pool.name)
         wake(self._waiters)
 
@@ -137,13 +136,15 @@ class SharedPool:
             why = str(error) or str(self._silent(ANSWER_S))
             log.warning("remote_generation_not_renewed", store=self._store.where, error=why)
 
-    async def _latest(self) -> int:
-        """Return the number of the latest generation."""
+    async def _latest(self, era: int | None) -> int:
+        """Return the number of the latest generation: of an era, or of all."""
         prefix = self.base.generations
-        latest = 0
+        latest = CLEARS_MAX * (era or 0)
         async for page in self._store.pages(prefix):
-            numbers = [each.name.removeprefix(prefix) for each in page]
-            latest = max([latest, *(int(number) for number in numbers if number.isdecimal())])
+            names = [each.name.removeprefix(prefix) for each in page]
+            numbers = [int(name) for name in names if name.isdecimal()]
+            of_era = [each for each in numbers if era in (None, each // CLEARS_MAX)]
+            latest = max([latest, *of_era])
         return latest
 
     async def _begin(self, generation: int) -> bool:
@@ -187,7 +188,7 @@ class SharedPool:
 
     def clear(self, root: bytes | None) -> None:
         """Leave the pool for one of a new generation, also for the clear of one namespace."""
-        self.current, self._is_new_wanted, self._wanted = None, True, None
+        self.current, self._is_new_wanted, self._is_followed = None, True, False
         self.clears += 1
         wake(self._waiters)
         self._bell.ring()
@@ -195,11 +196,12 @@ class SharedPool:
     def follow(self, cluster_generation: int) -> None:
         """Go to the generation that all engines of a cluster use after its reset.
 
-        Between those of two resets there is room for the generations that clears of single engines
-        begin.
+        Between those of two resets, which are an *era*, there is room for the generations that
+        clears of single engines begin. If there is one already, this engine may have begun it
+        before it was started again, so it goes there. It never goes to another era.
         """
         self.clear(None)
-        self._wanted = cluster_generation * CLEARS_MAX
+        self._is_new_wanted, self._is_followed, self._era = False, True, cluster_generation
 
     async def written(self) -> None:
         """Return once the pool of a new generation is joined, if there was a clear.
@@ -209,7 +211,7 @@ class SharedPool:
         """
         loop = asyncio.get_running_loop()
         until_s = loop.time() + WRITTEN_S
-        while self._is_new_wanted:
+        while self._is_new_wanted or self._is_followed:
             if loop.time() >= until_s:
                 raise self.failure or self._silent(WRITTEN_S)
             await self._change(until_s - loop.time())

@@ -14,7 +14,7 @@ from flexkv.io.remote.names import PoolDescription
 from flexkv.testing.timed_store import TimedObjects, TimedStore
 from flexkv.testing.virtual_time import run_virtual
 from flexkv.tiers import remote_pool
-from flexkv.tiers.remote_pool import ANSWER_S, SharedPool
+from flexkv.tiers.remote_pool import ANSWER_S, CLEARS_MAX, SharedPool
 
 DESCRIPTION = PoolDescription({"model": "a model"}, (64,), 2)
 
@@ -79,3 +79,45 @@ def test_a_store_that_is_slow_is_joined(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.WARNING):
         run_virtual(main())
     assert "no answer within 10 s" in caplog.text
+
+
+async def generation_of(pool: SharedPool) -> int:
+    """Return the generation that a pool joins, or is in."""
+    running = asyncio.get_running_loop().create_task(pool.run())
+    joined = await pool.joined()
+    running.cancel()
+    await asyncio.wait([running])
+    return joined.description.generation
+
+
+async def test_a_clear_outlives_a_restart_in_a_cluster_that_was_reset(tmp_path: Path) -> None:
+    """What an engine has cleared after a reset, it does not read when it is started again."""
+    store = DirectoryStore(tmp_path)
+    first, again, other = (SharedPool(store, DESCRIPTION) for _ in range(3))
+    first.follow(5)
+    assert await generation_of(first) == 5 * CLEARS_MAX
+    first.clear(None)
+    assert await generation_of(first) == 5 * CLEARS_MAX + 1
+    again.follow(5)
+    assert await generation_of(again) == 5 * CLEARS_MAX + 1
+    other.follow(6)
+    assert await generation_of(other) == 6 * CLEARS_MAX
+    store.close()
+
+
+async def test_a_clear_before_a_reset_is_seen_begins_no_generation_behind_it(
+    tmp_path: Path,
+) -> None:
+    """An engine that has not heard of a reset writes nothing where the others go after it."""
+    store = DirectoryStore(tmp_path)
+    late, early, after = (SharedPool(store, DESCRIPTION) for _ in range(3))
+    assert await generation_of(late) == 0
+    early.follow(1)
+    assert await generation_of(early) == CLEARS_MAX
+    late.clear(None)
+    assert await generation_of(late) == 1
+    after.follow(1)
+    assert await generation_of(after) == CLEARS_MAX
+    late.follow(1)
+    assert await generation_of(late) == CLEARS_MAX
+    store.close()
