@@ -151,12 +151,13 @@ class _Grant:
         reads: how many reads are under way.
         is_waiting: whether it waits for the disk, by `task`.
         is_over: whether it has ended, so that the last read releases the blocks.
+        answer: to whom it is promised, while it waits.
         used_s: when it was granted or read from.
     """
 
     __slots__ = (
-        "first", "held", "is_over", "is_waiting", "number", "peer", "reads", "reserved", "task",
-        "used_s",
+        "answer", "first", "held", "is_over", "is_waiting", "number", "peer", "reads", "reserved",
+        "task", "used_s",
     )  # fmt: skip
 
     def __init__(self, peer: PeerId, want: Want, held: Held) -> None:
@@ -164,6 +165,7 @@ class _Grant:
         self.reserved = self.reads = 0
         self.is_waiting = self.is_over = False
         self.task: asyncio.Task[None] | None = None
+        self.answer: Reply | None = None
         self.used_s = 0.0
 
 
@@ -212,6 +214,7 @@ class Grants:
         further = 0 if is_cut else min(held.on_disk, self._room(peer))
         if further and self._may_prefetch(of_peer):
             grant = _Grant(peer, want, held)
+            grant.answer = answer
             self._add(grant, further)
             fetching = self._fetch(want, range(last, last + further), grant, answer)
             grant.task = self._spawn("peer prefetch", fetching)
@@ -228,6 +231,19 @@ class Grants:
         """End everything of a peer, because its link has ended."""
         for grant in list(self._grants.get(peer, {}).values()):
             self._end(grant)
+
+    def clear(self) -> None:
+        """End everything, because the engine was cleared: nobody reads what it had before.
+
+        A Want that waits for the disk is answered that nothing is there. It must not be granted
+        what is put after the clear: its reader has asked for blocks of the generation before.
+        """
+        for of_peer in list(self._grants.values()):
+            for grant in list(of_peer.values()):
+                self._end(grant)
+                if grant.is_waiting and grant.answer is not None:
+                    self._told["missed"] += 1
+                    grant.answer(Grant(grant.number, grant.first, 0))
 
     def close(self) -> None:
         """End everything."""

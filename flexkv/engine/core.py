@@ -143,9 +143,15 @@ class Core:
                 owner,
                 self.changes,
                 clear,
+                self._ssd_cleared,
             )
             for name, work in parts.work(hooks).items():
                 supervisor.keep(name, work)
+
+    async def _ssd_cleared(self) -> None:
+        """Return once no crash can bring back blocks that were cleared of the SSD tier."""
+        if (ssd := self.persistence.get(Tier.DISK)) is not None:
+            await ssd.written()
 
     def look_up(self, request: Request) -> Awaitable[None] | None:
         """Ask a far tier what it has behind the blocks that a load finds, if that is unknown.

@@ -10,6 +10,7 @@ away during a reset clears its tiers when it comes back.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 
-APART = (1 << 63) - 1
-"""The generation of a node that shares nothing; nodes never read from one another in it."""
+_APART_BITS = 62
+"""A node that is apart has a generation of its own, of so many bits: all other nodes refuse it."""
 _NAME = "cluster-generation"
 
 
@@ -41,22 +42,23 @@ class Generation:
         self._files = [each / _NAME for each in directories]
         self.number = min([_read(file) for file in self._files], default=0)
         self.is_apart = self.is_adopting = False
+        self._alone = 0
         self.on_apart: Callable[[], None] = lambda: None
 
     @property
     def shared(self) -> int:
         """Return the generation in which this node shares blocks with others."""
-        return APART if self.is_apart else self.number
+        return self._alone if self.is_apart else self.number
 
     def adopt(self, number: int) -> None:
         """Record that this node's tiers were cleared for a generation of the cluster."""
         self.number, self.is_apart = number, False
 
-    def note(self) -> None:
-        """Write the generation beside the SSD tier's blocks, once those before it are cleared."""
+    def note(self, number: int) -> None:
+        """Write a generation beside the SSD tier's blocks, once no crash brings older ones back."""
         for file in self._files:
             try:
-                _write(file, self.number)
+                _write(file, number)
             except OSError as error:
                 log.warning("cluster_generation_not_noted", path=str(file), error=str(error))
 
@@ -76,6 +78,7 @@ class Generation:
         """Share nothing any more, also after the clear of one namespace."""
         if not self.is_adopting and not self.is_apart:
             self.is_apart = True
+            self._alone = 1 << _APART_BITS | secrets.randbits(_APART_BITS)
             log.warning(
                 "peers_not_shared_after_clear",
                 reason="this node was cleared alone; `flexkv cluster reset` makes all nodes share "

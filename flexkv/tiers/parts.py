@@ -109,6 +109,10 @@ class TierHooks(NamedTuple):
     """Passes on which blocks became READY, or are not any more."""
     clear: Callable[[], object]
     """Forgets all blocks of the engine."""
+    ssd_cleared: Callable[[], Coroutine[Any, Any, None]]
+    """Returns once no crash can bring back what was cleared of the SSD tier.
+
+    Raises TransferError if its journals cannot be written, and ClosedError."""
 
 
 class StoreStatistics(msgspec.Struct, frozen=True):

@@ -33,7 +33,7 @@ from flexkv.cluster.secret import cluster_key
 from flexkv.cluster.sessions import Sessions
 from flexkv.cluster.wire import WANT_BLOCKS_MAX, Introduction, PeerId
 from flexkv.common.config import MB, CacheConfig, CacheSizes
-from flexkv.common.errors import MalformedError, PeerError
+from flexkv.common.errors import ClosedError, MalformedError, PeerError, TransferError
 from flexkv.common.space import rules_of
 from flexkv.common.terms import Tier
 from flexkv.index.hints import Hints
@@ -233,7 +233,7 @@ class _Node:
         )
         self.plane.follower.generation = self.generation.number
         self.plane.follower.on_generation = self._adopt
-        self.generation.on_apart = self._avoid_peers
+        self.generation.on_apart = self._is_apart
         self._sessions = Sessions(
             self._grants, self._identity.generation, self.plane.publisher.snapshot
         )
@@ -256,6 +256,16 @@ class _Node:
             is_up = self._peers.is_up(member.holder)
             self._hints.avoid(member.holder, self.generation.is_apart or not is_up)
 
+    def _is_apart(self) -> None:
+        """Take note that this node is cleared alone, and shares nothing any more."""
+        self._end_before_clear()
+        self._avoid_peers()
+
+    def _end_before_clear(self) -> None:
+        """End what other nodes read here, and what is read of them: it is of before a clear."""
+        self._grants.clear()
+        self.port.cleared()
+
     def _adopt(self, number: int) -> None:
         """Begin a new generation, because the cluster was reset: nothing of an older one stays."""
         assert self._hooks is not None
@@ -266,13 +276,21 @@ class _Node:
         finally:
             self.generation.is_adopting = False
         self.generation.adopt(number)
+        self._end_before_clear()
         self._avoid_peers()
         self.follow(number)
         self.plane.follower.resync()
-        self._hooks.spawn("cluster generation", self._note_generation())
+        self._hooks.spawn("cluster generation", self._note_generation(number))
 
-    async def _note_generation(self) -> None:
-        await run_stoppable("generation", lambda _: self.generation.note())
+    async def _note_generation(self, number: int) -> None:
+        """Note a generation beside the SSD tier; if that fails, the next run clears it again."""
+        assert self._hooks is not None
+        try:
+            await self._hooks.ssd_cleared()
+        except (TransferError, ClosedError) as error:
+            log.warning("cluster_generation_not_noted", generation=number, error=str(error))
+        else:
+            await run_stoppable("generation", lambda _: self.generation.note(number))
 
     async def _share(self) -> None:
         """Serve other nodes until cancelled, and leave the cluster then."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from errno import EIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flexkv.common.errors import ConfigError
+from flexkv.common.errors import ConfigError, StorageError
 from flexkv.common.terms import Tier
 from flexkv.testing.redis_server import RedisServer
 from flexkv.tiers.generation import Generation
+from flexkv.tiers.ledger import Ledger
 from flexkv.tiers.parts import ClusterStatistics
 from flexkv.trace.breakdown import lane_of
 from flexkv.trace.chrome import chrome
@@ -252,3 +254,36 @@ async def test_a_trace_names_the_peers_and_says_that_requests_waited_for_them(
     assert "waiting for peers" in {each["what"] for each in shown["steps"]}
     assert {"peer, loaded", "host, loaded"} <= set(shown["sankey"]["labels"])
     assert all(lane.encode() in chrome(trace) for lane in lanes)
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+async def test_a_generation_is_noted_once_the_ssd_is_cleared(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_written: bool
+) -> None:
+    """A crash in between must not make a later run believe in blocks of before the reset."""
+    steps, written, note = [], Ledger.written, Generation.note
+
+    async def writing(self: Ledger) -> None:
+        steps.append("to be written")
+        await written(self)
+        steps.append("written")
+        if not is_written and len(steps) == 2:
+            raise StorageError(str(tmp_path), 0, EIO)
+
+    def noting(self: Generation, *number: int) -> None:
+        steps.append("noted")
+        note(self, *number)
+
+    monkeypatch.setattr(Ledger, "written", writing)
+    monkeypatch.setattr(Generation, "note", noting)
+    ssd = {"enable_ssd": True, "num_ssd_blocks": 256, "ssd_cache_dir": str(tmp_path)}
+    own_zone = {"p2p_zone": f"noted_{is_written}"}
+    async with Node({**keys, **ssd, **own_zone}) as node:
+        await node.manager.reset_cluster()
+        await until(lambda: len(steps) >= 2 + is_written)
+        assert node.cluster.shared_generation == 1
+        assert await node.get(1) == 0, "the engine works"
+    expected = ["to be written", "written", "noted"][: 2 + is_written]
+    assert steps[: len(expected)] == expected
+    assert ("noted" in steps) is is_written
+    assert Generation([tmp_path]).number == is_written

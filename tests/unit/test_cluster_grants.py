@@ -413,3 +413,28 @@ def test_a_number_in_use_is_refused() -> None:
         assert len(rig.answers) == 3
 
     with_grants(work)
+
+
+def test_nothing_of_before_a_clear_is_read_or_granted_after_it() -> None:
+    """A clear ends all grants; a Want that waits for the disk is not granted what comes later."""
+
+    async def work(rig: Rig) -> None:
+        there, waited = rig.stored(1, 4), keys_of(2, 4)
+        rig.owner.put_on_disk(waited)
+        granted = rig.want(A, there, 0, 4)
+        reading = lent(rig.grants.blocks(A, granted, 0, 2))
+        rig.want(B, waited, 0, 4)
+        await turns()
+        rig.grants.clear()
+        assert rig.answers == [Grant(1, 0, 4), Grant(2, 0, 0)]
+        assert rig.grants.blocks(A, granted, 0, 2) is ReadStatus.NO_GRANT
+        assert len(rig.owner.holds) == 4, "until the read under way has ended"
+        rig.owner.put(waited)
+        await asyncio.sleep(PREFETCH_S + 1)
+        assert len(rig.answers) == 2
+        reading.ended()
+        assert rig.grants.counts.pinned_blocks == 0
+        rig.want(B, waited, 0, 4)
+        assert rig.answers[2:] == [Grant(3, 0, 4)]
+
+    with_grants(work)

@@ -183,7 +183,9 @@ class PeerPort:
         self._copier = Copier(COPY_THREADS)
         self._reads = CheckedReads(host, self._copier)
         self.counts: dict[int, Counter[str]] = {}
-        self._in_flight: set[int] = set()
+        self._in_flight: dict[int, int] = {}
+        """The transfers under way, and how many clears there had been when each began."""
+        self._clears = 0
         self._ended: list[Completion] = []
         self._wake: Callable[[], None] | None = None
         self._is_stopped = self._closed = False
@@ -208,7 +210,7 @@ class PeerPort:
             raise InvariantError(f"transfer {transfer.op_id}: not connected, or in flight already")
         if transfer.route.target is not Tier.HOST or transfer.names is None:
             raise InvariantError(f"transfer {transfer.op_id} {transfer.route}: peers are only read")
-        self._in_flight.add(transfer.op_id)
+        self._in_flight[transfer.op_id] = self._clears
         self.spawn("peer get", self._get(transfer))
 
     def reap(self) -> list[Completion]:
@@ -226,7 +228,7 @@ class PeerPort:
             filled, error = filled + brought.filled, brought.error
             if error is not None:
                 break
-        self._in_flight.discard(transfer.op_id)
+        del self._in_flight[transfer.op_id]
         self._ended.append(Completion(transfer.op_id, error, filled))
         assert self._wake is not None
         self._wake()
@@ -261,14 +263,17 @@ class PeerPort:
     async def _bring(self, run: _Run, transfer: Transfer) -> Fetched:
         """Read the blocks that one holder lends us now."""
         try:
-            self._check_not_stopped()
+            self._check_may_ask(transfer)
             allowed = await self._holders.want(run.holder, run.wish)
         except PeerError as error:
             return Fetched(0, error)
         except ClosedError as error:
             return Fetched(0, PeerError(str(run.holder), "asking", str(error)))
         try:
+            self._check_may_ask(transfer)
             brought = await self._read(run, allowed)
+        except PeerError as error:
+            return Fetched(0, error)
         finally:
             self._holders.release(run.holder, allowed.number)
         if brought.error is not None or brought.filled == len(run.host_ids):
@@ -309,6 +314,7 @@ class PeerPort:
         try:
             self._check_not_stopped()
             receiver = await self._lanes.lane(run.holder, part.lane)
+            self._check_not_stopped()
             first = run.wish.first + part.begin * self._ratios[group]
             own = run.host_ids[part.begin : part.end]
             brought = await self._reads.fetch(receiver, part.number, first, own, group)
@@ -322,6 +328,14 @@ class PeerPort:
 
     # -- the end --------------------------------------------------------------------------------
 
+    def cleared(self) -> None:
+        """Have transfers under way ask for nothing more: they began before a clear of this node.
+
+        What they would be granted may be of the generation after it. What they read already goes
+        on: it was granted before.
+        """
+        self._clears += 1
+
     def stop(self) -> None:
         """End all transfers soon: the engine is being closed."""
         self._is_stopped = True
@@ -334,6 +348,11 @@ class PeerPort:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the port to other nodes is closed")
+
+    def _check_may_ask(self, transfer: Transfer) -> None:
+        self._check_not_stopped()
+        if self._in_flight[transfer.op_id] != self._clears:
+            raise PeerError("any", "asking", "this node was cleared meanwhile")
 
     def _check_not_stopped(self) -> None:
         if self._is_stopped:
