@@ -113,7 +113,7 @@ def lines() -> Iterator[dict[str, Any]]:
                 else:
                     yield {"arguments": [*words.split(), value, *BASES[words][1:]]}
         for stream, where in (("out", "/dev/full"), ("out", "closed"), ("err", "closed"),
-                              ("err", "/dev/full"), ("in", "closed"), ("in", "/")):  # fmt: skip
+                              ("err", "/dev/full"), ("in", "closed")):  # fmt: skip
             yield {"arguments": base, stream: where}
         yield {"arguments": base, "in": "closed", "out": "closed", "err": "closed"}
 
