@@ -18,7 +18,7 @@ from flexkv.io.peer.lanes import Lanes
 from flexkv.io.peer.port import Allowed, PeerPort, Wish
 from flexkv.io.peer.sender import Sender
 from flexkv.io.ports import Completion
-from tests.cluster_rigs import keys_of
+from tests.cluster_rigs import keys_of, open_descriptors, turns
 from tests.peer_rig import BLOCKS, NUMBER, Node, connected, nodes
 
 HOLDER = 5
@@ -197,3 +197,23 @@ async def test_a_port_that_is_stopped_reads_nothing_over_a_new_connection() -> N
         ended = await own.completion()
         assert (type(ended.error), ended.filled) == (PeerError, 0)
         assert np.array_equal(own.node.arena.array, before)
+
+
+async def test_a_connection_to_a_holder_takes_one_descriptor() -> None:
+    """With hundreds of nodes they are scarce; a connection that is forgotten keeps none."""
+    async with reading() as own:
+        before = open_descriptors()
+        own.submit()
+        await own.completion()
+        assert open_descriptors() == before + 2, "one at each end, as the part has one lane"
+        await own.port._lanes.forget(HOLDER)
+        await turns()
+        assert await until(lambda: open_descriptors() == before)
+
+
+async def until(condition: Callable[[], bool]) -> bool:
+    """Wait until a condition holds."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 -- the other end notices it by and by
+            await asyncio.sleep(0.001)
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from flexkv.common.terms import BlockIds
 from flexkv.io.peer import receiver as receiver_module
 from flexkv.io.peer import sender as sender_module
 from flexkv.io.peer.checked_reads import Fetched
-from flexkv.io.peer.frames import BLOCKS_MAX, HEADER_BYTES, Read, Status
+from flexkv.io.peer.frames import BLOCKS_MAX, HEADER_BYTES, SUM_BYTES, Read, Status
 from flexkv.io.peer.receiver import Receiver
 from flexkv.io.peer.sender import Granted, Sender
+from flexkv.io.peer.sockets import SocketRing
 from tests.peer_rig import (
     BLOCK_BYTES,
     NUMBER,
@@ -237,3 +239,20 @@ async def _serve_wrongly(owner: Node, found: Granted | Status) -> None:
     await owner.ring.remove(index)
     ours.close()
     theirs.close()
+
+
+async def test_both_ends_bound_how_long_the_bytes_of_a_read_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A peer that sends or takes byte by byte for ever is given up: all bytes have their time."""
+    bounded, unless_stalled = [], SocketRing.unless_stalled
+
+    def recorded(ring: SocketRing, index: int, stall_s: float, nbytes: int = 0) -> Any:
+        bounded.append(nbytes)
+        return unless_stalled(ring, index, stall_s, nbytes)
+
+    monkeypatch.setattr(SocketRing, "unless_stalled", recorded)
+    async with nodes() as (owner, reader), serving(owner, reader) as receiver:
+        assert await fetch(reader, receiver, 0, places(*range(10))) == Fetched(10, None)
+    answer_bytes = HEADER_BYTES + 10 * (SUM_BYTES + BLOCK_BYTES)
+    assert sum(bounded) == 2 * answer_bytes

@@ -6,14 +6,22 @@ import asyncio
 import os
 import socket
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from errno import ENOMEM
+from typing import Any
 
 import numpy as np
 import pytest
 
 from flexkv.common.errors import ClosedError
 from flexkv.io.peer.fence import Fence
-from flexkv.io.peer.sockets import NO_EXTENTS, Extents, SocketRing, StreamEndedError
+from flexkv.io.peer.sockets import (
+    NO_EXTENTS,
+    SLOWEST_BYTES_S,
+    Extents,
+    SocketRing,
+    StreamEndedError,
+)
 from flexkv.testing.virtual_time import run_virtual
 from tests.peer_rig import connected, flood, nodes
 
@@ -294,18 +302,27 @@ class _Moving(SocketRing):
         return int(2 * min(asyncio.get_running_loop().time(), self._until_s))
 
 
-@pytest.mark.parametrize(("until_s", "lasts_s"), [(0.0, 1.0), (10.0, 11.0)])
-def test_a_move_may_take_as_long_as_bytes_move(until_s: float, lasts_s: float) -> None:
-    """Only when nothing has moved for the time given, or half as long again, is a move given up."""
+@pytest.mark.parametrize(
+    ("until_s", "may_s", "lasts_s"), [(0.0, 50, 1.0), (10.0, 50, 11.0), (1000.0, 50, 52.0)]
+)
+def test_a_move_may_be_slow_as_long_as_bytes_move(
+    until_s: float, may_s: float, lasts_s: float
+) -> None:
+    """A move is given up when nothing has moved for the time given, or half as long again.
+
+    One that goes on for ever, byte by byte, is given up, too.
+    """
 
     async def work() -> None:
         ring, loop = _Moving(until_s), asyncio.get_running_loop()
-        async with ring.unless_stalled(0, 1.0):
-            await asyncio.sleep(0.9 * until_s)
+        nbytes = int(may_s * SLOWEST_BYTES_S)
+        async with ring.unless_stalled(0, 1.0, nbytes):
+            await asyncio.sleep(min(0.9 * until_s, may_s))
+        begin_s = 0.0 if until_s < may_s else loop.time()
         with pytest.raises(TimeoutError):
-            async with ring.unless_stalled(0, 1.0):
+            async with ring.unless_stalled(0, 1.0, nbytes):
                 await asyncio.sleep(100)
-        assert lasts_s <= loop.time() <= lasts_s + 1
+        assert lasts_s <= loop.time() - begin_s <= lasts_s + 1
 
     run_virtual(work())
 
@@ -325,3 +342,67 @@ async def test_bytes_that_move_over_tcp_are_counted() -> None:
             await ring.remove(index)
         ours.close()
         theirs.close()
+
+
+class _ShortOfMemory:
+    """A ring of the kernel that accepts no move, and does not take sockets out."""
+
+    def __init__(self, ring: Any) -> None:
+        self._ring = ring
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ring, name)
+
+    def stream(self, *_: object) -> bool:
+        """Refuse a move."""
+        return False
+
+    def set_socket(self, slot: int, fd: int) -> None:
+        """Put a socket in a slot."""
+        if fd < 0:
+            raise OSError(ENOMEM, "no memory")
+        self._ring.set_socket(slot, fd)
+
+
+@pytest.mark.parametrize("how", ["cancel", "stop", "remove"])
+async def test_a_move_that_the_kernel_has_no_memory_for_can_be_ended(
+    memory: Memory, ends: Ends, how: str
+) -> None:
+    """It waits for another move to end, which may never be; its socket's end ends it at once."""
+    accepting = memory.ring._ring
+    memory.ring._ring = _ShortOfMemory(accepting)  # type: ignore[assignment]
+    index = memory.ring.add(ends[0])
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        moving = group.create_task(_ended(memory.ring.receive(index, memory.extents((0, 5)))))
+        await turns()
+        if how == "cancel":
+            moving.cancel()
+        elif how == "stop":
+            memory.ring.stop(index)
+        else:
+            await memory.ring.remove(index)
+    assert moving.cancelled() or moving.result() == StreamEndedError(0).args
+    memory.ring._ring = accepting
+
+
+async def _ended(move: Coroutine[Any, Any, bytes]) -> object:
+    with pytest.raises(StreamEndedError) as raised:
+        await move
+    return raised.value.args
+
+
+async def test_a_socket_that_the_kernel_keeps_costs_no_room(memory: Memory, ends: Ends) -> None:
+    """A socket that could not be taken out of the ring is replaced by the next one."""
+    accepting = memory.ring._ring
+    for _ in range(5):
+        index = memory.ring.add(ends[0])
+        memory.ring._ring = _ShortOfMemory(accepting)  # type: ignore[assignment]
+        await memory.ring.remove(index)
+        memory.ring._ring = accepting
+    pair = connected()
+    index = memory.ring.add(pair[0])
+    pair[1].send(b"12345")
+    await memory.ring.receive(index, memory.extents((0, 5)))
+    assert bytes(memory.array[:5]) == b"12345"
+    for end in pair:
+        end.close()

@@ -28,7 +28,6 @@ class _Lane:
         self.lock = asyncio.Lock()
         self.error: PeerError | None = None
         self.receiver: Receiver | None = None
-        self.socket: socket.socket | None = None
 
 
 class Lanes:
@@ -64,21 +63,18 @@ class Lanes:
                 if lane.error is not None and lane.error is not before:
                     raise PeerError(lane.error.peer, "connecting", lane.error.why)
                 try:
-                    lane.socket, lane.receiver = await self._opened(holder)
+                    lane.receiver = await self._opened(holder)
                 except PeerError as error:
                     lane.error = error
                     raise
             return lane.receiver
 
-    async def _opened(self, holder: int) -> tuple[socket.socket, Receiver]:
+    async def _opened(self, holder: int) -> Receiver:
         """Return a new connection."""
         connection, peer = await self._connect(holder)
-        try:
+        with connection:  # the ring has a descriptor of its own
             index = self._ring.add(connection)
-        except BaseException:
-            connection.close()
-            raise
-        return connection, Receiver(self._ring, index, peer, self._stall_s)
+        return Receiver(self._ring, index, peer, self._stall_s)
 
     def stop(self, holder: int | None = None) -> None:
         """Break the connections to a holder, or to all: what is read over them fails soon."""
@@ -97,17 +93,5 @@ class Lanes:
     async def _close(self, lane: _Lane) -> None:
         """Close a connection; nothing is written over it any more afterwards."""
         receiver, lane.receiver = lane.receiver, None
-        connection, lane.socket = lane.socket, None
-        if receiver is not None and connection is not None:
-            try:
-                await self._ring.remove(receiver.index)
-            finally:
-                connection.close()
-
-    def close(self) -> None:
-        """Close all sockets, once the ring is closed."""
-        for lanes in self._lanes.values():
-            for lane in lanes:
-                if lane.socket is not None:
-                    lane.socket.close()
-        self._lanes.clear()
+        if receiver is not None:
+            await self._ring.remove(receiver.index)

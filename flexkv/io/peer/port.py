@@ -368,7 +368,6 @@ class PeerPort:
             return
         self._closed = True
         self._ring.close()
-        self._lanes.close()
         self._copier.close()
         self._reads.close()
         if unreaped := len(self._in_flight) + len(self._ended):

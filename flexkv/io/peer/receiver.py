@@ -135,7 +135,8 @@ class Receiver:
         return status, sums
 
     async def _receive(self, extents: Extents, head_bytes: int, due_bytes: int = 0) -> bytes:
-        async with self._ring.unless_stalled(self.index, self._stall_s):
+        nbytes = head_bytes + int(extents[:, 1].sum())
+        async with self._ring.unless_stalled(self.index, self._stall_s, nbytes):
             return await self._ring.receive(self.index, extents, head_bytes, due_bytes)
 
     async def _send(self, header: bytes) -> None:

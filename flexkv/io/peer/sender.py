@@ -92,5 +92,6 @@ class Sender:
             found.ended()
 
     async def _send(self, index: int, extents: NDArray[np.int64], head: bytes) -> None:
-        async with self._ring.unless_stalled(index, self._stall_s):
+        nbytes = len(head) + int(extents[:, 1].sum())
+        async with self._ring.unless_stalled(index, self._stall_s, nbytes):
             await self._ring.send(index, extents, head)

@@ -43,6 +43,9 @@ WAKE_BYTES_MAX = 512 << 10
 costs a tenth less CPU time, at both ends, than to be woken for every packet."""
 
 
+SLOWEST_BYTES_S = 256 << 10
+"""A connection that is slower is given up: blocks would be computed long before they arrive."""
+
 _MOVED, _MOVED_AT = struct.Struct("=QQ"), 120
 """Bytes acknowledged and bytes received, in the kernel's struct tcp_info since Linux 4.1."""
 _TCP_INFO_BYTES = _MOVED_AT + _MOVED.size
@@ -171,20 +174,24 @@ class SocketRing:
         return index
 
     @asynccontextmanager
-    async def unless_stalled(self, index: int, stall_s: float) -> AsyncIterator[None]:
-        """Let a move over a socket take as long as bytes keep moving, however slowly.
+    async def unless_stalled(
+        self, index: int, stall_s: float, nbytes: int = 0
+    ) -> AsyncIterator[None]:
+        """Let a move of some bytes over a socket go on as long as bytes keep moving, if slowly.
 
         Raises:
-            TimeoutError: nothing has moved over the socket for `stall_s`, or half as long again.
+            TimeoutError: nothing has moved over the socket for `stall_s`, or half as long again;
+                or the move took longer than twice that, and its bytes at `SLOWEST_BYTES_S`.
         """
         loop, moved = asyncio.get_running_loop(), self._moved_bytes(index)
+        last_s = loop.time() + 2 * stall_s + nbytes / SLOWEST_BYTES_S
         async with asyncio.timeout(stall_s) as limit:
 
             def look() -> None:
                 nonlocal moved
                 if (now := self._moved_bytes(index)) != moved and not limit.expired():
                     moved = now
-                    limit.reschedule(loop.time() + stall_s)
+                    limit.reschedule(min(loop.time() + stall_s, last_s))
                 timers.append(loop.call_later(stall_s / 2, look))
                 del timers[:-1]
 
@@ -211,7 +218,14 @@ class SocketRing:
         It may have been removed already.
         """
         if (place := self._places.get(index)) is not None:
-            place.stop()
+            self._stop(place)
+
+    def _stop(self, place: _Place) -> None:
+        """Shut a socket down, and end its moves that the kernel has not accepted yet."""
+        place.stop()
+        for move in [each for each in self._waiting if each.place is place]:
+            self._waiting.remove(move)
+            _end(move, 0)
 
     async def remove(self, index: int) -> None:
         """Shut a socket down, and return once nothing is in flight on it; its room is free then.
@@ -219,14 +233,15 @@ class SocketRing:
         Cancellation: takes effect when the socket is removed.
         """
         place, cancelled = self._places.pop(index), None
-        place.stop()
+        self._stop(place)
         while place.moves:
             try:
                 await place.moves[0].fence.passed()
             except asyncio.CancelledError as error:
                 cancelled = error
         if not self._is_closed:
-            self._ring.set_socket(place.slot, -1)
+            with suppress(OSError):  # then the kernel keeps it until its slot is used again
+                self._ring.set_socket(place.slot, -1)
         place.socket.close()
         self._free.append(place.slot)
         if cancelled is not None:
@@ -272,7 +287,7 @@ class SocketRing:
         self._start(move)
         move.fence.begin()
         place.moves.append(move)
-        await move.fence.passed(on_cancel=place.stop)
+        await move.fence.passed(on_cancel=lambda: self._stop(place))
         if move.result < 0:
             raise OSError(-move.result, os.strerror(-move.result))
         if move.result < extents[:, 1].sum():
