@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from flexkv.cluster.redis_store import Command
@@ -39,11 +40,9 @@ class RedisCommands:
             import redis.asyncio as library
             from redis.asyncio.retry import Retry
             from redis.backoff import NoBackoff
-            from redis.exceptions import RedisError
         except ImportError as error:
             raise BackendUnavailableError("redis", "install flexkv[cluster]") from error
         self.where = f"redis {host}:{port}"
-        self._error: type[Exception] = RedisError
         self._password, self._answer_s = password, answer_s
         pool = library.BlockingConnectionPool(
             max_connections=CONNECTIONS,
@@ -75,7 +74,7 @@ class RedisCommands:
                 answers: list[Any] = await pipeline.execute()
         except TimeoutError as error:
             raise ClusterStoreError(self.where, what, "no answer in time") from error
-        except (self._error, OSError) as error:
+        except Exception as error:  # the library raises more than its own errors
             raise ClusterStoreError(self.where, what, self._said(error)) from error
         return answers
 
@@ -86,5 +85,6 @@ class RedisCommands:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._client.aclose(close_connection_pool=True)
-        await self._client.connection_pool.disconnect()
+        with suppress(Exception):  # a connection that was broken is closed all the same
+            await self._client.aclose(close_connection_pool=True)
+            await self._client.connection_pool.disconnect()

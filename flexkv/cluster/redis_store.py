@@ -5,17 +5,19 @@
     flexkv:{<pool>}:log:<0 … 7>   stream: entries, each in one field
     flexkv:{<pool>}:generation    sorted set: its only score is the generation
 
-So there are ten keys besides one for each node. The braces make a Redis Cluster keep them all in
+So there are ten keys besides one for each node. All but the generation are removed some time after
+the last node has left: another model's blocks are another pool. The braces make a Redis Cluster keep them all in
 one place. A sorted set has an atomic maximum (`ZADD GT`), which a number has not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from flexkv.cluster.records import STREAMS, Beat, NodeRecord, beat_from, encoded
-from flexkv.cluster.store import BEGIN, LogPage, Positions, Registry
+from flexkv.cluster.store import BEGIN, ClusterStoreError, LogPage, Positions, Registry
 from flexkv.common.errors import MalformedError
 
 STREAM_BYTES = 16 << 20
@@ -26,6 +28,9 @@ STREAM_ENTRIES_MIN = 1000
 READ_ENTRIES_MAX = 256
 """How many entries of each stream one read returns at most."""
 FIELD, NOW = b"e", b"now"
+KEPT_MS = 24 * 3600 * 1000
+"""How long the log and the set of nodes outlive the last entry and the last beat."""
+GENERATION_MAX = 1 << 40
 
 Command = tuple[bytes | str | int, ...]
 
@@ -75,12 +80,13 @@ class RedisStore:
         """Register a node: see `ClusterStore.register`."""
         key, value = self._key(beat.node.id), encoded(beat)
         member: Command = ("SADD", self._nodes, beat.node.id)
+        keep: Command = ("PEXPIRE", self._nodes, KEPT_MS)
         if over is None:
             new: Command = ("SET", key, value, "PX", self._ttl_ms, "NX")
-            taken, now, _ = await self._redis.run([new, ("GET", key), member])
+            taken, now, *_ = await self._redis.run([new, ("GET", key), member, keep])
             return None if taken is not None else _decoded(now)
         set_: Command = ("SET", key, value, "PX", self._ttl_ms, "GET")
-        before, _ = await self._redis.run([set_, member])
+        before, *_ = await self._redis.run([set_, member, keep])
         other = _decoded(before)
         if other is None or other.node.life in (beat.node.life, over):
             return None
@@ -105,13 +111,17 @@ class RedisStore:
         last: list[Command] = [("XREVRANGE", name, "+", "-", "COUNT", 1) for name in self._streams]
         size: list[Command] = [("MEMORY", "USAGE", name) for name in self._streams]
         ids, *rest = await self._redis.run([("SMEMBERS", self._nodes), *last, *size])
-        ends = tuple(entries[0][0] if entries else BEGIN for entries in rest[:STREAMS])
-        log_bytes = sum(each or 0 for each in rest[STREAMS:])
+        with self._understood("the registry"):
+            last_ids = [entries[0][0] if entries else BEGIN for entries in rest[:STREAMS]]
+            ends = tuple(map(_checked_id, last_ids))
+            log_bytes = sum(each or 0 for each in rest[STREAMS:])
+            keys = list(map(self._key, ids))
         values: list[bytes | None] = []
-        if ids:
-            (values,) = await self._redis.run([("MGET", *map(self._key, ids))])
-        beats = [beat for value in values if (beat := _decoded(value)) is not None]
-        expired = [node for node, value in zip(ids, values, strict=True) if value is None]
+        if keys:
+            (values,) = await self._redis.run([("MGET", *keys)])
+        with self._understood("the registry"):
+            beats = [beat for value in values if (beat := _decoded(value)) is not None]
+            expired = [node for node, value in zip(ids, values, strict=True) if value is None]
         return Registry(beats, expired, ends, log_bytes)
 
     def _key(self, node_id: bytes) -> str:
@@ -125,12 +135,11 @@ class RedisStore:
         Redis removes whole nodes of its stream only ("~"), so that it costs next to nothing.
         """
         name = self._streams[stream]
-        await self._redis.run(
-            [
-                ("XADD", name, "MAXLEN", "~", _entries_max(len(entry)), "*", FIELD, entry)
-                for entry in entries
-            ]
-        )
+        added: list[Command] = [
+            ("XADD", name, "MAXLEN", "~", _entries_max(len(entry)), "*", FIELD, entry)
+            for entry in entries
+        ]
+        await self._redis.run([*added, ("PEXPIRE", name, KEPT_MS)])
 
     async def read(self, positions: Positions, wait_s: float) -> LogPage:
         """Return what the log has behind some positions: see `ClusterStore.read`.
@@ -145,12 +154,14 @@ class RedisStore:
         )
         entries: list[Sequence[bytes]] = [()] * STREAMS
         behind = list(positions)
-        for name, rows in found or ():
-            stream = self._stream_of[name]
-            entries[stream] = [fields[1] for _, fields in rows if len(fields) == 2]
-            behind[stream] = rows[-1][0]
+        with self._understood("the log"):
+            for name, rows in found or ():
+                stream = self._stream_of[name]
+                entries[stream] = [fields[1] for _, fields in rows if len(fields) == 2]
+                behind[stream] = _checked_id(rows[-1][0])
+            generation = _generation(score)
         at_end = [len(each) < READ_ENTRIES_MAX for each in entries]
-        return LogPage(entries, tuple(behind), at_end, int(float(score or 0)))
+        return LogPage(entries, tuple(behind), at_end, generation)
 
     # -- generation -----------------------------------------------------------------------------
 
@@ -167,11 +178,25 @@ class RedisStore:
             ]
         )
         await self.append(0, [b""])
-        return int(float(score))
+        with self._understood("the generation"):
+            return _generation(score)
 
     async def close(self) -> None:
         """Close all connections."""
         await self._redis.close()
+
+    @contextmanager
+    def _understood(self, what: str) -> Iterator[None]:
+        """Read an answer, which may be of something that is no Redis, or not as we left it.
+
+        Raises:
+            ClusterStoreError: it makes no sense.
+        """
+        try:
+            yield
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            why = f"the answer makes no sense: {type(error).__name__}"
+            raise ClusterStoreError(self.where, f"reading {what}", why) from error
 
 
 def _entries_max(entry_bytes: int) -> int:
@@ -179,8 +204,21 @@ def _entries_max(entry_bytes: int) -> int:
     return max(STREAM_ENTRIES_MIN, STREAM_BYTES // (entry_bytes + ENTRY_OVERHEAD_BYTES))
 
 
+def _checked_id(entry_id: bytes) -> bytes:
+    time_ms, _, number = entry_id.partition(b"-")
+    int(time_ms), int(number)
+    return entry_id
+
+
+def _generation(score: bytes | None) -> int:
+    generation = int(float(score or 0))
+    if not 0 <= generation <= GENERATION_MAX:
+        raise ValueError(generation)
+    return generation
+
+
 def _decoded(value: bytes | None) -> Beat | None:
-    if value is None:
+    if not isinstance(value, bytes):
         return None
     try:
         return beat_from(value)

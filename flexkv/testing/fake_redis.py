@@ -41,6 +41,8 @@ class FakeRedisServer:
             "GET": lambda key: self._value(_text(key)),
             "MGET": lambda *keys: [self._value(_text(key)) for key in keys],
             "DEL": self._delete,
+            "PEXPIRE": self._expire,
+            "PTTL": self._ttl_ms,
             "SADD": self._add,
             "SREM": self._remove,
             "SMEMBERS": lambda key: list(self._value(_text(key)) or ()),
@@ -102,6 +104,18 @@ class FakeRedisServer:
             self._ends_s[key] = asyncio.get_running_loop().time() + ttl_s
         return before if "GET" in words else b"OK"
 
+    def _expire(self, key: Any, ttl_ms: Any) -> int:
+        if self._value(_text(key)) is None:
+            return 0
+        self._ends_s[_text(key)] = asyncio.get_running_loop().time() + int(ttl_ms) / 1000
+        return 1
+
+    def _ttl_ms(self, key: Any) -> int:
+        if self._value(_text(key)) is None:
+            return -2
+        end_s = self._ends_s.get(_text(key))
+        return -1 if end_s is None else round((end_s - asyncio.get_running_loop().time()) * 1000)
+
     def _delete(self, *keys: Any) -> int:
         found = [key for key in map(_text, keys) if self._value(key) is not None]
         for key in found:
@@ -145,7 +159,7 @@ class FakeRedisServer:
         maxlen, approximately, entries_max, new_id, field, value = rest
         assert (_text(maxlen), _text(approximately), _text(new_id)) == ("MAXLEN", "~", "*")
         key, self.written = _text(key), self.written + 1
-        stream: _Stream = self._values.setdefault(key, [])
+        stream: _Stream = self._value(key) or self._values.setdefault(key, [])
         now_s = asyncio.get_running_loop().time() - self._epoch_s
         now = (round(now_s * 1000) + 1, 0)
         last = self._last.get(key, (0, 0))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
 
 import pytest
 
 from flexkv.cluster.records import STREAMS, Beat, Entry, NodeRecord, encoded, entry_from
 from flexkv.cluster.redis_commands import RedisCommands
-from flexkv.cluster.redis_store import Commands, RedisStore
+from flexkv.cluster.redis_store import KEPT_MS, Command, Commands, RedisStore
 from flexkv.cluster.store import BEGIN, ClusterStoreError
 from flexkv.testing.fake_redis import FakeRedis, FakeRedisServer
 from flexkv.testing.redis_server import RedisServer
@@ -139,6 +141,57 @@ async def test_the_log_is_bounded(store: RedisStore) -> None:
         positions, count = page.positions, count + len(page.entries[0])
     assert 1000 <= count < 1201
     assert (await store.registry()).log_bytes > 1000 * len(entry)
+
+
+async def test_what_nobody_uses_any_more_is_removed(redis: Commands, store: RedisStore) -> None:
+    """All keys but the generation have a TTL, which each entry and each beat begins anew."""
+    keys = [f"flexkv:{{pool}}:{name}" for name in ("nodes", "log:0", "log:3", "generation")]
+
+    async def use(over: int | None) -> list[int]:
+        """Use all keys, and return their TTLs."""
+        await store.register(Beat(node(1)), over)
+        await store.append(3, [b"an entry"])
+        await store.advance(0)
+        return await redis.run([("PTTL", key) for key in keys])
+
+    *first, forever = await use(None)
+    assert (min(first) > KEPT_MS / 2, forever) == (True, -1)
+    await redis.run([("PEXPIRE", key, 60_000) for key in keys[:3]])
+    assert min((await use(1))[:3]) > KEPT_MS / 2
+
+
+@pytest.mark.parametrize("answer", [b"OK", b"", 7, None, [], [[]], [[b"x", [[b"1-1", [b"e"]]]]]])
+async def test_answers_that_make_no_sense_are_errors(answer: Any) -> None:
+    """Whatever answers at the port, and whatever it says, only ClusterStoreErrors come of it."""
+
+    class Stranger:
+        where = "a stranger"
+
+        async def run(self, commands: Sequence[Command], wait_s: float = 0.0) -> list[Any]:
+            return [answer] * len(commands)
+
+        async def close(self) -> None:
+            pass
+
+    store = RedisStore(Stranger(), "pool", TTL_S)
+    calls: list[Callable[[], Coroutine[Any, Any, object]]] = [
+        store.registry, lambda: store.read(ALL, 0.0), lambda: store.advance(1),
+        lambda: store.register(Beat(node(1)), None), lambda: store.register(Beat(node(1)), 1),
+        lambda: store.leave(node(1)),
+    ]  # fmt: skip
+    for call in calls:
+        with suppress(ClusterStoreError):
+            await call()
+
+
+@pytest.mark.parametrize("score", ["inf", "-1", "1e30"])
+async def test_a_generation_that_cannot_be_is_an_error(
+    redis: Commands, store: RedisStore, score: str
+) -> None:
+    """It is no number that nodes could tell each other."""
+    await redis.run([("ZADD", "flexkv:{pool}:generation", "GT", score, "now")])
+    with pytest.raises(ClusterStoreError, match="makes no sense"):
+        await store.read(ALL, 0.0)
 
 
 async def test_a_generation_never_goes_back(store: RedisStore) -> None:
