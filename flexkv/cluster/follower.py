@@ -328,6 +328,8 @@ class Follower:
 
     async def _snapshot(self, feed: Feed) -> None:
         """Take a snapshot of a node, or plan the next attempt."""
+        if feed.member.is_gone:  # before this task's first step
+            return
         node, feed.is_cleared = feed.member.node, False
         feed.attempts += 1
         try:

@@ -109,6 +109,30 @@ async def test_what_is_there_at_the_start_is_known(cluster: Cluster) -> None:
 
 
 @virtual
+async def test_a_node_that_has_left_is_asked_for_no_snapshot(cluster: Cluster) -> None:
+    """Not even if it leaves between the decision to ask and the first step of the task that asks:
+    the connection would be tried for ever."""
+    one, other = await cluster.pair()
+    follower, begun = other.plane.follower, asyncio.Event()
+    asked, tasks = dict(other.asked), []
+
+    def spawn(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        tasks.append(asyncio.get_running_loop().create_task(work, name=name))
+        other.plane.membership.farewell(one.record.life)
+        begun.set()
+        return tasks[-1]
+
+    taking = asyncio.get_running_loop().create_task(follower.take_snapshots(spawn))
+    for task in other.tasks:
+        task.cancel()
+    follower.resync()
+    await begun.wait()
+    await asyncio.wait(tasks)
+    taking.cancel()
+    assert other.asked == asked
+
+
+@virtual
 async def test_a_trimmed_log_is_noticed_without_another_entry(cluster: Cluster) -> None:
     """A reader that has missed a node's last entry learns from its beat that there was one."""
     one, other = await cluster.pair()
