@@ -19,6 +19,11 @@ ANSWER_S = 2.0
 """How long the server may take to answer, besides what it was asked to wait."""
 CONNECTIONS = 4
 """The log is read on one of them; the others are for what is written, and for the registry."""
+_RAISED = (
+    OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
+    RuntimeError,
+)  # fmt: skip
+"""What the library raises besides its own errors, for answers that make no sense."""
 
 
 class RedisCommands:
@@ -40,10 +45,12 @@ class RedisCommands:
             import redis.asyncio as library
             from redis.asyncio.retry import Retry
             from redis.backoff import NoBackoff
+            from redis.exceptions import RedisError
         except ImportError as error:
             raise BackendUnavailableError("redis", "install flexkv[cluster]") from error
         self.where = f"redis {host}:{port}"
         self._password, self._answer_s = password, answer_s
+        self._raised = (RedisError, *_RAISED)
         pool = library.BlockingConnectionPool(
             max_connections=CONNECTIONS,
             timeout=answer_s,
@@ -74,7 +81,7 @@ class RedisCommands:
                 answers: list[Any] = await pipeline.execute()
         except TimeoutError as error:
             raise ClusterStoreError(self.where, what, "no answer in time") from error
-        except Exception as error:  # the library raises more than its own errors
+        except self._raised as error:
             raise ClusterStoreError(self.where, what, self._said(error)) from error
         return answers
 
@@ -85,6 +92,6 @@ class RedisCommands:
 
     async def close(self) -> None:
         """Close all connections."""
-        with suppress(Exception):  # a connection that was broken is closed all the same
+        with suppress(*self._raised):  # a connection that was broken is closed all the same
             await self._client.aclose(close_connection_pool=True)
             await self._client.connection_pool.disconnect()

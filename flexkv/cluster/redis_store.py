@@ -6,8 +6,8 @@
     flexkv:{<pool>}:generation    sorted set: its only score is the generation
 
 So there are ten keys besides one for each node. All but the generation are removed some time after
-the last node has left: another model's blocks are another pool. The braces make a Redis Cluster keep them all in
-one place. A sorted set has an atomic maximum (`ZADD GT`), which a number has not.
+the last node has left: another model's blocks are another pool. The braces make a Redis Cluster
+keep them all in one place. A sorted set has an atomic maximum (`ZADD GT`), which a number has not.
 """
 
 from __future__ import annotations

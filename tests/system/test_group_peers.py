@@ -24,7 +24,7 @@ from flexkv.testing.redis_server import RedisServer
 from flexkv.tiers.parts import ClusterStatistics
 
 from .group_rig import GROUPS, PROMPT, GroupRig
-from .groups import MODEL, PER_BLOCK, GroupCaches, cache_config
+from .groups import MODEL, GroupCaches, cache_config
 from .test_group_remote import BLOCKS, CHUNK, END, PREFIXES, STATE, WINDOW, moved_end, needed
 
 PATIENCE_S = 30.0
