@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import typer
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from flexkv.cli.server import Address, address_of
 from flexkv.common.errors import ConfigError
+from flexkv.io.peer.port import PeerReads
 from flexkv.server.operator import command
 from flexkv.tiers.parts import ClusterStatistics
 
@@ -122,10 +123,9 @@ def _facts(known: ClusterStatistics) -> dict[str, str]:
 
 def _rows(known: ClusterStatistics) -> list[tuple[str, ...]]:
     """Return a row of cells for each other node, those with most spans first."""
-    none: Any = type(known.read_in_all)()
     rows: list[tuple[str, ...]] = []
     for node in sorted(known.state.nodes, key=lambda each: (-each.spans, each.address)):
-        read = known.read.get(node.address, none)
+        read = known.read.get(node.address, PeerReads())
         state = "[bold red]down" if node.address in known.down else "up"
         rows.append((
             node.address, node.life[:SHOWN_OF_LIFE], f"{node.spans:,}",

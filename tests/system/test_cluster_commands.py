@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,6 +36,7 @@ class Node(NamedTuple):
     """A server, and what connects to it."""
 
     settings: Settings
+    pid: int
     engines: tuple[Instance, ...]
 
     @property
@@ -94,13 +98,14 @@ def make(tmp_path: Path, redis: RedisServer) -> Iterator[Make]:
                 "num_cpu_blocks": 256, "num_ssd_blocks": 0, "node_ttl_seconds": 3.0,
             }  # fmt: skip
             settings = settings_in(folder, **{**shared, **keys})
-            undo.callback(forked_server(settings).close)
+            server = forked_server(settings)
+            undo.callback(server.close)
             if not has_engine:
-                return Node(settings, ())
+                return Node(settings, server.pid, ())
             engine = Instance(settings)
             undo.callback(engine.close)
             engine.begin()
-            return Node(settings, (engine,))
+            return Node(settings, server.pid, (engine,))
 
         yield made
 
@@ -122,6 +127,25 @@ def test_an_operator_sees_the_nodes_and_what_was_read_of_them(make: Make) -> Non
     assert line.split()[4:] == ["up", str(SPAN), f"{told['read_in_all']['bytes'] / 1e6:.1f}",
                                 "0", "0"]  # fmt: skip
     assert "1 granted" in run("status", first)
+
+
+def test_a_node_that_does_not_answer_is_down(make: Make) -> None:
+    """A node that was killed is named as down until its registration ends, and then forgotten."""
+    killed = make("killed", has_engine=False, node_ttl_seconds=4.0)
+    node = make("other", has_engine=False, node_ttl_seconds=4.0)
+    for each in (killed, node):  # a link is made when it is first used: for a snapshot here
+
+        def has_snapshot() -> bool:
+            return [n["is_behind"] for n in each.told()["state"]["nodes"]] == [False]  # noqa: B023
+
+        eventually(has_snapshot)
+    address = killed.told()["address"]
+    os.kill(killed.pid, signal.SIGKILL)
+    eventually(lambda: node.told()["down"] == [address], PATIENCE_S)
+    assert re.search(rf"{address} .* down ", run("status", node))
+    eventually(lambda: node.told()["state"]["nodes"] == [], PATIENCE_S)
+    assert node.told()["down"] == []
+    assert "no other node is known" in run("status", node)
 
 
 def test_a_node_that_was_cleared_alone_is_apart_until_a_reset(make: Make) -> None:

@@ -122,6 +122,8 @@ async def test_a_node_that_leaves_is_asked_no_more(keys: dict[str, Any]) -> None
         await until(lambda: peer_tokens(second, 2) == 0)
         assert await second.get(1) == WHOLE
         assert await second.get(2) == 0
+        assert second.cluster.read == {}
+        assert second.cluster.read_in_all.blocks == WHOLE, "counters never fall"
 
 
 async def test_blocks_on_ssd_alone_are_shared_if_that_is_wanted(
