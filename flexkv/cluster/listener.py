@@ -28,6 +28,7 @@ from flexkv.cluster.wire import Introduction, PeerId, PeerProtocolError, framed,
 from flexkv.common.errors import ConfigError, MalformedError
 from flexkv.observe.logs import get_logger
 from flexkv.process import forks
+from flexkv.process.descriptors import limit
 
 log = get_logger(__name__)
 
@@ -38,6 +39,8 @@ DATA_CONNECTIONS_MAX = 8
 """The most data connections of one node."""
 CONNECTIONS_MAX = 4096
 """The most connections of all nodes."""
+DESCRIPTORS_SHARE = 0.5
+"""The share of this process's descriptors that they may take: the SSD needs some, too."""
 ACCEPTS_A_TURN = 16
 STRANGERS_LOGGED_S = 1.0
 """Strangers have one log line in this time at most: they must not fill the log."""
@@ -123,7 +126,8 @@ class Listener:
 
     def arrived(self, accepted: socket.socket, name: str) -> None:
         """Serve a connection, which does not block; `name` says in logs where it comes from."""
-        if self._is_closed or len(self._connections) >= CONNECTIONS_MAX:
+        most = min(CONNECTIONS_MAX, int(DESCRIPTORS_SHARE * limit()))
+        if self._is_closed or len(self._connections) >= most:
             accepted.close()
             return
         connection = _Connection(accepted, name)

@@ -138,6 +138,7 @@ class Core:
                 partial(self.scheduler.drop_corrupt, parts.tier),
                 partial(self.scheduler.watch.lose, parts.tier),
                 supervisor.spawn,
+                supervisor.spawn_session,
                 partial(self.scheduler.watch.is_failing, parts.tier),
                 partial(self.scheduler.watch.try_now, parts.tier),
                 owner,

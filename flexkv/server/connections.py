@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import socket
 import time
 from collections.abc import Coroutine, Iterator
-from contextlib import suppress
 from typing import Any
 
 from flexkv.actors.supervisor import Supervisor
 from flexkv.common.errors import ConfigError
 from flexkv.observe.logs import get_logger
+from flexkv.process.descriptors import limit, raise_limit
 from flexkv.server.link import Link
 from flexkv.server.wire import ToServer
 
@@ -76,7 +75,7 @@ class Connections:
         self._connections: dict[Connection, None] = {}
         self._in_use = len(os.listdir("/proc/self/fd"))
         self._idle = asyncio.Event()
-        _raise_limit()
+        raise_limit()
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -84,8 +83,7 @@ class Connections:
     @property
     def room(self) -> int:
         """Return how many connections there are descriptors for."""
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return max(CONNECTIONS_MIN, limit - self._in_use - RESERVE)
+        return max(CONNECTIONS_MIN, limit() - self._in_use - RESERVE)
 
     def arrive(self, connection: Connection, session: Coroutine[Any, Any, None]) -> None:
         """Serve a new connection by its session; end a less useful one if there are too many."""
@@ -152,10 +150,3 @@ class Connections:
         if connection.link is None:
             connection.peer.close()  # its session may end before its first step
         self._idle.set()
-
-
-def _raise_limit() -> None:
-    """Raise this process's limit of open descriptors as far as it may."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

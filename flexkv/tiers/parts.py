@@ -99,6 +99,8 @@ class TierHooks(NamedTuple):
     spawn: Callable[[str, Coroutine[Any, Any, None]], asyncio.Task[None]]
     """Starts a task, which has a name, for a client that is asynchronous; it must end by itself,
     and an exception from it ends the engine."""
+    spawn_session: Callable[[str, Coroutine[Any, Any, None]], asyncio.Task[None]]
+    """Starts a task that serves another node; what it raises is logged, and ends only this task."""
     is_failing: Callable[[], bool]
     """Returns whether the tier is not used now, because its I/O failed."""
     try_now: Callable[[], None]

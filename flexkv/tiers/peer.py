@@ -49,6 +49,7 @@ from flexkv.io.ports import Sums
 from flexkv.io.remote.landing import HostBlocks
 from flexkv.io.remote.names import Pool, PoolDescription
 from flexkv.observe.logs import get_logger
+from flexkv.process.descriptors import raise_limit
 from flexkv.process.stoppable import run_stoppable
 from flexkv.tiers.far import keep_time
 from flexkv.tiers.generation import Generation
@@ -124,6 +125,7 @@ class PeerTier:
             self._unavailable.lose_tier(Tier.PEER, f"io_uring cannot be used: {error}")
             return None
         undo.callback(ring.close)
+        raise_limit()
         listening = tcp.listening(cache.local_ip, cache.p2p_port, BACKLOG)
         undo.callback(listening.close)
         host = HostBlocks(arena, sums, tuple(sizes.block_bytes))
@@ -241,7 +243,7 @@ class _Node:
             self._listening,
             self._key,
             self._identity,
-            ListenerHooks(self._sessions.serve, self._serve_data, hooks.spawn),
+            ListenerHooks(self._sessions.serve, self._serve_data, hooks.spawn_session),
         )
         time = {} if cache.has_remote else {"hints": keep_time(self._hints)}
         return {"peers": self._share(), **self.plane.work(hooks.spawn), **time}
@@ -366,7 +368,8 @@ class _Node:
             self._lent_bytes += len(addresses) * read.block_bytes
             return Granted(addresses, self._host.sums[found.block_ids], found.ended)
 
-        index = self._ring.add(connection)
+        with connection:  # the ring has a descriptor of its own
+            index = self._ring.add(connection)
         try:
             await Sender(self._ring, self._stall_s).serve(index, lookup)
         except (OSError, StreamEndedError, MalformedError, TimeoutError) as error:

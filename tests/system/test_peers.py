@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from flexkv.cluster.grants import Grants
 from flexkv.common.errors import ConfigError, StorageError
 from flexkv.common.terms import Tier
 from flexkv.testing.redis_server import RedisServer
@@ -289,3 +290,23 @@ async def test_a_generation_is_noted_once_the_ssd_is_cleared(
     assert steps[: len(expected)] == expected
     assert ("noted" in steps) is is_written
     assert Generation([tmp_path]).number == is_written
+
+
+async def test_a_connection_that_fails_ends_alone(
+    keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever another node makes go wrong here, this node's engine goes on."""
+
+    def failing(*_: object) -> None:
+        raise ValueError("a mistake")
+
+    async with Node(keys) as first, Node(keys) as second:
+        await first.put(1)
+        await until(lambda: peer_tokens(second, 1) == WHOLE * TOKENS)
+        monkeypatch.setattr(Grants, "want", failing)
+        assert await second.get(1) == 0
+        monkeypatch.undo()
+        assert await first.get(1) > 0
+        await first.put(2)
+        await until(lambda: peer_tokens(second, 2) == WHOLE * TOKENS)
+        await second.until_gets(2, WHOLE)

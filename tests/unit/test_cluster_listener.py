@@ -198,9 +198,12 @@ def test_many_strangers_displace_each_other_and_nobody_else() -> None:
     with_node(work)
 
 
-def test_connections_are_bounded_altogether(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the most connections, a new one is closed, and the others stay."""
-    monkeypatch.setattr("flexkv.cluster.listener.CONNECTIONS_MAX", 3)
+@pytest.mark.parametrize("bound", [("CONNECTIONS_MAX", 3), ("limit", lambda: 7)])
+def test_connections_are_bounded_altogether(
+    monkeypatch: pytest.MonkeyPatch, bound: tuple[str, object]
+) -> None:
+    """Beyond the most connections, or half of all descriptors, a new one is closed; others stay."""
+    monkeypatch.setattr(f"flexkv.cluster.listener.{bound[0]}", bound[1])
 
     async def work(node: ClusterNode) -> None:
         mine = [await greeted(node, "data") for _ in range(3)]
