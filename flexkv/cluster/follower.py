@@ -106,6 +106,8 @@ class Follower:
         on_success: is called whenever the store has answered.
         on_generation: is told of a new generation.
         on_stranger: is called when an entry is of a life that is not registered.
+        may_ask: returns whether other nodes may be asked for snapshots; `resync` follows once they
+            may be asked again.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Follower:
         self.on_success: Callable[[], None] = lambda: None
         self.on_generation: Callable[[int], None] = lambda _: None
         self.on_stranger: Callable[[], None] = lambda: None
+        self.may_ask: Callable[[], bool] = lambda: True
         self._store, self._membership, self._hints = store, membership, hints
         self._snapshots = snapshots
         self._feeds: dict[int, Feed] = {}
@@ -152,6 +155,7 @@ class Follower:
         for feed in self._feeds.values():
             feed.is_cleared = feed.behind_since_s is not None and feed.due_s is None
             self._fall_behind(feed)
+        self._bell.ring()
 
     def registered(self, ends: Positions, before: Positions | None) -> None:
         """Take what the registry says: how far the log goes, and each node's latest entry.
@@ -298,7 +302,8 @@ class Follower:
         try:
             while True:
                 now_s = loop.time()
-                waiting = [feed for feed in self._feeds.values() if feed.due_s is not None]
+                feeds = self._feeds.values() if self.may_ask() else ()
+                waiting = [feed for feed in feeds if feed.due_s is not None]
                 waiting.sort(key=lambda feed: feed.due_s or 0.0)
                 for feed in waiting:
                     if (feed.due_s or 0.0) <= now_s and len(self._tasks) < SNAPSHOTS_AT_ONCE:

@@ -27,7 +27,7 @@ import numpy as np
 
 from flexkv import _ext
 from flexkv.cluster.wire import Busy, Grant, PeerId, PeerProtocolError, Want
-from flexkv.common.errors import CapacityError, ClosedError, TransferError
+from flexkv.common.errors import FlexKVError
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 from flexkv.observe.logs import get_logger
 
@@ -310,7 +310,7 @@ class Grants:
         try:
             async with asyncio.timeout(PREFETCH_S):
                 await self._owner.prefetch(want.keys, lacking.start, lacking.stop, want.group)
-        except (TimeoutError, TransferError, CapacityError, ClosedError) as error:
+        except (TimeoutError, FlexKVError) as error:
             log.debug("peer_prefetch_failed", peer=str(grant.peer), reason=repr(error))
         if not grant.is_over:
             grant.task = None

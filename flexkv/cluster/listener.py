@@ -42,8 +42,9 @@ CONNECTIONS_MAX = 4096
 DESCRIPTORS_SHARE = 0.5
 """The share of this process's descriptors that they may take: the SSD needs some, too."""
 ACCEPTS_A_TURN = 16
-STRANGERS_LOGGED_S = 1.0
-"""Strangers have one log line in this time at most: they must not fill the log."""
+LOGGED_S = 1.0
+"""Strangers have one log line in this time at most, and so have nodes that are refused: they must
+not fill the log, however many there are and however often they try again."""
 ACCEPT_PAUSE_S = 0.2
 """How long to wait if the process has no descriptors left."""
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -61,6 +62,22 @@ class ListenerHooks(NamedTuple):
     control: Serve
     data: Serve
     spawn: Spawn
+
+
+class _Refusals:
+    """Log lines about connections that are refused: a few, which say how many others there were."""
+
+    def __init__(self) -> None:
+        self._logged_s, self._unlogged = -math.inf, 0
+
+    def log(self, connection: _Connection, reason: str) -> None:
+        """Log that a connection was refused, unless there was a line just now."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._logged_s < LOGGED_S:
+            self._unlogged += 1
+            return
+        others, self._logged_s, self._unlogged = self._unlogged, now_s, 0
+        log.warning("peer_refused", address=connection.name, reason=reason, others_before=others)
 
 
 class _Connection:
@@ -88,7 +105,7 @@ class Listener:
         self._connections: dict[_Connection, None] = {}
         self._idle = asyncio.Event()
         self._is_closed = False
-        self._strangers_logged_s, self._strangers_unlogged = -math.inf, 0
+        self._of_strangers, self._of_nodes = _Refusals(), _Refusals()
         self.address = ""
         if listening.family in (socket.AF_INET, socket.AF_INET6):
             self.address = tcp.address_of(*listening.getsockname()[:2])
@@ -138,7 +155,7 @@ class Listener:
             each for each in self._connections if not each.is_proved and not each.is_dismissed
         ]
         if len(unproved) > UNPROVED_MAX:
-            self._log_stranger(unproved[0], f"{len(unproved)} connections are unproved")
+            self._of_strangers.log(unproved[0], f"{len(unproved)} connections are unproved")
             self._dismiss(unproved[0])
 
     def close(self) -> None:
@@ -164,10 +181,8 @@ class Listener:
             theirs = await self._greeted(connection)
         except (OSError, TimeoutError, PeerProtocolError, ConfigError) as error:
             reason = str(error) or "too slow"
-            if connection.is_proved:
-                log.warning("peer_refused", address=connection.name, reason=reason)
-            else:
-                self._log_stranger(connection, reason)
+            refusals = self._of_nodes if connection.is_proved else self._of_strangers
+            refusals.log(connection, reason)
             return
         log.debug(
             "peer_accepted",
@@ -207,16 +222,6 @@ class Listener:
         if theirs.purpose == "data":
             connection.data_of = theirs.peer_id
         return theirs
-
-    def _log_stranger(self, connection: _Connection, reason: str) -> None:
-        """Log that a connection was refused, and how many others were since the last line."""
-        now_s = asyncio.get_running_loop().time()
-        if now_s - self._strangers_logged_s < STRANGERS_LOGGED_S:
-            self._strangers_unlogged += 1
-            return
-        others, self._strangers_unlogged = self._strangers_unlogged, 0
-        self._strangers_logged_s = now_s
-        log.warning("peer_refused", address=connection.name, reason=reason, others_before=others)
 
     def _check(self, ours: Introduction, theirs: Introduction) -> None:
         check_alike(ours, theirs)

@@ -235,6 +235,7 @@ class _Node:
         )
         self.plane.follower.generation = self.generation.number
         self.plane.follower.on_generation = self._adopt
+        self.plane.follower.may_ask = lambda: not self.generation.is_apart
         self.generation.on_apart = self._is_apart
         self._sessions = Sessions(
             self._grants, self._identity.generation, self.plane.publisher.snapshot
@@ -259,9 +260,14 @@ class _Node:
             self._hints.avoid(member.holder, self.generation.is_apart or not is_up)
 
     def _is_apart(self) -> None:
-        """Take note that this node is cleared alone, and shares nothing any more."""
+        """Take note that this node is cleared alone, and shares nothing any more.
+
+        Others are refused when they connect again, and so avoid it. It may still have what they
+        know of: a clear of one namespace leaves the blocks of the others.
+        """
         self._end_before_clear()
         self._avoid_peers()
+        self._sessions.close()
 
     def _end_before_clear(self) -> None:
         """End what other nodes read here, and what is read of them: it is of before a clear."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Iterator
 from errno import EIO
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from flexkv.cluster.grants import Grants
+from flexkv.cluster.grants import Grants, Held
 from flexkv.common.errors import ConfigError, StorageError
 from flexkv.common.terms import Tier
+from flexkv.engine.lending import Lending
 from flexkv.testing.redis_server import RedisServer
+from flexkv.tiers import ledger
 from flexkv.tiers.generation import Generation
 from flexkv.tiers.ledger import Ledger
 from flexkv.tiers.parts import ClusterStatistics
@@ -187,6 +190,61 @@ async def test_a_node_that_was_away_during_a_reset_clears_its_ssd(
             assert again.manager.match(prompt(2, BLOCKS)).tokens > 0
             await until(lambda: len(again.cluster.state.nodes) == 1)
             assert again.manager.match(prompt(2, BLOCKS)).tokens > 0
+
+
+async def test_a_node_that_was_cleared_in_part_is_not_asked_any_more(keys: dict[str, Any]) -> None:
+    """It still has most of its blocks, and lends none: others do not ask it in vain for ever."""
+    async with Node(keys) as first, Node(keys) as second:
+        await first.put(1)
+        await until(lambda: peer_tokens(second, 1) == WHOLE * TOKENS)
+        assert await second.get(1, 16) == 16, "they are connected"
+        first.manager.clear(namespace="another one")
+        assert first.manager.match(prompt(1, BLOCKS)).tokens > 0
+        await until(lambda: peer_tokens(second, 1) == 0)
+
+
+async def test_a_request_that_nobody_expected_ends_a_connection_only(
+    keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes wrong while one node is served does not end the engine."""
+    async with Node(keys) as first, Node(keys) as second:
+        await first.put(1)
+        await until(lambda: peer_tokens(second, 1) > 0)
+        hold = Lending.hold
+
+        def fails(*args: Any) -> Held:
+            monkeypatch.setattr(Lending, "hold", hold)
+            raise RuntimeError("nobody expected this")
+
+        monkeypatch.setattr(Lending, "hold", fails)
+        assert await second.get(1) == 0
+        await first.put(2)
+        await until(lambda: peer_tokens(second, 2) > 0)
+        assert await second.get(2) == WHOLE
+
+
+async def test_a_crash_after_a_reset_brings_nothing_back(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A generation is noted on SSD only once no crash can bring back blocks from before it."""
+    used, crashed = tmp_path / "used", tmp_path / "crashed"
+    used.mkdir()
+    note = Generation.note
+
+    def note_and_copy(generation: Generation, number: int) -> None:
+        note(generation, number)
+        shutil.copytree(used, crashed)
+
+    monkeypatch.setattr(Generation, "note", note_and_copy)
+    monkeypatch.setattr(ledger, "GATHER_S", 2.0)  # a journal that is slow to be written
+    ssd = {"enable_ssd": True, "num_ssd_blocks": 256}
+    async with Node({**keys, **ssd, "ssd_cache_dir": str(used)}) as node:
+        await node.put(1)
+        assert await node.manager.reset_cluster() == 1
+        await until(crashed.exists)
+    async with Node({**keys, **ssd, "ssd_cache_dir": str(crashed)}) as again:
+        assert again.cluster.shared_generation == 1
+        assert again.manager.match(prompt(1, BLOCKS)).tokens == 0
 
 
 async def test_nodes_share_through_both_far_tiers(keys: dict[str, Any], tmp_path: Path) -> None:

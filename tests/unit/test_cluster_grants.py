@@ -17,7 +17,7 @@ from flexkv.cluster.grants import (
     ReadStatus,
 )
 from flexkv.cluster.wire import Busy, Grant, PeerId, PeerProtocolError, Want
-from flexkv.common.errors import CapacityError, ClosedError, StorageError
+from flexkv.common.errors import CapacityError, ClosedError, ConfigError, StorageError
 from tests.cluster_rigs import keys_of, turns
 from tests.unit.grants_rig import LIMITS, A, B, C, Rig, lent, with_grants
 
@@ -193,6 +193,7 @@ def test_nothing_is_fetched_for_others_unless_that_is_allowed() -> None:
     [
         StorageError("/data", 0, 5),
         CapacityError("host", 4, 0, 0),
+        ConfigError("tier", "x", "is turned away"),
         ClosedError("closing"),
         None,
     ],

@@ -133,6 +133,22 @@ async def test_a_node_that_has_left_is_asked_for_no_snapshot(cluster: Cluster) -
 
 
 @virtual
+async def test_nobody_is_asked_for_a_snapshot_while_it_would_be_refused(cluster: Cluster) -> None:
+    """A node that shares nothing asks for nothing; once it shares again it asks everybody."""
+    one, other = await cluster.pair()
+    other.plane.follower.may_ask = lambda: False
+    asked, newcomer = dict(other.asked), cluster.node(3)
+    one.source.has_lost = True
+    await asyncio.sleep(TTL_S)
+    assert other.asked == asked
+    other.plane.follower.may_ask = lambda: True
+    other.plane.follower.resync()
+    await asyncio.sleep(TTL_S)
+    assert set(other.asked) == {one.record.life, newcomer.record.life}
+    assert other.asked[one.record.life] == asked[one.record.life] + 1
+
+
+@virtual
 async def test_a_trimmed_log_is_noticed_without_another_entry(cluster: Cluster) -> None:
     """A reader that has missed a node's last entry learns from its beat that there was one."""
     one, other = await cluster.pair()

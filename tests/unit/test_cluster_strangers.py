@@ -1,4 +1,4 @@
-"""What a listener logs of strangers."""
+"""What a listener logs of those that it refuses."""
 
 from __future__ import annotations
 
@@ -7,25 +7,34 @@ import json
 
 import pytest
 
-from flexkv.cluster.listener import STRANGERS_LOGGED_S
+from flexkv.cluster.handshake import prove_to_owner
+from flexkv.cluster.listener import LOGGED_S
 from flexkv.observe.logs import configure_logging
 from flexkv.testing.virtual_time import run_virtual
-from tests.cluster_rigs import ClusterNode, Network
+from tests.cluster_rigs import KEY, ClusterNode, Network
 
 
-def test_strangers_do_not_fill_the_log(capfd: pytest.CaptureFixture[str]) -> None:
-    """Strangers have one line a second; it counts those that were refused without one."""
+@pytest.mark.parametrize("knows_key", [False, True])
+def test_who_is_refused_does_not_fill_the_log(
+    knows_key: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Strangers have one line a second, and so have nodes whose blocks are not like ours, which try
+    again for ever; it counts those that were refused without one."""
 
     async def main() -> None:
         node, loop = ClusterNode(Network(), 1), asyncio.get_running_loop()
         await node.start()
-        for pause_s in (0.0, STRANGERS_LOGGED_S):
+        for pause_s in (0.0, LOGGED_S):
             await asyncio.sleep(pause_s)
             for _ in range(3):
                 mine = await node.network.dial(node.listener.address)
-                await loop.sock_sendall(mine, bytes(12))
-                assert await loop.sock_recv(mine, 1) == b""
+                if knows_key:
+                    await prove_to_owner(mine, KEY)
+                else:
+                    await loop.sock_sendall(mine, bytes(12))
+                    assert await loop.sock_recv(mine, 1) == b""
                 mine.close()
+            await asyncio.sleep(0.1)
         await node.stop()
 
     configure_logging("warning", as_json=True)
