@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import AsyncIterator
 from random import Random
+from typing import cast
 
 import pytest
 
@@ -26,6 +27,7 @@ from flexkv.tiers.remote_gc.lease import LEASE_S, RENEW_S, Lease
 from flexkv.tiers.remote_gc.once import SinglePool, shards_of
 from flexkv.tiers.remote_gc.refusals import PAUSE_MAX_S, PAUSE_S
 from flexkv.tiers.remote_gc.rules import Limits
+from flexkv.tiers.remote_pool import CLEARS_MAX
 from tests.remote_engines import POOL, Rig, World, failed, with_rig
 
 TTL_S = 10_000.0
@@ -222,6 +224,28 @@ def test_garbage_of_older_generations_is_removed(limits: Limits) -> None:
         assert names.keys() & there == {n for n, (pool, _) in names.items() if pool is latest}
         assert older.description_name not in there
         assert latest.description_name in there
+        await rig.tasks.stop()
+
+    run_virtual(main())
+
+
+def test_generations_that_never_were_cost_nothing() -> None:
+    """The reset of a cluster skips a million numbers; only those that were used are looked at."""
+
+    async def main() -> None:
+        rig = Rig(Limits(ttl_s=9 * GARBAGE_S))
+        objects, latest = rig.world.objects, generation_of(POOL, CLEARS_MAX)
+        rig.pool.current = latest
+        for number in (7, CLEARS_MAX):
+            objects.create(f"{POOL.generations}{number}")
+        names = [generation_of(POOL, number).object_name(bytes(16)) for number in (0, 7)]
+        for name in names:
+            objects.create(name, age_s=2 * GARBAGE_S)
+        await rig.start()
+        await asyncio.sleep(600)
+        there = {name for folder in objects.folders.values() for name in folder}
+        assert not there & set(names)
+        assert cast("TimedStore", rig.requests.store).sent < 50
         await rig.tasks.stop()
 
     run_virtual(main())

@@ -261,10 +261,12 @@ class Collector:
         """
         await self.lease.tidy()
         numbers = await numbers_in(self._requests, generation_of(pool, 0).generations)
-        if pool.description.generation < max(numbers, default=0):
+        own = pool.description.generation
+        if own < max(numbers, default=0):
             return  # engines of the latest one do it
-        for number in range(pool.description.generation):
-            await self.remove_generation(pool, generation_of(pool, number))
+        for number in sorted({0, *numbers}):  # the reset of a cluster skips many numbers
+            if number < own:
+                await self.remove_generation(pool, generation_of(pool, number))
 
     async def remove_generation(self, pool: Pool, older: Pool, age_s: float = GARBAGE_S) -> None:
         """Remove the old objects of an older generation, and its description after the last.
