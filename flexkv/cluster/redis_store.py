@@ -5,9 +5,11 @@
     flexkv:{<pool>}:log:<0 … 7>   stream: entries, each in one field
     flexkv:{<pool>}:generation    sorted set: its only score is the generation
 
-So there are ten keys besides one for each node. All but the generation are removed some time after
-the last node has left: another model's blocks are another pool. The braces make a Redis Cluster
-keep them all in one place. A sorted set has an atomic maximum (`ZADD GT`), which a number has not.
+So there are ten keys besides one for each node. The braces make a Redis Cluster keep them all in
+one place. A sorted set has an atomic maximum (`ZADD GT`), which a number has not.
+
+All but the generation are removed some time after the last node has left, since blocks of another
+model are another pool. Generations of a pool must never repeat: nodes keep them beside their SSD.
 """
 
 from __future__ import annotations
