@@ -105,7 +105,7 @@ def forget(rig: GroupRig, group: int, positions: list[int]) -> None:
 
 async def test_what_one_node_has_another_gets(tmp_path: Path, zone: dict[str, Any]) -> None:
     """A get brings all blocks of all groups that it needs, and no others."""
-    async with pair(tmp_path, zone) as (first, second):
+    async with pair(tmp_path, zone) as (_, second):
         places = second.everything(PROMPT)
         assert moved_end(await second.get(PROMPT, places)) == END
         second.check(places, END)
@@ -116,9 +116,7 @@ async def test_what_one_node_has_another_gets(tmp_path: Path, zone: dict[str, An
         assert second.manager.statistics().routes["peer→host"].blocks == NEEDED
 
 
-async def test_a_prefetch_brings_all_that_a_get_needs(
-    tmp_path: Path, zone: dict[str, Any]
-) -> None:
+async def test_a_prefetch_brings_all_that_a_get_needs(tmp_path: Path, zone: dict[str, Any]) -> None:
     """Before it a match finds all with peers; after it, all is here."""
     async with pair(tmp_path, zone) as (_, second):
         before = second.manager.match(PROMPT)
@@ -206,9 +204,7 @@ async def test_a_block_that_is_there_no_more_cuts_the_prefix(
         assert first.manager.statistics().claims == 0
 
 
-async def test_leaves_on_the_ssd_of_a_node_are_shared(
-    tmp_path: Path, zone: dict[str, Any]
-) -> None:
+async def test_leaves_on_the_ssd_of_a_node_are_shared(tmp_path: Path, zone: dict[str, Any]) -> None:
     """With enable_p2p_ssd the owner brings chain and leaves to host memory for its reader."""
     ssd = {"enable_ssd": True, "num_ssd_blocks": 256, "enable_p2p_ssd": True}
     async with pair(tmp_path, zone, **ssd) as (first, second):
@@ -221,9 +217,7 @@ async def test_leaves_on_the_ssd_of_a_node_are_shared(
         assert first.manager.statistics().routes["disk→host"].blocks >= NEEDED
 
 
-async def test_a_part_of_the_leaves_may_be_on_the_ssd(
-    tmp_path: Path, zone: dict[str, Any]
-) -> None:
+async def test_a_part_of_the_leaves_may_be_on_the_ssd(tmp_path: Path, zone: dict[str, Any]) -> None:
     """Leaves of one run may be in host memory and on the SSD in turn; all come, in order."""
     ssd = {"enable_ssd": True, "num_ssd_blocks": 256, "enable_p2p_ssd": True}
     async with pair(tmp_path, zone, **ssd) as (first, second):
@@ -274,7 +268,7 @@ class Walker:
             await rig.manager.prefetch(prompt)
             return
         for group, own in blocks:
-            self._fill(group, places[group][own], prompt if kind == "put" else -prompt, own)
+            self._fill(group, places[group][own], prompt if kind == "put" else prompt + 50_000, own)
         if kind == "put":
             await rig.manager.put(prompt, slots)
             return
@@ -291,7 +285,7 @@ class Walker:
         for number, layer in zip(self._rig.caches.spaces[group].layers, layers, strict=True):
             tensor = self._rig.caches.tensors[number]
             part, whole = whole[: layer.size], whole[layer.size :]
-            target = tensor[block : block + 1] if tensor.ndim == 3 else tensor[:, block : block + 1]
+            target = tensor[block : block + 1] if len(tensor) > 2 else tensor[:, block : block + 1]
             target[...] = part.view(tensor.dtype).reshape(target.shape)
 
     def _has(self, group: int, block: int, prompt: NDArray[np.int64], own: int) -> bool:
