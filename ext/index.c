@@ -292,6 +292,7 @@ static PyMethodDef index_methods[] = {
     FAST("commit", call_commit, "Make RESERVED places READY."),
     FAST("abort", call_abort, "Free RESERVED places."),
     FAST("forget", call_forget, "Drop blocks."),
+    FAST("spend", call_spend, "Make places the next to be evicted."),
     FAST("keys_of", call_keys_of, "Return the keys of places."),
     FAST("agreeing", call_agreeing, "Count the blocks that form a chain."),
     FAST("clear", call_clear, "Forget all blocks of a tier."),

@@ -33,6 +33,9 @@ int read_tier(PyObject *self, const struct parameter *parameter, struct value *v
 /* Check the keys of a request, the root first. Return how many blocks they are of, or -1. */
 int64_t request_blocks(const struct value *keys);
 
+/* Raise that there are not as many keys as ids; return NULL. */
+PyObject *raise_keys(Py_ssize_t bytes, size_t ids);
+
 /* Fill `nearest` for each pattern. */
 void nearest_tell(BlockIndex *self);
 int scratch_take(BlockIndex *self, size_t count);
@@ -59,6 +62,7 @@ fast_call call_survey, call_reach, call_group_blocks;
 fast_call call_reserve, call_make_room, call_reserve_copies, call_lacking;
 fast_call call_lease, call_fillers;
 fast_call call_pin, call_unpin, call_commit, call_abort, call_forget, call_keys_of;
+fast_call call_spend;
 fast_call call_export, call_restore, call_watch, call_ends, call_spans;
 PyObject *index_call_changes(BlockIndex *, PyObject *);
 

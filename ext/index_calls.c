@@ -67,6 +67,12 @@ int scratch_take(BlockIndex *self, size_t count)
     return 0;
 }
 
+PyObject *raise_keys(Py_ssize_t bytes, size_t ids)
+{
+    return PyErr_Format(PyExc_ValueError, "keys has %zd bytes, not 16 for each of %zu ids", bytes,
+                        ids);
+}
+
 /* -- reserve ----------------------------------------------------------------------------------- */
 
 /* Read positions, or None: those of the whole range. */
@@ -170,6 +176,18 @@ BATCH_CALL(unpin)
 BATCH_CALL(commit)
 BATCH_CALL(abort)
 BATCH_CALL(forget)
+
+static PyObject *spend(BlockIndex *self, struct value *values)
+{
+    size_t n = (size_t)values[1].view.count;
+
+    if ((size_t)values[2].view.buffer.len != n * INDEX_KEY_BYTES)
+        return raise_keys(values[2].view.buffer.len, n);
+    return PyLong_FromSize_t(index_spend(&self->index, (unsigned)values[0].integer,
+                                         values[1].view.buffer.buf, values[2].view.buffer.buf, n));
+}
+
+CALL(call_, spend, BlockIndex, 3, TIER_AND_IDS, READ("keys", read_bytes))
 
 static PyObject *lease(BlockIndex *self, struct value *values)
 {

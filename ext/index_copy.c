@@ -126,8 +126,7 @@ static PyObject *reserve_copies(BlockIndex *self, struct value *values)
     };
 
     if ((size_t)values[3].view.buffer.len != n * INDEX_KEY_BYTES)
-        return PyErr_Format(PyExc_ValueError, "keys has %zd bytes, not 16 for each of %zu ids",
-                            values[3].view.buffer.len, n);
+        return raise_keys(values[3].view.buffer.len, n);
     outcomes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)n);
     copies.target_ids = PyMem_Malloc((n + 1) * sizeof(int64_t));
     if (!copies.target_ids) {

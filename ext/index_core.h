@@ -58,7 +58,8 @@ struct place {
     uint8_t state;
     uint8_t uses;
     uint16_t epoch;     /* of the last use; under FIFO and FILO of the arrival */
-    uint8_t class;      /* LHD */
+    uint8_t class : 7;  /* LHD */
+    uint8_t spent : 1;  /* evicted next, unless it is asked for before; see policy_spend */
     uint8_t quota;      /* of its namespace, 0 for none: in whose lists the place is */
 };
 
@@ -347,7 +348,9 @@ void policy_remove(struct tier *tier, ref place);
 /* Put a place back at the end of the list from which the next victim is taken. */
 void policy_return(struct tier *tier, ref place);
 
-/* Make a place the next victim, as if it was never used; under LFU only the next of its list. */
+/* Make a place the next victim, as if it was never used; under LFU only the next of its list. It is
+ * spent from now on: if it is pinned when its turn comes, it is the next victim again after that. A
+ * use ends this. */
 void policy_spend(struct tier *tier, ref place);
 
 /* Append all of one list to another. */
@@ -468,9 +471,15 @@ bool index_unpin(struct block_index *index, unsigned tier, const int64_t *ids, s
 bool index_forget(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
 int64_t place_filler(const struct place *place);
 
+/* Make those places the next to be evicted that still hold the blocks with these keys, READY. Return
+ * how many there are. */
+size_t index_spend(struct block_index *index, unsigned tier, const int64_t *ids,
+                   const unsigned char *keys, size_t n);
+
 /* Count a use of every READY place of these nodes, which are given from the root on, a block's
- * leaves behind it. Does nothing under LHD. */
-void index_use(struct block_index *index, const ref *nodes, size_t n);
+ * leaves behind it; of spent places only if they are `asked` for, not stored again. Does nothing
+ * under LHD. */
+void index_use(struct block_index *index, const ref *nodes, size_t n, bool asked);
 void index_clear(struct block_index *index, unsigned tier);
 void index_clear_root(struct block_index *index, ref root);
 const char *index_check(struct block_index *index);

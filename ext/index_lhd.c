@@ -43,6 +43,7 @@ static void place_asked(struct tier *tier, ref id)
 
     if (listed)
         policy_remove(tier, id);
+    place->spent = false;
     if (place->uses < UINT8_MAX)
         place->uses++;
     place->class = (uint8_t)density_class_of(place->uses, false);

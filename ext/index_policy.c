@@ -243,10 +243,12 @@ static bool by_arrival(const struct tier *tier)
 void policy_use(struct tier *tier, ref place, uint32_t clock_s)
 {
     struct place *at = &tier->places[place];
+    bool was_spent = at->spent;
 
+    at->spent = false;
     if (at->uses < USES_MAX)
         at->uses++;
-    if (by_arrival(tier))
+    if (by_arrival(tier) && !was_spent)
         return;
     policy_remove(tier, place);
     link_used(tier, place, clock_s);
@@ -275,6 +277,7 @@ void policy_spend(struct tier *tier, ref place)
     uint16_t now = (uint16_t)(tier->touched >> tier->epoch_shift);
     unsigned list = at->list;
 
+    at->spent = true;
     if (!by_uses)
         at->uses = 0;
     if (tier->density)
@@ -292,7 +295,7 @@ void policy_spend(struct tier *tier, ref place)
 
 void policy_unpark(struct tier *tier, ref place, uint32_t clock_s)
 {
-    if (by_arrival(tier))
+    if (by_arrival(tier) || tier->places[place].spent)
         policy_return(tier, place);
     else
         policy_insert(tier, place, clock_s);

@@ -263,7 +263,7 @@ static PyObject *survey_leaves(BlockIndex *self, unsigned group, const size_t ra
     PyObject *result = strip_list(self, &strip, TOLD_SPARSE, 0);
 
     if (result && use)
-        index_use(&self->index, strip.nodes, strip.count);
+        index_use(&self->index, strip.nodes, strip.count, true);
     return result;
 }
 
@@ -293,7 +293,7 @@ static PyObject *survey(BlockIndex *self, struct value *values)
     if (nearest && known > range[0] + strip.count)
         known = range[0] + strip.count;
     if (use)
-        index_use(&self->index, self->nodes, known);
+        index_use(&self->index, self->nodes, known, use == USE_ASKED);
     if (use == USE_ASKED)
         prompt_asked(self, &(struct batch){.keys = keys, .blocks = range[1]}, known, NULL);
     return result;
@@ -442,7 +442,7 @@ static PyObject *reach(BlockIndex *self, struct value *values)
     if (known > reach.end)
         known = reach.end;
     if (values[4].integer) {
-        index_use(&self->index, used, reach_nodes(&self->index, &reach, known, used));
+        index_use(&self->index, used, reach_nodes(&self->index, &reach, known, used), true);
         prompt_asked(self, &(struct batch){.keys = keys, .blocks = range[1]}, known, &reach);
     }
     return Py_BuildValue("(nnNN)", (Py_ssize_t)reach.end, (Py_ssize_t)ready, chain, leaves);

@@ -205,7 +205,25 @@ bool index_unpin(struct block_index *index, unsigned t, const int64_t *ids, size
     return true;
 }
 
-void index_use(struct block_index *index, const ref *nodes, size_t n)
+size_t index_spend(struct block_index *index, unsigned t, const int64_t *ids,
+                   const unsigned char *keys, size_t n)
+{
+    struct tier *tier = &index->tier[t];
+    size_t spent = 0;
+
+    for (size_t i = 0; i < n; i++) {
+        const struct place *place = place_at(tier, ids[i]);
+
+        if (!place || place->state != PLACE_READY ||
+            !node_has(index, place->node, key_at(keys, (int64_t)i - 1)))
+            continue;
+        policy_spend(tier, (ref)ids[i]);
+        spent++;
+    }
+    return spent;
+}
+
+void index_use(struct block_index *index, const ref *nodes, size_t n, bool asked)
 {
     while (n--) {
         const struct node *node;
@@ -215,8 +233,9 @@ void index_use(struct block_index *index, const ref *nodes, size_t n)
         node = node_at(index, nodes[n]);
         for (unsigned t = 0; t < index->tiers; t++) {
             ref id = node->place[t];
+            const struct place *place = id == NONE ? NULL : &index->tier[t].places[id];
 
-            if (id != NONE && index->tier[t].places[id].state == PLACE_READY &&
+            if (place && place->state == PLACE_READY && (asked || !place->spent) &&
                 !index->tier[t].density)
                 policy_use(&index->tier[t], id, index->clock_s);
         }

@@ -477,6 +477,12 @@ class BlockIndex:
     def forget(self, tier: int, ids: Memory) -> None:
         """Make blocks unfindable; for a last copy, drop the blocks that continue it, too."""
 
+    def spend(self, tier: int, ids: Memory, keys: Memory) -> int:
+        """Make places the next to be evicted if they hold the blocks with these keys, READY.
+
+        They are so until they are asked for. Return how many there are.
+        """
+
     def keys_of(self, tier: int, ids: Memory) -> bytes:
         """Return the keys of places that hold or receive a block."""
 

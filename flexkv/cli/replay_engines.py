@@ -14,10 +14,18 @@ from rich.table import Table
 from flexkv.common.config import CacheConfig
 from flexkv.common.errors import ConfigError
 from flexkv.index.eviction import Eviction
-from flexkv.trace.engine_hits import ROUTINGS, EngineHits, Fleet, Sharing, replay_engines
+from flexkv.trace.engine_hits import (
+    ADMISSIONS,
+    ROUTINGS,
+    EngineHits,
+    Fleet,
+    Sharing,
+    replay_engines,
+)
 from flexkv.trace.hits import Prompt, infinite
 
 LIST_PER_S: float = CacheConfig.model_fields["remote_list_per_s"].default
+ADMIT: str = CacheConfig.model_fields["p2p_admit"].default
 
 
 class Rates(NamedTuple):
@@ -38,6 +46,17 @@ def fleet_of(engines: int, routing: str, seed: int) -> Fleet:
     if routing not in ROUTINGS:
         raise ConfigError("routing", routing, f"must be one of {', '.join(ROUTINGS)}")
     return Fleet(engines, routing, seed)
+
+
+def admission(admit: str) -> str:
+    """Return the rule of this name.
+
+    Raises:
+        ConfigError: there is no such rule.
+    """
+    if admit not in ADMISSIONS:
+        raise ConfigError("admit", admit, f"must be one of {', '.join(ADMISSIONS)}")
+    return admit
 
 
 def rates_of(

@@ -15,12 +15,19 @@ from rich.progress import Progress
 from rich.table import Table
 
 from flexkv.cli.options import finite
-from flexkv.cli.replay_engines import LIST_PER_S, fleet_of, print_rates, rates_of
+from flexkv.cli.replay_engines import (
+    ADMIT,
+    LIST_PER_S,
+    admission,
+    fleet_of,
+    print_rates,
+    rates_of,
+)
 from flexkv.common.config_keys import BLOCKS_MAX
 from flexkv.common.errors import BackendUnavailableError, ConfigError
 from flexkv.common.space import GroupRule
 from flexkv.index.eviction import POLICIES, Eviction
-from flexkv.trace.engine_hits import Sharing
+from flexkv.trace.engine_hits import ADMISSIONS, Sharing
 from flexkv.trace.group_hits import STORE_RULES, GroupHits, groups_of, replay_groups
 from flexkv.trace.hits import Hits, Prompt, belady, infinite, prompts_of, replay
 from flexkv.trace.mooncake import read_trace
@@ -46,6 +53,9 @@ def replay_hits(
     engines: Annotated[int, typer.Option(min=1, max=1024, help="Engines with a cache each.")] = 1,
     remote: Annotated[bool, typer.Option("--remote", help="Give them one endless store.")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="They read from each other.")] = False,
+    admit: Annotated[
+        str, typer.Option(help=f"With --peers: as p2p_admit, {', '.join(ADMISSIONS)}.")
+    ] = ADMIT,
     span_blocks: Annotated[
         int, typer.Option(min=1, max=65536, help="With --remote or --peers: blocks of a span.")
     ] = 1,
@@ -78,7 +88,7 @@ def replay_hits(
         raise ConfigError("groups", groups, why)
     if is_fleet:
         fleet = fleet_of(engines, routing, seed)
-        shared = Sharing(span_blocks, list_per_s, remote, peers)
+        shared = Sharing(span_blocks, list_per_s, remote, peers, admission(admit))
         sharing = shared if remote or peers else None
         told = rates_of(prompts_of(read_trace(trace, limit)), capacities, eviction, fleet, sharing)
         print_rates(told, capacities, engines, as_json)

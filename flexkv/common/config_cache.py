@@ -362,6 +362,11 @@ class CacheConfig(ConfigModel):
     p2p_read_window_mb: float = key(
         128.0, "Most bytes being read from other nodes at once.", unit="MB", gt=0
     )
+    p2p_admit: Literal["always", "second_use", "policy"] = key(
+        "second_use",
+        "How blocks fetched from other nodes stay in host memory: like all others, shortly unless "
+        "asked for again, or if the policy finds them worth it (`lhd`: it may refuse to fetch).",
+    )
     node_ttl_seconds: float = key(30.0, "Silence after which a node is gone.", unit="s", ge=1)
     mooncake_config_path: str | None = key(
         None,

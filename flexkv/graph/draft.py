@@ -16,7 +16,7 @@ from flexkv.graph.plan import LegFill, Plan, Template, even_bounds
 from flexkv.index.claims import Claims
 from flexkv.index.found import Found, Placement
 from flexkv.index.keys import leaf_keys
-from flexkv.index.residency import Residency
+from flexkv.index.residency import PREFIX, Residency
 
 LOAD = Route(Tier.HOST, Tier.DEVICE)
 STORE = Route(Tier.DEVICE, Tier.HOST)
@@ -33,6 +33,8 @@ class PlanLimits(NamedTuple):
     """Blocks of one pipelined chunk, approximately; a leg has at most CHUNKS_MAX chunks."""
     write_behind_blocks_max: int
     """How many blocks puts may queue for one lower tier; further ones are owed to it."""
+    peers_how: int = PREFIX
+    """How to reserve host places for what other nodes have: PREFIX, or as the policy would."""
 
 
 class Avoid(NamedTuple):

@@ -302,10 +302,12 @@ class Planner:
             if tier is Tier.HOST:
                 continue
             below = placement.before(last)
-            ids = host_ids[tier] = residency.reserve(Tier.HOST, request.keys, below.positions)
+            how = self.limits.peers_how if tier is Tier.PEER else PREFIX
+            ids = host_ids[tier] = residency.reserve(Tier.HOST, request.keys, below.positions, how)
             if len(ids) < below.block_count:
                 last = below.positions.at(len(ids))
-                shortfall = residency.shortfall(Tier.HOST, below.block_count)
+                if how == PREFIX or not residency.selective:  # else they may not be worth it
+                    shortfall = residency.shortfall(Tier.HOST, below.block_count)
         for tier, ids in host_ids.items():
             kept = found.ready[tier].before(last).block_count
             if kept < len(ids):  # places for another tier's blocks ran out earlier in the run

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from flexkv._ext import BlockIndex
 from flexkv.common.errors import InvariantError
 from flexkv.common.terms import BlockIds, Tier
+from flexkv.index.guests import Guests
 
 
 class Holding(NamedTuple):
@@ -40,6 +41,8 @@ class Claims:
     """Every open claim, by the id of its op."""
 
     def __init__(self, table: BlockIndex, tier_numbers: Mapping[Tier, int]) -> None:
+        self.guests: Guests | None = None
+        """Is told of what arrives in host memory from other nodes."""
         self._table = table
         self._number = tier_numbers
         self._open: dict[int, Claim] = {}
@@ -81,7 +84,7 @@ class Claims:
         claim = self._open.pop(op_id, None)
         if claim is None:
             raise InvariantError(f"op {op_id} has no open claim")
-        owner, pinned, leased, _ = claim
+        owner, pinned, leased, source = claim
         if self._owned[owner] == 1:
             del self._owned[owner]
         else:
@@ -94,6 +97,8 @@ class Claims:
                 if leading:
                     self._table.commit(tier, block_ids[:leading])
                 self._table.abort(tier, block_ids[leading:])
+            if source is Tier.PEER and self.guests is not None:
+                self.guests.arrived(block_ids if filled else block_ids[:leading])
         if pinned is not None:
             self._table.unpin(self._number[pinned.tier], pinned.block_ids)
 

@@ -31,6 +31,7 @@ from flexkv.index.found import (
     Placement,
     ReadySpan,
 )
+from flexkv.index.guests import Guests
 from flexkv.index.recorder import ChangeRecorder
 
 ABSENT, PENDING, READY = 0, 1, 2
@@ -379,6 +380,10 @@ class Residency:
         numbers = self._number
         blob = self._table.lacking(numbers[source], numbers[target], first, last, unwritten)
         return np.frombuffer(blob, np.int64)
+
+    def limit_guests(self, share: float) -> None:
+        """Evict next what was fetched from other nodes and not asked for again: see `Guests`."""
+        self.claims.guests = Guests(self._table, self._number[Tier.HOST], share)
 
     def commit(self, tier: Tier, block_ids: BlockIds) -> None:
         """Make RESERVED places READY, as their bytes are there; free those with forgotten keys."""

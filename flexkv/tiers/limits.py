@@ -14,7 +14,8 @@ from flexkv.common.terms import Tier
 from flexkv.graph.draft import PlanLimits
 from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
-from flexkv.index.residency import Residency
+from flexkv.index.guests import GUEST_SHARE
+from flexkv.index.residency import PREFIX, WORTHY, Residency
 
 WRITE_WINDOWS = 2
 """Windows of owed blocks on their way to a tier at once: one is being written, one waits."""
@@ -70,6 +71,7 @@ def plan_limits(cache: CacheConfig, sizes: CacheSizes) -> PlanLimits:
     return PlanLimits(
         chunk_blocks=max(1, int(cache.chunk_mb * MB) // stride),
         write_behind_blocks_max=behind_blocks,
+        peers_how=WORTHY if cache.p2p_admit == "policy" else PREFIX,
     )
 
 
@@ -94,7 +96,10 @@ def empty_index(
         ConfigError: it does not fit in memory.
     """
     with memory_error_named(sizes):
-        return Residency(capacities, eviction_of(cache), clears, rules_of(sizes.spaces))
+        index = Residency(capacities, eviction_of(cache), clears, rules_of(sizes.spaces))
+    if cache.has_peers and cache.p2p_admit == "second_use":
+        index.limit_guests(GUEST_SHARE)
+    return index
 
 
 @contextmanager

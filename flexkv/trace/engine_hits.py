@@ -18,14 +18,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, cycle, pairwise
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 
+from flexkv.common.config import CacheConfig
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, BlockKey, Positions, Tier
 from flexkv.index.change_hub import ChangeHub
-from flexkv.index.claims import Holding
+from flexkv.index.claims import Claim, Holding
 from flexkv.index.eviction import Eviction
+from flexkv.index.guests import GUEST_SHARE
 from flexkv.index.hints import STORE, HintedCatalogue, Hints, holders_of
 from flexkv.index.owed_spans import OwedSpans
 from flexkv.index.residency import PREFIX, WORTHY, Residency
@@ -34,6 +36,7 @@ from flexkv.io.remote.names import SHARDS
 from flexkv.trace.hits import Prompt
 
 ROUTINGS = ("random", "round-robin")
+ADMISSIONS = get_args(CacheConfig.model_fields["p2p_admit"].annotation)
 PAGE_SPANS = 1000
 """How many spans an answer to a listing has at most, as of S3."""
 CHANGES_MAX = 1 << 20
@@ -63,6 +66,8 @@ class Sharing(NamedTuple):
     """Whether there is a store for all."""
     has_peers: bool = False
     """Whether engines read from each other's host memory."""
+    admit: str = "always"
+    """How they keep what they read so: one of ADMISSIONS, as `p2p_admit`."""
 
 
 class EngineHits(NamedTuple):
@@ -126,14 +131,24 @@ class _Engine:
     """One engine: its host memory, and what it knows of the store and of the others."""
 
     def __init__(
-        self, capacity_blocks: int, eviction: Eviction, hints: Hints, store: Store | None
+        self,
+        capacity_blocks: int,
+        eviction: Eviction,
+        hints: Hints,
+        store: Store | None,
+        admit: str,
     ) -> None:
         self._index, self._store = Residency({Tier.HOST: capacity_blocks}, eviction), store
+        if admit == "second_use":
+            self._index.limit_guests(GUEST_SHARE)
+        self._peers_how = WORTHY if admit == "policy" else PREFIX
         self._hints, self._catalogue = hints, HintedCatalogue(hints)
         far = self._catalogue.has
         self._owed = OwedSpans(self._index, Tier.REMOTE, hints.span_blocks, far)
         self._pages: Iterator[bytes] = iter(())
         self._seen = [0] * SHARDS
+        self._ops = 0
+        """How many have filled blocks."""
         self._spans: SpanChanges | None = None
 
     def list(self, requests: int) -> None:
@@ -173,19 +188,25 @@ class _Engine:
         index, blocks = self._index, len(prompt.ids)
         index.tick(now_s)
         found = index.find(prompt.keys, use=True)
-        peers, store = self._far(prompt, found.last, others)
-        with index.holding(found.holdings):
-            fetched = self._fill(prompt, found.last, found.last + peers + store, PREFIX)
-        near = found.last + len(fetched)
-        with index.holding([*found.holdings, Holding(Tier.HOST, fetched)]):
-            self._fill(prompt, near, blocks, WORTHY)
+        at, holdings, counts = found.last, [*found.holdings], {Tier.PEER: 0, Tier.REMOTE: 0}
+        for tier, wanted in self._far(prompt, at, others):
+            how = self._peers_how if tier is Tier.PEER else PREFIX
+            with index.holding(holdings):
+                fetched = self._fill(prompt, at, at + wanted, how, tier)
+            holdings.append(Holding(Tier.HOST, fetched))
+            at, counts[tier] = at + len(fetched), counts[tier] + len(fetched)
+            if len(fetched) < wanted:
+                break
+        with index.holding(holdings):
+            self._fill(prompt, at, blocks, WORTHY)
         self._write_behind()
-        peers = min(peers, len(fetched))
-        return _Served(found.last, peers, len(fetched) - peers)
+        return _Served(found.last, counts[Tier.PEER], counts[Tier.REMOTE])
 
-    def _far(self, prompt: Prompt, first: int, others: Sequence[_Engine]) -> tuple[int, int]:
-        """Return how many blocks from a position on other engines lend, and the store has."""
-        at, counts = first, {Tier.PEER: 0, Tier.REMOTE: 0}
+    def _far(
+        self, prompt: Prompt, first: int, others: Sequence[_Engine]
+    ) -> Iterator[tuple[Tier, int]]:
+        """Yield how many blocks from a position on other engines lend, or the store has."""
+        at = first
         for tier, ids in self._catalogue.far(prompt.keys, first, len(prompt.ids), frozenset()):
             holders = holders_of(ids)
             begins = [0, *(np.flatnonzero(np.diff(holders)) + 1).tolist(), len(ids)]
@@ -193,17 +214,21 @@ class _Engine:
                 there = wanted = end - begin
                 if tier is Tier.PEER:
                     there = others[int(holders[begin]) - 1].lend(prompt, at, at + wanted)
-                at, counts[tier] = at + there, counts[tier] + there
+                at += there
+                yield tier, there
                 if there < wanted:
-                    return counts[Tier.PEER], counts[Tier.REMOTE]
-        return counts[Tier.PEER], counts[Tier.REMOTE]
+                    return
 
-    def _fill(self, prompt: Prompt, first: int, last: int, how: int) -> BlockIds:
+    def _fill(
+        self, prompt: Prompt, first: int, last: int, how: int, source: Tier = Tier.DEVICE
+    ) -> BlockIds:
         """Bring blocks to host memory as far as they fit, and owe whole spans to the store."""
         if first >= last:
             return np.zeros(0, np.int64)
         ids = self._index.reserve(Tier.HOST, prompt.keys, Positions(first, last - first), how)
-        self._index.commit(Tier.HOST, ids)
+        claims, self._ops = self._index.claims, self._ops + 1
+        claims.open(self._ops, Claim(self._ops, None, Holding(Tier.HOST, ids), source))
+        claims.settle(self._ops, filled=True)
         if self._store is not None:
             self._owed.add(ids, 0)
         return ids
@@ -244,7 +269,9 @@ def replay_engines(
     if sharing.has_peers:
         spans_max += fleet.engines * (capacity_blocks // sharing.span_blocks)
     engines = [
-        _Engine(capacity_blocks, eviction, Hints(spans_max, sharing.span_blocks), store)
+        _Engine(
+            capacity_blocks, eviction, Hints(spans_max, sharing.span_blocks), store, sharing.admit
+        )
         for _ in range(fleet.engines)
     ]
     if sharing.has_peers:

@@ -117,6 +117,11 @@ class IndexMachine(RuleBasedStateMachine):
         """Forget one block, as if its bytes were bad."""
         self.driver.forget(tier, self.name(number))
 
+    @rule(tier=st.sampled_from(TIERS), numbers=st.lists(NUMBERS, max_size=6))
+    def spend(self, tier: Tier, numbers: list[int]) -> None:
+        """Make some blocks the next to be evicted."""
+        self.driver.spend(tier, [self.name(number) for number in numbers])
+
     @rule()
     def restart(self) -> None:
         """Begin anew with what the lower tier holds."""
@@ -201,6 +206,7 @@ def random_step(driver: Driver, random: Random) -> None:
         (40, lambda: driver.evict(tier, few)),
         (20, lambda: driver.make_room(tier, space, few)),
         (25, lambda: driver.forget(tier, name)),
+        (25, lambda: driver.spend(tier, several)),
         (10, lambda: driver.set_quota(tier, space, random.choice([None, few]))),
         (15, lambda: driver.resize(tier, random.randint(1, 16))),
         (5, lambda: driver.clear(random.choice([tier, None]), None)),

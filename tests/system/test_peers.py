@@ -285,6 +285,29 @@ async def test_nodes_with_another_secret_for_keys_share_nothing(keys: dict[str, 
         assert await second.get(1) == 0
 
 
+@pytest.mark.parametrize("admit", ["always", "second_use", "policy"])
+async def test_what_was_fetched_displaces_nothing_for_long(
+    keys: dict[str, Any], admit: str
+) -> None:
+    """Under second_use older fetches go before what this node stored, even if that is older.
+
+    As much as one fetch stays; one that was asked for again stays, too.
+    """
+    rules = {"p2p_admit": admit, "evict_ratio": 0.0, "eviction_policy": "lru"}
+    async with Node(keys) as first, Node(keys, **rules) as second:
+        await second.put(1)
+        for seed in (2, 3, 4):
+            await first.put(seed)
+            await until(lambda: peer_tokens(second, seed) > 0)  # noqa: B023 -- called at once
+            assert await second.get(seed) == WHOLE
+            assert await second.get(2) == WHOLE
+        for seed, blocks in ((5, BLOCKS), (6, BLOCKS), (7, BLOCKS), (8, WHOLE)):
+            await second.put(seed, blocks)  # host memory is full before the last one
+        held = [second.manager.match(prompt(seed, BLOCKS)).tokens // TOKENS for seed in (1, 2, 3)]
+        kept, displaced = [BLOCKS, WHOLE, 0], [BLOCKS - WHOLE, WHOLE, WHOLE]
+        assert held == (kept if admit == "second_use" else displaced)
+
+
 async def test_a_node_that_shares_nothing_cannot_reset_the_cluster(keys: dict[str, Any]) -> None:
     """The error names the keys that would make it share."""
     async with Node({**keys, "enable_p2p_cpu": False}) as node:

@@ -15,6 +15,7 @@ from flexkv.common.errors import ConfigError
 from flexkv.index.eviction import Eviction
 from flexkv.trace.engine_hits import Fleet, Sharing, Store, replay_engines
 from flexkv.trace.hits import Prompt, infinite, prompts_of, replay
+from flexkv.trace.mooncake import TraceLine
 
 LRU = Eviction("lru")
 AT_ONCE = 256.0
@@ -112,6 +113,19 @@ def test_peers_hit_what_a_plain_model_does(seed: int, span_blocks: int) -> None:
         assert far > 0
 
 
+@pytest.mark.parametrize(("admit", "own"), [("always", 4), ("second_use", 8), ("policy", 4)])
+def test_what_is_read_from_peers_is_kept_as_the_rule_says(admit: str, own: int) -> None:
+    """Under second_use older blocks of peers go before those that the engine alone has."""
+    asked = [(1, 2), range(100, 108), (3, 4), (1, 2), (5, 6), (3, 4), (9,), (5, 6)]
+    asked += [(10,), (20, 21), (11,), (30, 31, 32, 33), (12,), range(100, 108)]
+    prompts = prompts_of(
+        TraceLine(1000.0 * at, 512 * len(ids), 1, [*ids]) for at, ids in enumerate(asked)
+    )
+    sharing = Sharing(1, has_store=False, has_peers=True, admit=admit)
+    told = replay_engines(prompts, 16, LRU, Fleet(2, "round-robin"), sharing)
+    assert (told.own_blocks, told.peer_blocks) == (own, 6)
+
+
 @pytest.mark.parametrize("engines", [4, 7])
 def test_peers_and_a_store_hit_what_an_endless_cache_does(engines: int) -> None:
     """What no peer has any more comes from the store; peers with room for all need no store."""
@@ -205,6 +219,7 @@ def test_the_command_shows_alone_shared_and_the_bound(trace: Path) -> None:
     [
         (["--engines", "2", "--routing", "best"], "routing"),
         (["--remote", "--groups", "state"], "groups"),
+        (["--peers", "--admit", "never"], "admit"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_do(

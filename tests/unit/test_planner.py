@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
+import pytest
 
 from flexkv.common.errors import CapacityError
 from flexkv.common.request import Operation, Span
-from flexkv.common.terms import Tier
+from flexkv.common.terms import Positions, Tier
 from flexkv.graph.planner import Planned, Planner
 from flexkv.index.eviction import Eviction
-from flexkv.index.residency import Residency
+from flexkv.index.keys import block_keys
+from flexkv.index.residency import PREFIX, WORTHY, Residency
+from flexkv.testing.fake_far import FakeFar
+from tests.unit.leaves import prompt
 from tests.unit.prompts import LIMITS, filled, keys, request, residency, resident
 
 
@@ -137,3 +141,31 @@ def test_what_waits_to_be_written_counts_against_what_may_be_written_behind_a_pu
     planner.plan(request(Operation.PUT, *range(300, 310)), 4)
     assert tiers.counts(Tier.DISK).reserved == LIMITS.write_behind_blocks_max
     assert tiers.counts(Tier.HOST).reserved == 22
+
+
+@pytest.mark.parametrize(("how", "blocks"), [(PREFIX, 8), (WORTHY, 0)])
+def test_the_policy_may_refuse_what_other_nodes_have(how: int, blocks: int) -> None:
+    """With WORTHY, lhd fetches nothing that promises less than what it would displace."""
+    tiers, far = Residency({Tier.HOST: 64}, Eviction("lhd")), FakeFar(Tier.PEER)
+    hot = [prompt(0, *range(8 * number, 8 * number + 9)[1:]) for number in range(8)]
+    for of in hot:
+        tiers.commit(Tier.HOST, tiers.reserve(Tier.HOST, of, Positions(0, 8)))
+    for number in range(1000, 3560, 8):  # hot prompts come back, and others never do
+        tiers.find(hot[number // 8 % 8], use=True)
+        tiers.find(prompt(0, *range(number, number + 8)), use=True)
+    asked = request(Operation.GET, *range(8))
+    asked = msgspec.structs.replace(asked, keys=prompt(0, *range(5000, 5008)))
+    far.hold(block_keys(asked.keys))
+    planned = Planner(tiers, LIMITS._replace(peers_how=how), far).plan(asked, 1)
+    assert (planned.found.last, planned.shortfall) == (blocks, None)
+    assert sum(tiers.find(of).last for of in hot) == 64 - blocks
+
+
+def test_a_full_tier_is_told_under_policies_that_refuse_nothing() -> None:
+    """Under lru WORTHY takes what fits, and the plan says why it takes no more."""
+    tiers, far = residency(host=4, disk=0), FakeFar(Tier.PEER)
+    asked = request(Operation.GET, *range(8))
+    far.hold(block_keys(asked.keys))
+    planned = Planner(tiers, LIMITS._replace(peers_how=WORTHY), far).plan(asked, 1)
+    assert planned.found.last == 4
+    assert planned.shortfall is not None
