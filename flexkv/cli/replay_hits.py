@@ -104,9 +104,7 @@ def replay_hits(
     prompts = prompts_of(read_trace(trace, limit))
     rates = _rates(prompts, capacities, policies, quiet=as_json)
     if as_json:
-        asked = sum(len(prompt.ids) for prompt in prompts)
-        facts = {"trace": str(trace), "requests": len(prompts), "blocks": asked}
-        typer.echo(json.dumps({**facts, "capacities": capacities, "hit_rate": rates}, indent=2))
+        typer.echo(_as_json(trace, prompts, capacities, rates))
     else:
         _print(capacities, rates)
     if draw is not None and stem is not None:
@@ -114,6 +112,12 @@ def replay_hits(
         wrote = _write_pictures(draw, stem, title, rates, capacities)
         if not as_json:
             typer.echo(wrote)
+
+
+def _as_json(trace: Path, prompts: Sequence[Prompt], capacities: list[int], rates: Rates) -> str:
+    asked = sum(len(prompt.ids) for prompt in prompts)
+    facts = {"trace": str(trace), "requests": len(prompts), "blocks": asked}
+    return json.dumps({**facts, "capacities": capacities, "hit_rate": rates}, indent=2)
 
 
 def _write_pictures(
