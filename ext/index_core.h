@@ -471,8 +471,8 @@ bool index_unpin(struct block_index *index, unsigned tier, const int64_t *ids, s
 bool index_forget(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
 int64_t place_filler(const struct place *place);
 
-/* Make those places the next to be evicted that still hold the blocks with these keys, READY. Return
- * how many there are. */
+/* Make those places the next to be evicted that still hold the blocks with these keys, READY.
+ * Return how many there are. */
 size_t index_spend(struct block_index *index, unsigned tier, const int64_t *ids,
                    const unsigned char *keys, size_t n);
 

@@ -114,7 +114,7 @@ def replay_hits(
             typer.echo(wrote)
 
 
-def _as_json(trace: Path, prompts: Sequence[Prompt], capacities: list[int], rates: Rates) -> str:
+def _as_json(trace: Path, prompts: list[Prompt], capacities: list[int], rates: Rates) -> str:
     asked = sum(len(prompt.ids) for prompt in prompts)
     facts = {"trace": str(trace), "requests": len(prompts), "blocks": asked}
     return json.dumps({**facts, "capacities": capacities, "hit_rate": rates}, indent=2)
