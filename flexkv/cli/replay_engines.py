@@ -48,15 +48,19 @@ def fleet_of(engines: int, routing: str, seed: int) -> Fleet:
     return Fleet(engines, routing, seed)
 
 
-def admission(admit: str) -> str:
-    """Return the rule of this name.
+def sharing_of(
+    span_blocks: int, list_per_s: float, remote: bool, peers: bool, admit: str
+) -> Sharing | None:
+    """Return what engines share, if anything; `admit` is the name of a rule.
 
     Raises:
         ConfigError: there is no such rule.
     """
     if admit not in ADMISSIONS:
         raise ConfigError("admit", admit, f"must be one of {', '.join(ADMISSIONS)}")
-    return admit
+    if not (remote or peers):
+        return None
+    return Sharing(span_blocks, list_per_s, remote, peers, admit)
 
 
 def rates_of(

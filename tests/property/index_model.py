@@ -388,15 +388,6 @@ class Driver:
             self.index.forget(tier, np.array([place.block_id]))
             self._drop(path, tier)
 
-    def spend(self, tier: Tier, paths: list[Path]) -> None:
-        """Make READY blocks the next to be evicted; those that are not there are left out."""
-        placed = [(path, self.blocks.get(path, {}).get(tier)) for path in paths]
-        there = [(path, place) for path, place in placed if place is not None]
-        ids = np.array([place.block_id for _, place in there], np.int64)
-        keys = b"".join(key_of(path) for path, _ in there)
-        spent = self.index._table.spend(self.index._number[tier], ids, keys)
-        assert spent == sum(place.state == READY for _, place in there)
-
     def clear(self, tier: Tier | None, space: int | None) -> None:
         """Clear a tier, a namespace, or everything."""
         self.index.clear(tier, None if space is None else key_of((space,)))

@@ -19,7 +19,7 @@ from flexkv.index.claims import Claim, Holding
 from flexkv.index.eviction import POLICIES, Eviction
 from flexkv.index.found import Limits
 from flexkv.index.recorder import Change
-from flexkv.index.residency import Residency
+from flexkv.index.residency import READY, Residency
 from tests.property.index_model import Driver
 from tests.property.index_names import (
     DEPTH,
@@ -120,7 +120,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(tier=st.sampled_from(TIERS), numbers=st.lists(NUMBERS, max_size=6))
     def spend(self, tier: Tier, numbers: list[int]) -> None:
         """Make some blocks the next to be evicted."""
-        self.driver.spend(tier, [self.name(number) for number in numbers])
+        spend(self.driver, tier, [self.name(number) for number in numbers])
 
     @rule()
     def restart(self) -> None:
@@ -206,7 +206,7 @@ def random_step(driver: Driver, random: Random) -> None:
         (40, lambda: driver.evict(tier, few)),
         (20, lambda: driver.make_room(tier, space, few)),
         (25, lambda: driver.forget(tier, name)),
-        (25, lambda: driver.spend(tier, several)),
+        (25, lambda: spend(driver, tier, several)),
         (10, lambda: driver.set_quota(tier, space, random.choice([None, few]))),
         (15, lambda: driver.resize(tier, random.randint(1, 16))),
         (5, lambda: driver.clear(random.choice([tier, None]), None)),
@@ -216,6 +216,16 @@ def random_step(driver: Driver, random: Random) -> None:
     weights, operations = zip(*steps, strict=True)
     (operation,) = random.choices(operations, weights)
     operation()
+
+
+def spend(driver: Driver, tier: Tier, names: list[tuple[int, ...]]) -> None:
+    """Make blocks the next to be evicted; exactly those that are READY become so."""
+    placed = [(name, driver.blocks.get(name, {}).get(tier)) for name in names]
+    there = [(name, place) for name, place in placed if place is not None]
+    ids = np.array([place.block_id for _, place in there], np.int64)
+    keys = b"".join(key_of(name) for name, _ in there)
+    spent = driver.index._table.spend(driver.index._number[tier], ids, keys)
+    assert spent == sum(place.state == READY for _, place in there)
 
 
 def random_limits(driver: Driver, random: Random) -> Limits:
