@@ -252,7 +252,9 @@ class PeerPort:
                 await asyncio.sleep(BUSY_S)
 
     def _count(self, run: _Run, brought: Fetched) -> None:
-        counts, error = self.counts.setdefault(run.holder, Counter()), brought.error
+        # All names from the start: another thread may iterate over them.
+        none = Counter(dict.fromkeys(PeerReads.__struct_fields__, 0))
+        counts, error = self.counts.setdefault(run.holder, none), brought.error
         counts["blocks"] += brought.filled
         counts["bytes"] += brought.filled * self._host.block_bytes[run.wish.group]
         if isinstance(error, PeerError):
