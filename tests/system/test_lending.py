@@ -124,3 +124,28 @@ def test_a_cleared_block_is_not_lent_again_but_stays_for_its_reader() -> None:
         lender.release(others)
 
     on_bench(work)
+
+
+def test_keys_that_contradict_each_other_are_lent_nothing_wrong() -> None:
+    """Whatever another node sends as a prompt, a block that is lent has the key it was asked by."""
+
+    async def work(bench: Bench) -> None:
+        await bench.perform(Operation.PUT, 5)
+        lender, rng = lending(bench), np.random.default_rng(1)
+        right = [bench.request().keys[at : at + KEYS] for at in range(0, 9 * KEYS, KEYS)]
+        other = [bench.request(1).keys[at : at + KEYS] for at in range(0, 9 * KEYS, KEYS)]
+        for _ in range(500):
+            mixed = [
+                right[int(rng.integers(9))] if rng.random() < 0.3 else
+                other[at] if rng.random() < 0.2 else right[at]
+                for at in range(9)
+            ]  # fmt: skip
+            first, last = (int(at) for at in rng.integers(0, 12, 2))
+            lent = lender.hold(b"".join(mixed), first, last)
+            wanted = mixed[first + 1 : first + 1 + len(lent.block_ids)]
+            assert lent_keys(bench, lent) == wanted
+            assert pinned(bench) == len(set(lent.block_ids.tolist()))
+            lender.release(lent)
+        assert pinned(bench) == 0
+
+    on_bench(work)
