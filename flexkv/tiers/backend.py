@@ -124,7 +124,7 @@ class LocalBackend:
         self.ssd = SsdTier(cache, sizes, self.unavailable)
         self.hints = hints_of(cache, sizes)
         self.remote = RemoteTier(cache, sizes, self.unavailable, self.hints)
-        self.peers = PeerTier(cache, sizes, self.unavailable, self.hints, self.remote.follow)
+        self.peers = PeerTier(cache, sizes, self.unavailable, self.hints, self.remote)
         self._openers = [self.ssd.open, self.peers.open, self.remote.open]
         """Open one tier each, the nearest first; they share the sums of host memory."""
         self._tiers: list[TierParts] = []

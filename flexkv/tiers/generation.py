@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexkv.common.terms import BlockIds
+from flexkv.common.terms import BlockIds, Tier
 from flexkv.index.residency import Residency
 from flexkv.observe.logs import get_logger
 
@@ -34,6 +34,7 @@ class Generation:
         number: that of the cluster, as far as this node knows.
         is_apart: whether this node was cleared alone, since then.
         is_adopting: whether the clear under way is the cluster's.
+        has_restored: whether this node began with blocks of an earlier run.
         on_apart: is called when this node shares nothing any more.
     """
 
@@ -41,7 +42,7 @@ class Generation:
         """Take the directories of the SSD tier, which have blocks of the generation noted there."""
         self._files = [each / _NAME for each in directories]
         self.number = min([_read(file) for file in self._files], default=0)
-        self.is_apart = self.is_adopting = False
+        self.is_apart = self.is_adopting = self.has_restored = False
         self._alone = 0
         self.on_apart: Callable[[], None] = lambda: None
 
@@ -65,7 +66,9 @@ class Generation:
     # -- persistence ----------------------------------------------------------------------------
 
     def restore(self, residency: Residency) -> int:
-        """Restore nothing: the table does not have what is far."""
+        """Restore nothing: the table does not have what is far, but it has what is on SSD."""
+        ssd = Tier.DISK
+        self.has_restored = ssd in residency.tiers and residency.counts(ssd).ready > 0
         return 0
 
     def stored(self, block_ids: BlockIds) -> None:

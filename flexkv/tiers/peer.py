@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from random import Random
 from socket import socket
@@ -54,6 +54,7 @@ from flexkv.process.stoppable import run_stoppable
 from flexkv.tiers.far import keep_time
 from flexkv.tiers.generation import Generation
 from flexkv.tiers.parts import ClusterStatistics, TierHooks, TierParts, Work
+from flexkv.tiers.remote import RemoteTier
 from flexkv.tiers.unavailable import Unavailable
 
 log = get_logger(__name__)
@@ -82,7 +83,7 @@ class PeerTier:
         sizes: CacheSizes,
         unavailable: Unavailable,
         hints: Hints | None,
-        follow: Callable[[int], None],
+        remote: RemoteTier,
     ) -> None:
         """Take the configuration, and what else the tier needs of its backend.
 
@@ -91,10 +92,10 @@ class PeerTier:
             sizes: of the tiers.
             unavailable: where to note what cannot be used.
             hints: of all far tiers; None if there is none.
-            follow: makes the remote tier go to the pool of a generation of the cluster.
+            remote: which goes from generation to generation with the cluster.
         """
         self._cache, self._sizes, self._unavailable = cache, sizes, unavailable
-        self._hints, self._follow = hints, follow
+        self._hints, self._remote = hints, remote
 
     def open(self, arena: Arena, sums: Sums, undo: ExitStack) -> TierParts | None:
         """Listen for other nodes, without answering yet; return None if nothing is shared.
@@ -130,7 +131,7 @@ class PeerTier:
         undo.callback(listening.close)
         host = HostBlocks(arena, sums, tuple(sizes.block_bytes))
         node = _Node(cache, sizes, hints, commands, (ring, host, listening))
-        node.follow = self._follow
+        node.remote = self._remote
         undo.callback(node.port.close)
         span_bytes = hints.span_blocks * sizes.block_stride_bytes
         window = Window(max(int(cache.p2p_read_window_mb * MB), span_bytes), span_bytes)
@@ -154,7 +155,7 @@ class _Node:
     Attributes:
         port: reads blocks of others.
         generation: of this node's blocks.
-        follow: see `PeerTier`.
+        remote: see `PeerTier`.
     """
 
     def __init__(
@@ -179,7 +180,7 @@ class _Node:
             cache.redis_password.get_secret_value(),
         )
         generation = self.generation = Generation(cache.ssd_cache_dir if cache.enable_ssd else ())
-        self.follow: Callable[[int], None] = lambda _: None
+        self.remote: RemoteTier | None = None
         address = tcp.address_of(*listening.getsockname()[:2])
         own = NodeRecord(secrets.token_bytes(16), secrets.randbits(63), address, cache.p2p_zone)
         self._listening = listening
@@ -236,6 +237,8 @@ class _Node:
         self.plane.follower.generation = self.generation.number
         self.plane.follower.on_generation = self._adopt
         self.plane.follower.may_ask = lambda: not self.generation.is_apart
+        if self.generation.has_restored and self.remote is not None:
+            self.remote.stay(self.generation.number)
         self.generation.on_apart = self._is_apart
         self._sessions = Sessions(
             self._grants, self._identity.generation, self.plane.publisher.snapshot
@@ -286,7 +289,8 @@ class _Node:
         self.generation.adopt(number)
         self._end_before_clear()
         self._avoid_peers()
-        self.follow(number)
+        if self.remote is not None:
+            self.remote.follow(number)
         self.plane.follower.resync()
         self._hooks.spawn("cluster generation", self._note_generation(number))
 

@@ -136,6 +136,11 @@ class RemoteTier:
         if self.pool is not None:
             self.pool.follow(cluster_generation)
 
+    def stay(self, cluster_generation: int) -> None:
+        """Do not join the pool of a later generation of the cluster before `follow`."""
+        if self.pool is not None:
+            self.pool.stay(cluster_generation)
+
     def _work(
         self, port: RemotePort, hints: Hints, work: Callable[[Spawn], Work], hooks: TierHooks
     ) -> Work:

@@ -203,6 +203,14 @@ class SharedPool:
         self.clear(None)
         self._is_new_wanted, self._is_followed, self._era = False, True, cluster_generation
 
+    def stay(self, cluster_generation: int) -> None:
+        """Join no other era than that of a generation of the cluster, as long as nothing is joined.
+
+        This engine has blocks of that era, which it would store in the pool.
+        """
+        if self.current is None:
+            self._era = cluster_generation
+
     async def written(self) -> None:
         """Return once the pool of a new generation is joined, if there was a clear.
 

@@ -20,6 +20,7 @@ from flexkv.tiers import ledger
 from flexkv.tiers.generation import Generation
 from flexkv.tiers.ledger import Ledger
 from flexkv.tiers.parts import ClusterStatistics
+from flexkv.tiers.remote_pool import SharedPool
 from flexkv.trace.breakdown import lane_of
 from flexkv.trace.chrome import chrome
 from flexkv.trace.load import load
@@ -391,3 +392,18 @@ async def test_a_connection_that_fails_ends_alone(
         await first.put(2)
         await until(lambda: peer_tokens(second, 2) == WHOLE * TOKENS)
         await second.until_gets(2, WHOLE)
+
+
+async def test_a_node_with_blocks_of_an_earlier_run_joins_no_later_pool_by_itself(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis says whether there was a reset; until then its blocks must not get behind that."""
+    stayed: list[int] = []
+    monkeypatch.setattr(SharedPool, "stay", lambda _, number: stayed.append(number))
+    ssd = {"enable_ssd": True, "num_ssd_blocks": 256, "ssd_cache_dir": str(tmp_path)}
+    remote = {"enable_remote": True, "remote_cache_path": f"file://{tmp_path / 'remote'}"}
+    (tmp_path / "remote").mkdir()
+    for earlier_runs in range(2):
+        async with Node({**keys, **ssd, **remote}) as node:
+            assert stayed == [0] * earlier_runs
+            await node.put(1)

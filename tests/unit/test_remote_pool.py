@@ -121,3 +121,18 @@ async def test_a_clear_before_a_reset_is_seen_begins_no_generation_behind_it(
     late.follow(1)
     assert await generation_of(late) == CLEARS_MAX
     store.close()
+
+
+async def test_an_engine_with_blocks_of_an_earlier_run_stores_none_of_them_after_a_reset(
+    tmp_path: Path,
+) -> None:
+    """The store may show a reset before the engine hears of it, and has cleared its blocks."""
+    store = DirectoryStore(tmp_path)
+    others, away, fresh = (SharedPool(store, DESCRIPTION) for _ in range(3))
+    others.follow(3)
+    assert await generation_of(others) == 3 * CLEARS_MAX
+    away.stay(2)
+    assert await generation_of(away) == 2 * CLEARS_MAX
+    away.follow(3)
+    assert await generation_of(away) == await generation_of(fresh) == 3 * CLEARS_MAX
+    store.close()
