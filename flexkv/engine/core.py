@@ -150,9 +150,9 @@ class Core:
                 supervisor.keep(name, work)
 
     async def _ssd_cleared(self) -> None:
-        """Return once no crash can bring back blocks that were cleared of the SSD tier."""
+        """Return once no crash, nor a loss of power, brings back what was cleared of the SSD."""
         if (ssd := self.persistence.get(Tier.DISK)) is not None:
-            await ssd.written()
+            await ssd.flush()
 
     def look_up(self, request: Request) -> Awaitable[None] | None:
         """Ask a far tier what it has behind the blocks that a load finds, if that is unknown.

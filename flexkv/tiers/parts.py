@@ -112,7 +112,8 @@ class TierHooks(NamedTuple):
     clear: Callable[[], object]
     """Forgets all blocks of the engine."""
     ssd_cleared: Callable[[], Coroutine[Any, Any, None]]
-    """Returns once no crash can bring back what was cleared of the SSD tier.
+    """Returns once neither a crash nor a loss of power can bring back what was cleared of the SSD
+    tier.
 
     Raises TransferError if its journals cannot be written, and ClosedError."""
 

@@ -17,6 +17,7 @@ from random import Random
 from socket import socket
 
 from flexkv.actors.actor import Window
+from flexkv.actors.supervisor import Bell
 from flexkv.cluster import tcp
 from flexkv.cluster.grants import GrantLimits, Grants, ReadStatus
 from flexkv.cluster.handshake import Identity
@@ -201,6 +202,7 @@ class _Node:
         self._hooks: TierHooks | None = None
         self._read_of_gone: Counter[str] = Counter()
         self._lent_bytes = 0
+        self._adopted = Bell()
 
     # -- work -----------------------------------------------------------------------------------
 
@@ -250,7 +252,8 @@ class _Node:
             ListenerHooks(self._sessions.serve, self._serve_data, hooks.spawn_session),
         )
         time = {} if cache.has_remote else {"hints": keep_time(self._hints)}
-        return {"peers": self._share(), **self.plane.work(hooks.spawn), **time}
+        noting = {"cluster generation": self._note_generations(hooks)}
+        return {"peers": self._share(), **self.plane.work(hooks.spawn), **noting, **time}
 
     def _shared_generation(self) -> int:
         return self.generation.shared
@@ -292,17 +295,22 @@ class _Node:
         if self.remote is not None:
             self.remote.follow(number)
         self.plane.follower.resync()
-        self._hooks.spawn("cluster generation", self._note_generation(number))
+        self._adopted.ring()
 
-    async def _note_generation(self, number: int) -> None:
-        """Note a generation beside the SSD tier; if that fails, the next run clears it again."""
-        assert self._hooks is not None
-        try:
-            await self._hooks.ssd_cleared()
-        except (TransferError, ClosedError) as error:
-            log.warning("cluster_generation_not_noted", generation=number, error=str(error))
-        else:
-            await run_stoppable("generation", lambda _: self.generation.note(number))
+    async def _note_generations(self, hooks: TierHooks) -> None:
+        """Note each new generation beside the SSD; if that fails, the next run clears that again.
+
+        The end of the engine waits for neither the disk nor the note.
+        """
+        while True:
+            await self._adopted.wait()
+            number = self.generation.number
+            try:
+                await hooks.ssd_cleared()
+            except (TransferError, ClosedError) as error:
+                log.warning("cluster_generation_not_noted", generation=number, error=str(error))
+            else:
+                await run_stoppable("generation", lambda _: self.generation.note(number))  # noqa: B023
 
     async def _share(self) -> None:
         """Serve other nodes until cancelled, and leave the cluster then."""
