@@ -25,6 +25,7 @@ import msgspec
 from flexkv.actors.checks import BlockChecks, KeptSums
 from flexkv.actors.mailbox import Cursor, Lane, Mailbox
 from flexkv.actors.pace import Pace
+from flexkv.actors.shares import Shares
 from flexkv.actors.supervisor import Bell
 from flexkv.common.errors import (
     CorruptBlockError,
@@ -86,6 +87,7 @@ class TransferActor:
     Attributes:
         waiting_since_s: returns since when a transfer at the port has made no progress. None if
             the port does not know: then only the end of a transfer counts as progress.
+        shares: bounds the inbound bytes of each source of the tier; None if there is only one.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class TransferActor:
         self.tier = tier
         self.name = tier.label
         self.waiting_since_s: Callable[[int], float] | None = None
+        self.shares: Shares | None = None
         self.in_flight_bytes = {True: 0, False: 0}
         self._port, self._checks = port, checks
         self._windows = {True: windows[0], False: windows[1]}
@@ -247,13 +250,17 @@ class TransferActor:
         in_flight, begun, now_s = self.in_flight_bytes[inbound], 0, self._now_s()
         # Discount at most one window, so that slow checksumming cannot pile up bytes.
         arrived = min(self._summing_inbound_bytes, limit) if inbound else 0
+        shares = self.shares if inbound else None
+        may_go = None if shares is None else shares.has_room
         while begun != pieces_max:
             # Whatever its size, one piece may always be in flight.
             busy = in_flight - arrived
-            taken = lane.take(piece_bytes_max, limit - busy if busy else ANY_BYTES)
+            taken = lane.take(piece_bytes_max, limit - busy if busy else ANY_BYTES, may_go)
             if taken is None:
                 break
             cursor, begin, units = taken
+            if shares is not None:
+                shares.begun(cursor, begin, units)
             in_flight += units * cursor.unit_bytes
             self.in_flight_bytes[inbound] = in_flight
             transfer = cursor.transfer
@@ -345,6 +352,8 @@ class TransferActor:
         del self._pieces[op_id]
         self.in_flight_bytes[cursor.inbound] -= piece.units * cursor.unit_bytes
         cursor.pieces_in_flight -= 1
+        if self.shares is not None and cursor.inbound:
+            self.shares.over(cursor, piece.begin, piece.units)
         if error is not None:
             self._fail(cursor, error)
             cursor.fail_from(piece.begin + filled)

@@ -9,7 +9,7 @@ new requests keep arriving, the others still get every fifth turn.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import msgspec
@@ -96,18 +96,23 @@ class Lane:
         else:
             queue.append(cursor)
 
-    def take(self, bytes_max: int, room_bytes: int) -> tuple[Cursor, int, int] | None:
+    def take(
+        self, bytes_max: int, room_bytes: int, may_go: Callable[[Cursor], bool] | None = None
+    ) -> tuple[Cursor, int, int] | None:
         """Return the next piece: its transfer's cursor, its first unit and its number of units.
 
         Return None if nothing that waits may go, or the piece has more than `room_bytes`. The next
         turn is the next owner's.
+
+        Args:
+            bytes_max: the most bytes of a piece.
+            room_bytes: how many bytes may go.
+            may_go: owners whose first transfer it refuses are passed over.
         """
-        turns, fresh = self._turns, self._fresh
-        if fresh and not (turns and self._fresh_in_row == FRESH_TURNS_MAX):
-            turns = fresh
-        elif not turns:
+        found = self._next_owner(may_go)
+        if found is None:
             return None
-        owner, queue = next(iter(turns.items()))
+        turns, owner, queue = found
         cursor = queue[0]
         if cursor.watch is not None:
             return self._take_layers(bytes_max, room_bytes)
@@ -122,10 +127,10 @@ class Lane:
         if units == rest:
             cursor.queued = False
             queue.popleft()
-        self._fresh_in_row = self._fresh_in_row + 1 if turns is fresh else 0
+        self._fresh_in_row = self._fresh_in_row + 1 if turns is self._fresh else 0
         if not queue:
             del turns[owner]
-        elif turns is fresh or len(turns) > 1:
+        elif turns is self._fresh or len(turns) > 1:
             self._turns[owner] = turns.pop(owner)
         return cursor, begin, units
 
@@ -165,6 +170,19 @@ class Lane:
         cursor.queued = False
         if not turns[cursor.owner]:
             del turns[cursor.owner]
+
+    def _next_owner(
+        self, may_go: Callable[[Cursor], bool] | None
+    ) -> tuple[dict[int, deque[Cursor]], int, deque[Cursor]] | None:
+        """Return whose turn it is: where that owner waits, the owner, and its transfers."""
+        first, then = self._fresh, self._turns
+        if then and self._fresh_in_row == FRESH_TURNS_MAX:
+            first, then = then, first
+        for turns in (first, then):
+            for owner, queue in turns.items():
+                if may_go is None or may_go(queue[0]):
+                    return turns, owner, queue
+        return None
 
     def _turns_of(self, owner: int) -> dict[int, deque[Cursor]]:
         return self._turns if owner in self._turns else self._fresh

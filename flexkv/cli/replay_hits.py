@@ -18,16 +18,16 @@ from flexkv.cli.options import finite
 from flexkv.cli.replay_engines import (
     ADMIT,
     LIST_PER_S,
-    admission,
     fleet_of,
     print_rates,
     rates_of,
+    sharing_of,
 )
 from flexkv.common.config_keys import BLOCKS_MAX
 from flexkv.common.errors import BackendUnavailableError, ConfigError
 from flexkv.common.space import GroupRule
 from flexkv.index.eviction import POLICIES, Eviction
-from flexkv.trace.engine_hits import ADMISSIONS, Sharing
+from flexkv.trace.engine_hits import ADMISSIONS
 from flexkv.trace.group_hits import STORE_RULES, GroupHits, groups_of, replay_groups
 from flexkv.trace.hits import Hits, Prompt, belady, infinite, prompts_of, replay
 from flexkv.trace.mooncake import read_trace
@@ -36,6 +36,7 @@ _GROUPS_HELP = (
     "KV groups beside the prefix chain, such as window:1024*5,state: compare the hit rates and the "
     "bytes written of several rules for what to store."
 )
+_ADMIT_HELP = f"With --peers: as p2p_admit, {', '.join(ADMISSIONS)}."
 
 Rates = dict[str, list[float]]
 """Policy or bound -> hit rate at each capacity."""
@@ -53,9 +54,7 @@ def replay_hits(
     engines: Annotated[int, typer.Option(min=1, max=1024, help="Engines with a cache each.")] = 1,
     remote: Annotated[bool, typer.Option("--remote", help="Give them one endless store.")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="They read from each other.")] = False,
-    admit: Annotated[
-        str, typer.Option(help=f"With --peers: as p2p_admit, {', '.join(ADMISSIONS)}.")
-    ] = ADMIT,
+    admit: Annotated[str, typer.Option(help=_ADMIT_HELP)] = ADMIT,
     span_blocks: Annotated[
         int, typer.Option(min=1, max=65536, help="With --remote or --peers: blocks of a span.")
     ] = 1,
@@ -88,8 +87,7 @@ def replay_hits(
         raise ConfigError("groups", groups, why)
     if is_fleet:
         fleet = fleet_of(engines, routing, seed)
-        shared = Sharing(span_blocks, list_per_s, remote, peers, admission(admit))
-        sharing = shared if remote or peers else None
+        sharing = sharing_of(span_blocks, list_per_s, remote, peers, admit)
         told = rates_of(prompts_of(read_trace(trace, limit)), capacities, eviction, fleet, sharing)
         print_rates(told, capacities, engines, as_json)
         return
@@ -104,7 +102,9 @@ def replay_hits(
     prompts = prompts_of(read_trace(trace, limit))
     rates = _rates(prompts, capacities, policies, quiet=as_json)
     if as_json:
-        typer.echo(_as_json(trace, prompts, capacities, rates))
+        asked = sum(len(prompt.ids) for prompt in prompts)
+        facts = {"trace": str(trace), "requests": len(prompts), "blocks": asked}
+        typer.echo(json.dumps({**facts, "capacities": capacities, "hit_rate": rates}, indent=2))
     else:
         _print(capacities, rates)
     if draw is not None and stem is not None:
@@ -112,12 +112,6 @@ def replay_hits(
         wrote = _write_pictures(draw, stem, title, rates, capacities)
         if not as_json:
             typer.echo(wrote)
-
-
-def _as_json(trace: Path, prompts: list[Prompt], capacities: list[int], rates: Rates) -> str:
-    asked = sum(len(prompt.ids) for prompt in prompts)
-    facts = {"trace": str(trace), "requests": len(prompts), "blocks": asked}
-    return json.dumps({**facts, "capacities": capacities, "hit_rate": rates}, indent=2)
 
 
 def _write_pictures(

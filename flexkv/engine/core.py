@@ -83,7 +83,7 @@ class Core:
             windows = parts.inbound, parts.outbound
             place_bytes = [parts.port.block_bytes] * len(sizes.spaces)
             actor = self.add_actor(parts.tier, parts.port, windows, place_bytes, parts.checks)
-            actor.waiting_since_s = parts.waiting_since_s
+            actor.waiting_since_s, actor.shares = parts.waiting_since_s, parts.shares
         log_every = cache.num_log_interval_requests
         self.observer = Observer(sizes.block_bytes, log_every_requests=log_every)
         self.observer.remind = backend.unavailable.remind

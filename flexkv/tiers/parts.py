@@ -14,6 +14,7 @@ import msgspec
 
 from flexkv.actors.actor import Window
 from flexkv.actors.checks import BlockChecks
+from flexkv.actors.shares import Shares
 from flexkv.actors.write_behind import ShipLimits
 from flexkv.cluster.grants import GrantCounts, Owner
 from flexkv.cluster.plane import ClusterState
@@ -233,6 +234,7 @@ class TierParts:
         look_up: asks a far tier which blocks of a prompt it has between two positions, if its
             catalogue does not know. It returns what ends with the answer, or after a moment
             without it; None if there is nothing to wait for. None for tiers without lookups.
+        shares: bounds the bytes in flight from each source of the tier; None if it has only one.
     """
 
     tier: Tier
@@ -251,3 +253,4 @@ class TierParts:
     leave: Callable[[], Awaitable[None]] = _nothing_goes_on
     waiting_since_s: Callable[[int], float] | None = None
     look_up: Callable[[bytes, int, int], Awaitable[None] | None] | None = None
+    shares: Shares | None = None

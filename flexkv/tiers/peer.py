@@ -17,6 +17,7 @@ from random import Random
 from socket import socket
 
 from flexkv.actors.actor import Window
+from flexkv.actors.shares import Shares
 from flexkv.actors.supervisor import Bell
 from flexkv.cluster import tcp
 from flexkv.cluster.grants import GrantLimits, Grants, ReadStatus
@@ -36,8 +37,8 @@ from flexkv.cluster.wire import WANT_BLOCKS_MAX, Introduction, PeerId
 from flexkv.common.config import MB, CacheConfig, CacheSizes
 from flexkv.common.errors import ClosedError, MalformedError, PeerError, TransferError
 from flexkv.common.space import rules_of
-from flexkv.common.terms import Tier
-from flexkv.index.hints import Hints
+from flexkv.common.terms import Tier, Transfer
+from flexkv.index.hints import Hints, holders_of
 from flexkv.index.keys import block_identity
 from flexkv.index.span_changes import SpanChange, SpanChanges
 from flexkv.io.memory.arena import Arena
@@ -71,6 +72,9 @@ SPANS_LENT = 16
 """At least so many spans are lent to peers at once, if they are no more than half of the blocks."""
 CHANGES_MAX = 1 << 14
 """How many changes of blocks may wait until they are told; beyond it, others take a snapshot."""
+WINDOW_SHARES = 3
+"""A peer may have this part of `p2p_read_window_mb` in flight, so that one that hangs, or two, do
+not fill it; two spans may always be."""
 PREFETCHES = 4
 """How many requests of other nodes wait for our SSD at once."""
 
@@ -136,6 +140,7 @@ class PeerTier:
         undo.callback(node.port.close)
         span_bytes = hints.span_blocks * sizes.block_stride_bytes
         window = Window(max(int(cache.p2p_read_window_mb * MB), span_bytes), span_bytes)
+        share_bytes = max(window.bytes_max // WINDOW_SHARES, 2 * span_bytes)
         return TierParts(
             Tier.PEER,
             None,
@@ -147,7 +152,13 @@ class PeerTier:
             cluster=node,
             stop=node.stop,
             waiting_since_s=lambda _: asyncio.get_running_loop().time(),  # each peer has its limits
+            shares=Shares(_holder_of, share_bytes),
         )
+
+
+def _holder_of(transfer: Transfer, block: int) -> int:
+    """Return the holder of a block that is to be read."""
+    return int(holders_of(transfer.source_ids[block]))
 
 
 class _Node:

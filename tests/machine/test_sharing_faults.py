@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from flexkv.cluster.grants import IDLE_S
+from flexkv.common.config import MB
 from flexkv.testing.namespaces import drop_from, refuse_new_from, reset_from
 from tests.machine.bed import DEADLINE_S, PATIENCE_S, Bed, BedNode, check_machine
 from tests.machine.sharing_node import AREAS, BLOCKS, PROMPT_BYTES
@@ -212,3 +213,27 @@ def test_gets_do_not_wait_one_after_the_other_for_a_connection(tmp_path: Path) -
         for node in bed.nodes:
             node.is_free()
             assert node.end() == 0
+
+
+def test_a_peer_that_hangs_does_not_keep_those_of_others_waiting(tmp_path: Path) -> None:
+    """Blocks of others arrive while a peer hangs that was asked for more than may be under way."""
+    check_machine()
+    seeds = (1, 3, 4)
+    with Bed(tmp_path, 3, p2p_read_window_mb=len(seeds) * PROMPT_BYTES / MB) as bed:
+        owner, reader, other = bed.nodes
+        for seed in seeds:
+            owner.do("put", seed=seed)
+        other.do("put", seed=2)
+        for seed in (*seeds, 2):
+            reader.until("known", lambda known: known["far"] == BLOCKS, seed=seed)
+        owner.signal(signal.SIGSTOP)
+        hung = [reader.begin("get", seed=seed, area=seed) for seed in seeds]
+        reader.until("facts", lambda facts: facts["runs"] == len(hung))
+        beside = reader.do("get", seed=2, area=2)
+        assert (beside["blocks"], beside["right"]) == (BLOCKS, True)
+        assert reader.do("facts")["runs"] == len(hung), "they wait still"
+        for number in hung:
+            answer = reader.answer(number)
+            assert answer["blocks"] == 0
+            assert answer["took_s"] <= DEADLINE_S + 1
+        reader.is_free()
