@@ -28,6 +28,7 @@ CASES = (
     "remote_s3",
     "mooncake",
     "peer",
+    "sharing_beside",
     "survive",
     "neighbours",
     "starved",
@@ -46,6 +47,7 @@ CASES = (
     "vllm_boundaries",
     "vllm_overhead",
     "vllm_remote",
+    "vllm_peers",
 )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from flexkv.server.launch import END_S
+from flexkv.testing.namespaces import Host
 
 READY_S, REQUEST_S, LOOK_S = 240.0, 300.0, 0.2
 MODEL_NAME = "model"
@@ -44,6 +45,7 @@ class Served:
         settings: FlexKV's; they override a socket and an SSD directory in the engine's folder.
         arguments: for `vllm serve`, in addition to the usual ones.
         environment: variables in addition to those of this process.
+        host: the machine that it runs on; None: this one.
     """
 
     model: Path
@@ -51,6 +53,7 @@ class Served:
     settings: dict[str, Any] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    host: Host | None = None
 
 
 class Program:
@@ -59,9 +62,15 @@ class Program:
     def __init__(self, log: Path) -> None:
         self._log = log
 
-    def _start(self, command_line: Sequence[str], environment: Mapping[str, str]) -> None:
+    def _start(
+        self,
+        command_line: Sequence[str],
+        environment: Mapping[str, str],
+        before: Sequence[str] = (),
+    ) -> None:
+        """Start it; `before` are the words of a command that becomes the program."""
         name, *words = command_line
-        command_line = [str(Path(sys.executable).parent / name), *words]
+        command_line = [*before, str(Path(sys.executable).parent / name), *words]
         environment = {**os.environ, **environment}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -148,7 +157,8 @@ class VllmServe(Program):
             "HF_HUB_OFFLINE": "1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
             "FLEXKV_CONFIG_PATH": str(config), **served.environment,
         }  # fmt: skip
-        self._start(command_line, environment)
+        host = served.host
+        self._start(command_line, environment, () if host is None else host.command)
         return self
 
     def wait_ready(self) -> None:
@@ -165,7 +175,7 @@ class VllmServe(Program):
         Raises:
             OSError: there is no answer, or its status is not 200.
         """
-        peer = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_S)
+        peer = _Connection(self.port, self._served.host)
         try:
             told = None if body is None else json.dumps(body)
             more = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -197,13 +207,23 @@ class VllmServe(Program):
 
     def arrivals_s(self, prompt: list[int], tokens: int) -> Iterator[float]:
         """Yield the seconds after which each part of a streamed answer arrives."""
-        peer = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_S)
+        for arrived_s, _ in self.streamed(prompt, tokens):
+            yield arrived_s
+
+    def streamed(self, prompt: list[int], tokens: int) -> Iterator[tuple[float, list[int]]]:
+        """Yield each part of a streamed answer: after how many seconds, and its tokens.
+
+        The last part only says that nothing follows.
+        """
+        peer = _Connection(self.port, self._served.host)
         body = json.dumps({**completion(prompt, tokens), "stream": True})
         begin_s = time.perf_counter()
         peer.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         for line in peer.getresponse():
             if line.startswith(b"data:"):
-                yield time.perf_counter() - begin_s
+                arrived_s = time.perf_counter() - begin_s
+                said = line.removeprefix(b"data:").strip()
+                yield arrived_s, [] if said == b"[DONE]" else token_ids(json.loads(said))
         peer.close()
 
     def counted(self, name: str) -> float:
@@ -226,6 +246,21 @@ class VllmServe(Program):
                 return
             time.sleep(0.05)
         raise TimeoutError("the engine's cache is still in use")
+
+
+class _Connection(http.client.HTTPConnection):
+    """A connection to a port of a machine that only its own programs reach."""
+
+    def __init__(self, port: int, host: Host | None) -> None:
+        super().__init__("127.0.0.1", port, timeout=REQUEST_S)
+        self._machine = host
+
+    def connect(self) -> None:
+        """Connect, from the machine itself."""
+        if self._machine is None:
+            super().connect()
+        else:
+            self.sock = self._machine.connect("127.0.0.1", self.port, REQUEST_S)
 
 
 def completion(prompt: list[int], tokens: int) -> dict[str, Any]:
