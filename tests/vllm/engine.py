@@ -71,6 +71,8 @@ class Plan(Sizes):
     """Whether the device cache is emptied before each turn."""
     lists: bool = False
     """Whether to wait at first until the store of the remote tier was listed."""
+    meets: bool = False
+    """Whether to wait at first until it is known what another node has."""
     kills: dict[int, int] = field(default_factory=dict)
     """Processes that are killed before a turn, by turn."""
     naps: bool = False
@@ -229,6 +231,8 @@ def run(plan: Plan) -> dict[str, Any]:
     flips, flipped = random.Random(plan.seed + 2), 0
     if plan.lists:
         wait_listed(plan)
+    if plan.meets:
+        wait_met(plan)
     begin = time.monotonic()
     for number in range(plan.turns):
         prepare(plan, number)
@@ -293,6 +297,17 @@ def wait_listed(plan: Plan) -> None:
         return bool(statistics["stores"]["remote"]["listed_rounds"])
 
     eventually(is_listed, DONE_S)
+
+
+def wait_met(plan: Plan) -> None:
+    """Wait until FlexKV's server knows what another node has."""
+
+    def is_met() -> bool:
+        statistics = command(plan.settings["server_recv_port"], "status")["statistics"]
+        nodes = statistics["cluster"]["state"]["nodes"]
+        return any(node["spans"] and not node["is_behind"] for node in nodes)
+
+    eventually(is_met, DONE_S)
 
 
 def nap(llm: Any) -> None:

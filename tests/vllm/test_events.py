@@ -37,7 +37,11 @@ class Router:
                     self._hear(event)
 
     def _hear(self, event: Any) -> None:
-        kind, medium = type(event).__name__, event.medium
+        kind = type(event).__name__
+        if kind == "AllBlocksCleared":  # vLLM's own cache was emptied
+            self.there = {each for each in self.there if each[1] != "GPU"}
+            return
+        medium = event.medium
         if kind == "BlockRemoved":
             for name in event.block_hashes:
                 if (name, medium) not in self.there:
@@ -60,7 +64,7 @@ class Router:
 
     def count(self, medium: str) -> int:
         """Count the blocks in a medium."""
-        return sum(where == medium for _, where in self.there)
+        return sum(where == medium for _, where in list(self.there))
 
     def end(self) -> None:
         """Process the events that have come, and stop."""
