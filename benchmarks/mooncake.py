@@ -21,9 +21,10 @@ import psutil
 from benchmarks.harness import Figures, Options, alternate, median_ratio
 from benchmarks.remote import SPAN_BLOCKS, SPAN_BYTES, PortRig
 from flexkv.common.errors import BackendUnavailableError
-from flexkv.io.remote.mooncake import MooncakeStore, check_installed
+from flexkv.io.remote.mooncake import MooncakeStore
 from flexkv.io.remote.open import open_mooncake
 from flexkv.io.remote.options import RemoteOptions
+from flexkv.mover.installed import check_installed
 from tests.mooncake import Mooncake, running
 
 OPTIONS = RemoteOptions(deadline_s=120.0, gets_max=15, puts_max=3, hedged_share=0.0)

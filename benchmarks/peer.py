@@ -29,11 +29,12 @@ from benchmarks.harness import Figures, Options, alternate, median_ratio
 from benchmarks.peer_nodes import HOST, STALL_S, summed
 from flexkv.common.errors import BackendUnavailableError
 from flexkv.io.memory.arena import Arena
-from flexkv.io.peer.checked_reads import CheckedReads, Fetched
+from flexkv.io.peer.checked_reads import CheckedReads
 from flexkv.io.peer.receiver import Receiver
 from flexkv.io.peer.sockets import SocketRing
+from flexkv.io.peer.transport import Fetched
 from flexkv.io.remote.landing import Copier, HostBlocks
-from flexkv.io.remote.mooncake import check_installed
+from flexkv.mover.installed import check_installed
 
 BLOCK_BYTES, SOCKETS, READS_AT_ONCE, READ_BLOCKS = 2 << 20, 2, 2, 16
 CPU = "CPU s/GiB"

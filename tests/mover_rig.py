@@ -91,7 +91,7 @@ def playing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     """Yield a store without a mover; the ones that it starts are played."""
     made = Rig()
 
-    def started(window_fd: int, answer_s: float) -> tuple[socket.socket, Any]:
+    def started(*_: object) -> tuple[socket.socket, Any]:
         made.processes.append(made.kind())
         return made.process.ours, made.process
 

@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 
 from flexkv import _ext
-from flexkv.cluster.wire import Busy, Grant, PeerId, PeerProtocolError, Want
+from flexkv.cluster.wire import Busy, Grant, GrantedPlaces, PeerId, PeerProtocolError, Want
 from flexkv.common.errors import FlexKVError
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 from flexkv.observe.logs import get_logger
@@ -169,11 +169,23 @@ class _Grant:
         self.used_s = 0.0
 
 
+Locate: TypeAlias = Callable[[BlockIds], GrantedPlaces | None]
+"""Returns where a TransferEngine has host blocks; an id of -1 stands for none."""
+
+
+def nowhere(block_ids: BlockIds) -> GrantedPlaces | None:
+    """Return None: there is no TransferEngine."""
+    return None
+
+
 class Grants:
     """All grants of an owner."""
 
-    def __init__(self, owner: Owner, limits: GrantLimits, spawn: Spawn) -> None:
+    def __init__(
+        self, owner: Owner, limits: GrantLimits, spawn: Spawn, locate: Locate = nowhere
+    ) -> None:
         """Grant nothing yet."""
+        self._locate = locate
         self._owner, self._limits, self._spawn = owner, limits, spawn
         self._grants: dict[PeerId, dict[int, _Grant]] = {}
         self._by_use: dict[_Grant, None] = {}
@@ -326,7 +338,8 @@ class Grants:
             self._add(grant)
             self._use(grant)
             self._told["granted"] += 1
-            answer(Grant(want.number, want.first, count, is_cut))
+            places = self._locate(held.block_ids) if want.with_places else None
+            answer(Grant(want.number, want.first, count, is_cut, places))
             return
         self._owner.release(held)
         if is_cut:

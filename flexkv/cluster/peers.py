@@ -56,7 +56,15 @@ class Peers:
     def __len__(self) -> int:
         return len(self._peers)
 
-    async def want(self, holder: int, keys: bytes, first: int, last: int, group: int = 0) -> Grant:
+    async def want(
+        self,
+        holder: int,
+        keys: bytes,
+        first: int,
+        last: int,
+        group: int = 0,
+        with_places: bool = False,
+    ) -> Grant:
         """Ask a holder to keep blocks of a prompt, so that they can be read from it.
 
         Args:
@@ -65,6 +73,7 @@ class Peers:
             first: a position.
             last: a position, exclusive.
             group: the KV group.
+            with_places: whether to say where its TransferEngine has them.
 
         Returns:
             What it keeps until `release`, until its link ends, or until nothing was read for a
@@ -76,7 +85,7 @@ class Peers:
         Cancellation:
             The blocks are released.
         """
-        return await self._peer_of(holder).want(Wish(keys, first, last, group))
+        return await self._peer_of(holder).want(Wish(keys, first, last, group, with_places))
 
     def release(self, holder: int, number: int) -> None:
         """End a grant, if it has not ended yet."""

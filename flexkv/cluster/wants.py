@@ -34,6 +34,7 @@ class Wish(NamedTuple):
     last: int
     """Exclusive."""
     group: int = 0
+    with_places: bool = False
 
 
 class Wants:
@@ -75,7 +76,9 @@ class Wants:
         """
         number = next(self._numbers)
         try:
-            answer = await self._ask(Want(number, *wish, generation), within_s)
+            keys, first, last, group, with_places = wish
+            want = Want(number, keys, first, last, group, generation, with_places)
+            answer = await self._ask(want, within_s)
         except (asyncio.CancelledError, TimeoutError):
             self._send(Release(number))
             raise
@@ -167,9 +170,19 @@ def _answers(request: Message, message: FromOwner) -> bool:
     match request, message:
         case Want(), Grant():
             wanted = request.last - request.first
-            return message.first == request.first and message.count <= wanted
+            is_range = message.first == request.first and message.count <= wanted
+            return is_range and _is_located(request, message)
         case (Want(), Busy()) | (Want() | SnapshotWanted(), Refused()):
             return True
         case SnapshotWanted(), SnapshotPart():
             return True
     return False
+
+
+def _is_located(want: Want, grant: Grant) -> bool:
+    """Return whether a grant has places only if they were asked, and then all of them."""
+    places = grant.places
+    if places is None:
+        return True
+    each = {len(places.addresses), len(places.sums)}
+    return want.with_places and each == {8 * grant.count}

@@ -7,7 +7,8 @@ The *owner* has blocks, the *reader* asks for them; two nodes that read from eac
 links. A frame is four bytes of length, little-endian, and a message in MessagePack.
 
     Want(7, root + keys, first=16, last=48)
-    Grant(7, first=16, count=24)              the owner keeps these 24 in host memory
+    Grant(7, first=16, count=24)              the owner keeps these 24 in host memory, and says
+                                              where they are if that was asked
     …                                         the reader reads them over data connections
     Release(7)
 
@@ -99,6 +100,8 @@ class Want(Message, tag="want", frozen=True):
     """The KV group. Of a group other than 0, these are the leaves with parents in that range."""
     generation: Number = 0
     """That of the reader; an owner of another one refuses."""
+    with_places: bool = False
+    """Whether the reader can use `Grant.places`."""
 
 
 class Release(Message, tag="release", frozen=True):
@@ -120,6 +123,16 @@ class Ping(Message, tag="ping", frozen=True):
     number: Number
 
 
+class GrantedPlaces(Message, frozen=True):
+    """Where the owner's TransferEngine has the blocks of a grant; it may get another endpoint."""
+
+    endpoint: ShortText
+    addresses: Annotated[bytes, msgspec.Meta(max_length=WANT_BLOCKS_MAX * 8)]
+    """int64, little-endian, one a position; -1 where there is no block."""
+    sums: Annotated[bytes, msgspec.Meta(max_length=WANT_BLOCKS_MAX * 8)]
+    """Their checksums: uint64, little-endian."""
+
+
 class Grant(Message, tag="grant", frozen=True):
     """The owner keeps these blocks in host memory until the grant ends."""
 
@@ -129,6 +142,8 @@ class Grant(Message, tag="grant", frozen=True):
     """How many, from `first` on; 0 if they are not there any more."""
     is_cut: bool = False
     """Whether a limit of the owner made it shorter; else what follows is not there."""
+    places: GrantedPlaces | None = None
+    """Where they are; None if it was not asked, or there is no TransferEngine."""
 
 
 class Busy(Message, tag="busy", frozen=True):

@@ -17,7 +17,8 @@ def main(arguments: list[str]) -> None:
     """Serve the engine at the other end of a socket."""
     if arguments == ["--check"]:
         try:
-            importlib.import_module("mooncake.store")
+            for module in ("mooncake.store", "mooncake.engine"):
+                importlib.import_module(module)
         except ImportError as error:
             sys.exit(str(error))
         return

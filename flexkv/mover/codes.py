@@ -11,6 +11,8 @@ REFUSED = -600
 """An argument is wrong, such as a place that is too small for the object."""
 NO_MASTER = -900
 """The master does not answer."""
+READ_FAILED = -1
+"""Blocks of another node were not read, or not all."""
 
 CLEAN = frozenset(
     {NO_SPACE, NOT_READY, NOT_FOUND, EXISTS, HAS_LEASE, LEASE_EXPIRED, REFUSED, NO_MASTER}

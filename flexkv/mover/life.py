@@ -19,13 +19,14 @@ import sys
 import threading
 from asyncio import Future
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
 from flexkv.common.decoding import decoded
 from flexkv.common.errors import MalformedError, RemoteError
 from flexkv.mover.codes import CLEAN
+from flexkv.mover.engine_config import PORTS, EngineConfig
 from flexkv.mover.store_config import StoreConfig
 from flexkv.mover.window import Slot, Window
 from flexkv.mover.wire import (
@@ -36,7 +37,9 @@ from flexkv.mover.wire import (
     Exist,
     Found,
     Get,
+    Lent,
     Put,
+    Read,
     Ready,
     Refused,
     Request,
@@ -62,11 +65,13 @@ class MoverSizes(NamedTuple):
         slots: objects on their way at once.
         slot_bytes: the bytes of the largest object.
         answer_s: a mover hangs if requests of a kind have waited for so long without any answer.
+        peer_s: when Mooncake gives up a silent peer; 0 for half of `answer_s`.
     """
 
     slots: int
     slot_bytes: int
     answer_s: float
+    peer_s: float = 0.0
 
 
 class _Unanswered(NamedTuple):
@@ -83,11 +88,18 @@ class MoverLife:
     Attributes:
         ended: done when it has ended, with the reason, unless the loop was closed before.
         why: the reason; None while it runs.
-        is_ready: whether it was connected to the store.
+        ready: what it said when it was connected to the store, or its engine answered others.
     """
 
-    def __init__(self, config: StoreConfig, sizes: MoverSizes) -> None:
+    def __init__(
+        self, config: StoreConfig | EngineConfig, sizes: MoverSizes, lent: Lent | None = None
+    ) -> None:
         """Start the process. All calls must come from the loop that runs now.
+
+        Args:
+            config: of what it runs.
+            sizes: of the window.
+            lent: memory that other nodes may read, by its descriptor here.
 
         Raises:
             OSError: it cannot be started.
@@ -95,7 +107,7 @@ class MoverLife:
         self._loop = asyncio.get_running_loop()
         self.ended: Future[str] = self._loop.create_future()
         self.why: str | None = None
-        self.is_ready = False
+        self.ready: Ready | None = None
         self._where, self._sizes = config.where, sizes
         self._numbers = itertools.count()
         self._unanswered: dict[int, _Unanswered] = {}
@@ -106,14 +118,16 @@ class MoverLife:
         """Requests without a slot that are not sent yet."""
         self._window = Window(sizes.slots, sizes.slot_bytes, self._slot_freed)
         try:
-            self._socket, self._process = _started(self._window.fd, sizes.answer_s)
+            lending = () if lent is None else (lent.fd,)
+            settings = _settings(config, sizes)
+            self._socket, self._process = _started((self._window.fd, *lending), settings)
         except OSError:
             self._window.close()
             raise
         forks.on_fork(self._let_go_in_child)
         self._loop.add_reader(self._socket, self._read)
         self._late = self._loop.call_later(READY_S, self.end, "it could not connect in time")
-        self._socket.send(encode(Begin(config, self._window.nbytes)))
+        self._socket.send(encode(Begin(config, self._window.nbytes, lent)))
 
     @property
     def pid(self) -> int:
@@ -121,9 +135,19 @@ class MoverLife:
         return self._process.pid
 
     @property
+    def is_ready(self) -> bool:
+        """Return whether it was connected to the store, or its engine answered others."""
+        return self.ready is not None
+
+    @property
     def requests(self) -> int:
         """Return how many requests the mover has not answered."""
         return len(self._unanswered)
+
+    @property
+    def spoiled(self) -> int:
+        """Return how many slots are never used again."""
+        return self._window.spoiled
 
     # -- slots and requests ---------------------------------------------------------------------
 
@@ -227,14 +251,14 @@ class MoverLife:
             return
         match reply:
             case Ready():
-                self._is_connected()
+                self._is_connected(reply)
             case Refused(why):
                 self.end(why)
             case _:
                 self._answered(reply)
 
-    def _is_connected(self) -> None:
-        self.is_ready = True
+    def _is_connected(self, ready: Ready) -> None:
+        self.ready = ready
         self._late.cancel()
         self._send_names()
         self._grant()
@@ -254,7 +278,8 @@ class MoverLife:
         is_wanted = not asked.reply.done()
         if asked.slot is not None:
             assert isinstance(answer, Done)
-            self._settle(asked.slot, answer.code, is_wanted and isinstance(asked.request, Get))
+            is_read = is_wanted and isinstance(asked.request, Get | Read)
+            self._settle(asked.slot, answer.code, is_read)
         if is_wanted:
             asked.reply.set_result(answer)
         if self._window.spoiled * SPOILED_SHARE >= self._window.slots:
@@ -376,6 +401,8 @@ def _in_thread(work: Callable[[], object]) -> None:
 
 def _kind_of(request: Request) -> str:
     """Return the kind of a request: the mover carries out those of a kind one after the other."""
+    if isinstance(request, Read):
+        return request.endpoint
     return {Get: "get", Put: "put"}.get(type(request), "name")
 
 
@@ -393,19 +420,26 @@ def mover_command(*arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", "flexkv.mover", *arguments]
 
 
-def _started(window_fd: int, answer_s: float) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """Start a mover, and return our end of the connection and the process."""
+def _started(
+    fds: tuple[int, ...], settings: Mapping[str, str]
+) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Start a mover, and return our end of the connection and the process.
+
+    Args:
+        fds: descriptors that it inherits, that of the window first.
+        settings: environment variables, unless they are set already.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         with theirs:
-            numbers = map(str, (theirs.fileno(), window_fd, os.getpid()))
+            numbers = map(str, (theirs.fileno(), fds[0], os.getpid()))
             process = subprocess.Popen(
                 mover_command(*numbers),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), window_fd),
+                pass_fds=(theirs.fileno(), *fds),
                 start_new_session=True,
-                env={**_defaults(answer_s), **os.environ},
+                env={**settings, **os.environ},
             )
     except OSError:
         ours.close()
@@ -414,12 +448,16 @@ def _started(window_fd: int, answer_s: float) -> tuple[socket.socket, subprocess
     return ours, process
 
 
-def _defaults(answer_s: float) -> dict[str, str]:
-    """Return settings by which Mooncake gives up a silent peer before its mover counts as hung."""
-    peer_s = str(max(1, int(answer_s / 2)))
-    return {
+def _settings(config: StoreConfig | EngineConfig, sizes: MoverSizes) -> dict[str, str]:
+    """Return settings of Mooncake. It gives up a silent peer before its mover counts as hung."""
+    peer_s = str(max(1, int(sizes.peer_s or sizes.answer_s / 2)))
+    settings = {
         "MC_TCP_STATUS_TIMEOUT_SEC": peer_s,
         "MC_TCP_PROGRESS_TIMEOUT_SEC": peer_s,
         "MC_TRANSFER_TIMEOUT": peer_s,
         "MC_LOG_LEVEL": "ERROR",
     }
+    if isinstance(config, EngineConfig) and (first := config.engine_port):
+        settings["MC_MIN_RPC_PORT"] = str(first)
+        settings["MC_MAX_RPC_PORT"] = str(first + PORTS - 1)
+    return settings

@@ -8,8 +8,10 @@ from contextlib import suppress
 from functools import partial
 
 from flexkv.common.errors import RemoteError
+from flexkv.mover.engine_config import EngineConfig
 from flexkv.mover.life import MoverLife, MoverSizes
 from flexkv.mover.store_config import StoreConfig
+from flexkv.mover.wire import Lent
 from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
@@ -24,15 +26,17 @@ class Mover:
     """Starts a mover when it is needed, and again when it has ended.
 
     Attributes:
-        where: names the store.
+        where: names the store, or the engine.
         sizes: what each life has room for.
         lives: how many were started.
     """
 
-    def __init__(self, config: StoreConfig, sizes: MoverSizes) -> None:
-        """Start nothing yet."""
+    def __init__(
+        self, config: StoreConfig | EngineConfig, sizes: MoverSizes, lent: Lent | None = None
+    ) -> None:
+        """Start nothing yet; for the arguments see `MoverLife`."""
         self.where, self.sizes, self.lives = config.where, sizes, 0
-        self._config = config
+        self._config, self._lent = config, lent
         self._life: MoverLife | None = None
         self._failures, self._not_before_s = 0, 0.0
         self._why, self._is_closed = "", False
@@ -49,7 +53,7 @@ class Mover:
         if self._is_closed or now_s < self._not_before_s:
             raise RemoteError(self.where, "request", f"its mover is not there: {self._why}")
         try:
-            self._life = MoverLife(self._config, self.sizes)
+            self._life = MoverLife(self._config, self.sizes, self._lent)
         except OSError as error:
             self._count_failure(now_s, f"it cannot be started: {error.strerror}")
             log.warning("mover_ended", store=self.where, reason=self._why, lives=self.lives)
@@ -58,6 +62,12 @@ class Mover:
         log.info("mover_started", store=self.where, pid=self._life.pid)
         self._life.ended.add_done_callback(partial(self._has_ended, self._life, now_s))
         return self._life
+
+    @property
+    def ready(self) -> MoverLife | None:
+        """Return the life that runs and is ready; None while there is none."""
+        life = self._life
+        return life if life is not None and life.why is None and life.is_ready else None
 
     def _has_ended(self, life: MoverLife, begun_s: float, ended: Future[str]) -> None:
         now_s = asyncio.get_running_loop().time()
@@ -73,7 +83,7 @@ class Mover:
         self._failures += 1
 
     async def keep(self) -> None:
-        """Keep a mover running until cancelled: this node's part of the store depends on it."""
+        """Keep a mover running until cancelled: other nodes use what it adds or lends."""
         while True:
             with suppress(RemoteError):
                 await asyncio.wait([self.life().ended])

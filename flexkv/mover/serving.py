@@ -18,6 +18,10 @@ import threading
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from flexkv.mover.engine_client import EngineClient
+from flexkv.mover.engine_config import EngineConfig
+from flexkv.mover.engine_serving import serve_engine
+from flexkv.mover.mooncake_client import MooncakeClient
 from flexkv.mover.window import mapped
 from flexkv.mover.wire import (
     PACKET_BYTES,
@@ -28,11 +32,11 @@ from flexkv.mover.wire import (
     Found,
     Get,
     Put,
+    Read,
     Ready,
     Refused,
     Remove,
     Reply,
-    Request,
     Size,
     encode,
 )
@@ -88,14 +92,14 @@ class Serving:
         for work in (self._read, self._write, self._ask):
             threading.Thread(target=work, daemon=True).start()
 
-    def take(self, request: Request) -> None:
+    def take(self, request: Get | Put | Exist | Size | Remove) -> None:
         """Queue a request; the engine bounds how many there are."""
         match request:
             case Get():
                 self._gets.put(request)
             case Put():
                 self._puts.put(request)
-            case _:
+            case Exist() | Size() | Remove():
                 self._names.put(request)
 
     def _batch(self) -> list[Get]:
@@ -176,8 +180,11 @@ def serve(connection: socket.socket, window_fd: int) -> None:
     assert isinstance(begin, Begin), begin
     window = mapped(window_fd, begin.window_bytes)
     try:
-        from flexkv.mover.mooncake_client import MooncakeClient
-
+        if isinstance(begin.config, EngineConfig):
+            engine = EngineClient(begin.config, window, begin.lent)
+            send(connection, Ready(engine.endpoint, engine.address))
+            serve_engine(connection, engine)
+            return
         client = MooncakeClient(begin.config, window)
     except (ImportError, OSError) as error:
         send(connection, Refused(str(error)))
@@ -191,7 +198,7 @@ def serve_client(connection: socket.socket, client: StoreClient) -> None:
     serving = Serving(connection, client)
     while packet := connection.recv(PACKET_BYTES):
         request = TO_MOVER.decode(packet)
-        assert not isinstance(request, Begin), request
+        assert not isinstance(request, Begin | Read), request
         serving.take(request)
     threading.Timer(LEAVE_S, os._exit, (0,)).start()
     client.close()

@@ -7,13 +7,12 @@ the segment is in GB; in the other form, sizes are in bytes or have a unit.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
-import json5
 import msgspec
 
-from flexkv.common.errors import HIDDEN, ConfigError
+from flexkv.common.errors import ConfigError
+from flexkv.mover.config_file import Hidden, read_config
 
 KEY = "mooncake_store_config_path"
 P2P = "P2PHANDSHAKE"
@@ -30,7 +29,7 @@ _OTHERS = {
 }  # fmt: skip
 
 
-class StoreConfig(msgspec.Struct, frozen=True):
+class StoreConfig(msgspec.Struct, frozen=True, tag="store"):
     """How to reach a Mooncake Store, and what this node adds to it.
 
     Attributes:
@@ -67,16 +66,7 @@ def load_store_config(path: str | None) -> StoreConfig:
     Raises:
         ConfigError: it cannot be read, or a field is missing or wrong; the error names the field.
     """
-    if not path:
-        raise ConfigError(KEY, path, "set it to the configuration file of Mooncake Store")
-    try:
-        found = json5.loads(Path(path).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not JSON"
-        raise ConfigError(KEY, path, f"cannot be read: {why}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(KEY, path, "must be a JSON object")
-    return _config(found)
+    return _config(read_config(KEY, path, "Mooncake Store"))
 
 
 def _config(found: dict[str, Any]) -> StoreConfig:
@@ -126,7 +116,7 @@ def _check_metadata(address: str) -> None:
     """Check the metadata server: Mooncake ends its process if it cannot use one of this kind."""
     if "@" in address:
         why = "must have no credentials"
-        raise ConfigError(f"{KEY}: metadata_server", _Hidden(), why)
+        raise ConfigError(f"{KEY}: metadata_server", Hidden(), why)
     if address != P2P and not address.startswith(_METADATA):
         why = f"must be {P2P}, or begin with one of {', '.join(_METADATA)}"
         raise _wrong("metadata_server", address, why)
@@ -145,8 +135,3 @@ def _size(found: dict[str, Any], name: str, default: int, unit: int) -> int:
 
 def _wrong(name: str, value: object, why: str) -> ConfigError:
     return ConfigError(f"{KEY}: {name}", value, why)
-
-
-class _Hidden:
-    def __repr__(self) -> str:
-        return HIDDEN

@@ -7,10 +7,12 @@ free ──taken──▶ in use ──freed──▶ free
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
 import threading
 import weakref
+from asyncio import Future
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -154,3 +156,13 @@ class Slot:
     def _bytes(self, at: int, size: int) -> NDArray[np.uint8]:
         """Return bytes of the window, which stays mapped as long as these are used."""
         return np.frombuffer(self._memory, np.uint8, size, at)
+
+
+async def granted(taken: Future[Slot]) -> Slot:
+    """Return a slot once it is granted; one that is granted as the call is cancelled is freed."""
+    try:
+        return await taken
+    except asyncio.CancelledError:
+        if taken.done() and not taken.cancelled() and not taken.exception():
+            taken.result().free()
+        raise

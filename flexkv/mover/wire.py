@@ -3,6 +3,8 @@
     engine ──▶ mover    Begin, once; then requests
     mover  ──▶ engine   Ready or Refused, once; then a Done or Found for each request, in any order
 
+Gets, puts and questions about names are for a store. A Read is for another node's engine.
+
 Numbers below 0 in `Done` and `Found` are Mooncake's error codes.
 """
 
@@ -12,6 +14,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from flexkv.mover.engine_config import EngineConfig
 from flexkv.mover.store_config import StoreConfig
 
 PACKET_BYTES = 1 << 17
@@ -20,11 +23,20 @@ NAMES_MAX = 1000
 """The most names in one request."""
 
 
-class Begin(msgspec.Struct, frozen=True, tag="begin", array_like=True):
-    """Connect to the store. `window_bytes` is the size of the window."""
+class Lent(msgspec.Struct, frozen=True, array_like=True):
+    """Memory that other nodes may read: bytes of a file, by its descriptor in the mover."""
 
-    config: StoreConfig
+    fd: int
+    offset: int
+    nbytes: int
+
+
+class Begin(msgspec.Struct, frozen=True, tag="begin", array_like=True):
+    """Connect to a store, or start an engine. `window_bytes` is the size of the window."""
+
+    config: StoreConfig | EngineConfig
     window_bytes: int
+    lent: Lent | None = None
 
 
 class Get(msgspec.Struct, frozen=True, tag="get", array_like=True):
@@ -70,8 +82,24 @@ class Remove(msgspec.Struct, frozen=True, tag="remove", array_like=True):
     name: str
 
 
+class Read(msgspec.Struct, frozen=True, tag="read", array_like=True):
+    """Read blocks of another node to the window, one behind the other, from byte `at` on."""
+
+    number: int
+    endpoint: str
+    addresses: list[int]
+    at: int
+    block_bytes: int
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
-    """The mover is connected to the store."""
+    """The mover is connected to the store, or its engine answers others.
+
+    Other nodes reach the engine at `endpoint`, and what it lends begins at `address`.
+    """
+
+    endpoint: str = ""
+    address: int = 0
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused", array_like=True):
@@ -94,9 +122,9 @@ class Found(msgspec.Struct, frozen=True, tag="found", array_like=True):
     each: list[int]
 
 
-Request: TypeAlias = Get | Put | Exist | Size | Remove
+Request: TypeAlias = Get | Put | Exist | Size | Remove | Read
 Reply: TypeAlias = Ready | Refused | Done | Found
 
 encode = msgspec.msgpack.Encoder().encode
-TO_MOVER = msgspec.msgpack.Decoder(Begin | Get | Put | Exist | Size | Remove)
+TO_MOVER = msgspec.msgpack.Decoder(Begin | Get | Put | Exist | Size | Remove | Read)
 TO_ENGINE = msgspec.msgpack.Decoder(Reply)

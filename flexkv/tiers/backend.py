@@ -35,6 +35,7 @@ from flexkv.tiers.far import hints_of
 from flexkv.tiers.limits import memory_error_named
 from flexkv.tiers.parts import TierParts
 from flexkv.tiers.peer import PeerTier
+from flexkv.tiers.peer_transport import lends_memory
 from flexkv.tiers.remote import RemoteTier
 from flexkv.tiers.ssd import SsdTier
 from flexkv.tiers.unavailable import Unavailable
@@ -163,7 +164,7 @@ class LocalBackend:
             sizes.num_host_blocks,
             sizes.block_stride_bytes,
             hugepage_bytes,
-            shared=self.shared,
+            shared=self.shared or lends_memory(cache),
             progress=touched,
             given=sizes.host_given,
         )

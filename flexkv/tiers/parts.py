@@ -22,6 +22,7 @@ from flexkv.common.errors import CorruptBlockError, StorageError
 from flexkv.common.terms import BlockIds, Tier
 from flexkv.index.change_hub import ChangeHub
 from flexkv.index.residency import Residency
+from flexkv.io.peer.mooncake import MooncakeCounts
 from flexkv.io.peer.port import PeerReads
 from flexkv.io.ports import DurablePort
 from flexkv.io.remote.counts import RemoteCounts
@@ -161,6 +162,7 @@ class ClusterStatistics(msgspec.Struct, frozen=True):
         down: addresses of nodes that are not asked now, because they did not answer.
         read: what was read of each node since the start, by its address.
         read_in_all: what was read of all nodes, also of those that have left.
+        mooncake: what was read by Mooncake; None if it is not configured.
     """
 
     address: str
@@ -172,6 +174,7 @@ class ClusterStatistics(msgspec.Struct, frozen=True):
     down: tuple[str, ...]
     read: dict[str, PeerReads]
     read_in_all: PeerReads
+    mooncake: MooncakeCounts | None = None
 
 
 class Cluster(Protocol):

@@ -1,7 +1,7 @@
 """The peers' tier: blocks of other nodes, and what this node does for them in return.
 
     catalogue (hints) ◀── follower ◀── Redis ◀── publisher ◀── changes of our spans
-    transfers ──▶ PeerPort ──▶ links, lanes ══▶ another node's listener ──▶ its grants, its sender
+    transfers ──▶ PeerPort ──▶ links, transport ══▶ another node's grants, its sender or its mover
 
 Everything that a node says is a hint; the owner's grant decides, and then the checksums.
 """
@@ -43,7 +43,6 @@ from flexkv.index.keys import block_identity
 from flexkv.index.span_changes import SpanChange, SpanChanges
 from flexkv.io.memory.arena import Arena
 from flexkv.io.peer.frames import Read, Status
-from flexkv.io.peer.lanes import Lanes
 from flexkv.io.peer.port import Allowed, PeerPort, PeerReads, Wish
 from flexkv.io.peer.sender import Granted, Sender
 from flexkv.io.peer.sockets import SocketRing, StreamEndedError
@@ -56,6 +55,7 @@ from flexkv.process.stoppable import run_stoppable
 from flexkv.tiers.far import keep_time
 from flexkv.tiers.generation import Generation
 from flexkv.tiers.parts import ClusterStatistics, TierHooks, TierParts, Work
+from flexkv.tiers.peer_transport import PeerTransport, places_of
 from flexkv.tiers.remote import RemoteTier
 from flexkv.tiers.unavailable import Unavailable
 
@@ -63,9 +63,6 @@ log = get_logger(__name__)
 
 SOCKETS_MAX = 4096
 """Data connections of one node, in both directions."""
-STALL_SHARE = 0.25
-"""The share of `io_deadline_s` for which a peer may send nothing in the middle of an answer, or may
-not let us connect: a load may try several times."""
 PATIENCE_SHARE = 0.4
 """The share of `io_deadline_s` for which a peer may be too busy to lend anything."""
 SPANS_LENT = 16
@@ -111,17 +108,12 @@ class PeerTier:
             undo: takes callbacks that close what is opened.
 
         Raises:
-            ConfigError: the address cannot be listened on.
-            BackendUnavailableError: the client of Redis is not installed.
+            ConfigError: the address cannot be listened on, or Mooncake's configuration is wrong.
+            BackendUnavailableError: the client of Redis, or Mooncake, is not installed.
         """
         cache, sizes, hints = self._cache, self._sizes, self._hints
         if not cache.has_peers or hints is None:
             return None
-        if cache.mooncake_config_path is not None:
-            why = (
-                "blocks are moved over TCP by FlexKV itself; Mooncake's transfer engine is not used"
-            )
-            log.warning("mooncake_config_path_not_used", reason=why)
         commands = RedisCommands(
             cache.redis_host, cache.redis_port, cache.redis_password.get_secret_value()
         )
@@ -151,6 +143,7 @@ class PeerTier:
             work=node.work,
             cluster=node,
             stop=node.stop,
+            leave=node.transports.leave,
             waiting_since_s=lambda _: asyncio.get_running_loop().time(),  # each peer has its limits
             shares=Shares(_holder_of, share_bytes),
         )
@@ -166,6 +159,7 @@ class _Node:
 
     Attributes:
         port: reads blocks of others.
+        transports: move them.
         generation: of this node's blocks.
         remote: see `PeerTier`.
     """
@@ -180,7 +174,6 @@ class _Node:
     ) -> None:
         self._ring, self._host, listening = opened
         self._cache, self._sizes, self._hints, self._commands = cache, sizes, hints, commands
-        self._stall_s = STALL_SHARE * cache.io_deadline_s
         secret = cache.key_secret.get_secret_value()
         description = PoolDescription(
             block_identity(sizes.spaces, secret), tuple(sizes.block_bytes), hints.span_blocks
@@ -204,10 +197,17 @@ class _Node:
             _facts(sizes, hints),
             lambda: generation.shared,
         )
-        lanes = self._lanes = Lanes(self._ring, self._data_connection, self._stall_s)
+        transports = self.transports = PeerTransport(
+            cache, self._ring, self._host, self._data_connection
+        )
         ratios = [1, *(rule.ratio for rule in rules_of(sizes.spaces))]
         self.port = PeerPort(
-            self._ring, lanes, self, self._host, ratios, PATIENCE_SHARE * cache.io_deadline_s
+            transports.transport,
+            transports.copier,
+            self,
+            self._host,
+            ratios,
+            PATIENCE_SHARE * cache.io_deadline_s,
         )
         self._peers: Peers | None = None
         self._hooks: TierHooks | None = None
@@ -226,14 +226,17 @@ class _Node:
         pinned_blocks = max(1, least, int(cache.p2p_pinned_max * blocks))
         fetches = PREFETCHES if cache.enable_p2p_ssd else 0
         self._grants = Grants(
-            hooks.owner, GrantLimits(pinned_blocks, prefetches=fetches), hooks.spawn
+            hooks.owner,
+            GrantLimits(pinned_blocks, prefetches=fetches),
+            hooks.spawn,
+            self.transports.locate,
         )
         self._peers = Peers(
             self._key,
             self._identity,
             PeerHooks(self._membership.node, self._peer_changed, hooks.spawn),
             Random(own.life),
-            PeerTimes(connect_s=min(PeerTimes().connect_s, self._stall_s)),
+            PeerTimes(connect_s=min(PeerTimes().connect_s, self.transports.stall_s)),
         )
         changes = SpanChanges(hooks.changes, self._hints.span_blocks, CHANGES_MAX)
         self._spans = _Spans(changes, cache, self.generation)
@@ -264,10 +267,8 @@ class _Node:
         )
         time = {} if cache.has_remote else {"hints": keep_time(self._hints)}
         noting = {"cluster generation": self._note_generations(hooks)}
-        return {"peers": self._share(), **self.plane.work(hooks.spawn), **noting, **time}
-
-    def _shared_generation(self) -> int:
-        return self.generation.shared
+        tasks = {**self.plane.work(hooks.spawn), **self.transports.work(), **noting, **time}
+        return {"peers": self._share(), **tasks}
 
     def _avoid_peers(self) -> None:
         """Leave peers out of runs that are down, or all of them while this node is apart."""
@@ -378,6 +379,7 @@ class _Node:
             tuple(each.node.address for each in members if not peers.is_up(each.holder)),
             read,
             PeerReads(**in_all),
+            self.transports.counts,
         )
 
     # -- owner ----------------------------------------------------------------------------------
@@ -400,7 +402,7 @@ class _Node:
         with connection:  # the ring has a descriptor of its own
             index = self._ring.add(connection)
         try:
-            await Sender(self._ring, self._stall_s).serve(index, lookup)
+            await Sender(self._ring, self.transports.stall_s).serve(index, lookup)
         except (OSError, StreamEndedError, MalformedError, TimeoutError) as error:
             log.warning("peer_data_ended", peer=str(peer), reason=str(error) or "too slow")
         finally:
@@ -415,7 +417,7 @@ class _Node:
             why = f"a prompt of {wish.last} blocks is too long: {WANT_BLOCKS_MAX} can be asked for"
             raise PeerError(str(holder), "asking", why)
         grant = await self._peers.want(holder, *wish)
-        return Allowed(grant.number, grant.count, grant.is_cut)
+        return Allowed(grant.number, grant.count, grant.is_cut, places_of(grant))
 
     def release(self, holder: int, number: int) -> None:
         """End a grant."""
@@ -443,11 +445,12 @@ class _Node:
     def left(self, holder: int, node: NodeRecord) -> None:
         """Close the connections to a node that has left."""
         self._read_of_gone.update(self.port.counts.pop(holder, {}))
-        self._lanes.stop(holder)
+        transport = self.transports.transport
+        transport.stop(holder)
         if self._peers is not None:
             self._peers.left(node)
         if self._hooks is not None:
-            self._hooks.spawn("peer lanes", self._lanes.forget(holder))
+            self._hooks.spawn("peer lanes", transport.forget(holder))
 
 
 class _Spans:

@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from flexkv.io.peer import receiver as receiving
-from flexkv.io.peer.checked_reads import Fetched
 from flexkv.io.peer.frames import HEADER_BYTES, SUM_BYTES
 from flexkv.io.peer.receiver import Receiver
+from flexkv.io.peer.transport import Fetched
 from tests.peer_rig import (
     BLOCK_BYTES,
     BLOCKS,

@@ -28,9 +28,10 @@ from flexkv.common.errors import (
     RemoteError,
 )
 from flexkv.common.terms import Tier
-from flexkv.io.remote.mooncake import MooncakeStore, check_installed
+from flexkv.io.remote.mooncake import MooncakeStore
 from flexkv.io.remote.open import join_pool, open_mooncake
 from flexkv.io.remote.options import RemoteOptions
+from flexkv.mover.installed import check_installed
 from flexkv.mover.life import END_S
 from flexkv.mover.serving import LEAVE_S
 from flexkv.mover.window import Slot

@@ -13,11 +13,11 @@ from flexkv.common.errors import CorruptBlockError, InvariantError, MalformedErr
 from flexkv.common.terms import BlockIds
 from flexkv.io.peer import receiver as receiver_module
 from flexkv.io.peer import sender as sender_module
-from flexkv.io.peer.checked_reads import Fetched
 from flexkv.io.peer.frames import BLOCKS_MAX, HEADER_BYTES, SUM_BYTES, Read, Status
 from flexkv.io.peer.receiver import Receiver
 from flexkv.io.peer.sender import Granted, Sender
 from flexkv.io.peer.sockets import SocketRing
+from flexkv.io.peer.transport import Fetched
 from tests.peer_rig import (
     BLOCK_BYTES,
     NUMBER,

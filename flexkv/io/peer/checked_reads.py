@@ -5,8 +5,6 @@ socket ──ring──▶ arena ──copy threads: sum──▶ sums ══ th
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from flexkv._ext import PageMap
@@ -15,20 +13,9 @@ from flexkv.common.terms import BlockIds
 from flexkv.io.peer.fence import Fence
 from flexkv.io.peer.frames import Read
 from flexkv.io.peer.receiver import Receiver
+from flexkv.io.peer.transport import Fetched
 from flexkv.io.ports import Sums
 from flexkv.io.remote.landing import Copier, HostBlocks
-
-
-class Fetched(NamedTuple):
-    """How a read has ended.
-
-    Attributes:
-        filled: how many leading blocks are in their places, with the right sums.
-        error: why not all are.
-    """
-
-    filled: int
-    error: TransferError | None
 
 
 class CheckedReads:

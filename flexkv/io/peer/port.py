@@ -1,7 +1,7 @@
-"""The port of the peers' tier: it reads blocks of other nodes straight into host memory.
+"""The port of the peers' tier: it reads blocks of other nodes into host memory.
 
-    transfer ─▶ runs, one for each holder in turn ─▶ want ─▶ grant ─▶ READs over its lanes ─▶ sums
-                                                      the holder keeps the blocks in place ──┘
+    transfer ─▶ runs, one for each holder in turn ─▶ want ─▶ grant ─▶ parts by the transport ─▶ sums
+                                                      the holder keeps the blocks in place ────┘
 
 A transfer fills the blocks before the first one that did not arrive, or has another checksum than
 its owner said. Every end is definite: when a transfer is over, nothing of it is written any more.
@@ -29,10 +29,8 @@ from flexkv.common.extents import check_ids
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier, Transfer
 from flexkv.index.hints import HOLDERS_MAX, holders_of
 from flexkv.index.keys import chain_keys_of
-from flexkv.io.peer.checked_reads import CheckedReads, Fetched
 from flexkv.io.peer.frames import BLOCKS_MAX
-from flexkv.io.peer.lanes import Lanes
-from flexkv.io.peer.sockets import SocketRing
+from flexkv.io.peer.transport import Fetched, Part, Places, Transport
 from flexkv.io.ports import Completion
 from flexkv.io.remote.landing import Copier, HostBlocks
 from flexkv.io.remote.port import Spawn
@@ -40,8 +38,7 @@ from flexkv.io.remote.port import Spawn
 _OUTER_BLOCKS = 2 * HOLDERS_MAX
 """Ids at the other end are holders, twice as many for blocks on a holder's disk."""
 READ_BYTES = 8 << 20
-"""About how much one READ asks for."""
-COPY_THREADS = 2
+"""About how much is read at once."""
 BUSY_S = 0.05
 """When to ask a busy holder again."""
 
@@ -54,12 +51,14 @@ class Wish(NamedTuple):
         first: the position of the first block, or of the first leaf's parent.
         last: the position where they end, exclusive.
         group: the KV group.
+        with_places: whether to say where the blocks are, for another transport than TCP.
     """
 
     keys: bytes
     first: int
     last: int
     group: int
+    with_places: bool = False
 
 
 class Allowed(NamedTuple):
@@ -69,11 +68,13 @@ class Allowed(NamedTuple):
         number: of the grant.
         positions: how many positions, from the first one on.
         is_cut: whether a limit made it shorter; otherwise the holder does not have what follows.
+        places: where the blocks are; None if the holder does not say.
     """
 
     number: int
     positions: int
     is_cut: bool
+    places: Places | None = None
 
 
 class PeerReads(msgspec.Struct, frozen=True):
@@ -130,23 +131,6 @@ class _Run(NamedTuple):
         return self._replace(wish=self.wish._replace(first=first), host_ids=self.host_ids[blocks:])
 
 
-class _Part(NamedTuple):
-    """Some blocks of a run, which one READ asks for.
-
-    Attributes:
-        number: of the grant.
-        begin: index of the first of them among the run's.
-        end: exclusive.
-        lane: the number of the connection.
-    """
-
-    run: _Run
-    number: int
-    begin: int
-    end: int
-    lane: int
-
-
 class PeerPort:
     """A transfer port between the arena and the memory of other nodes; it only reads.
 
@@ -155,22 +139,20 @@ class PeerPort:
         counts: what was read of each holder, by the names of the fields of `PeerReads`.
     """
 
-    adapter = "tcp"
-
     def __init__(
         self,
-        ring: SocketRing,
-        lanes: Lanes,
+        transport: Transport,
+        copier: Copier,
         holders: Holders,
         host: HostBlocks,
         ratios: Sequence[int],
         patience_s: float,
     ) -> None:
-        """Start the threads that sum what arrives.
+        """Read nothing yet.
 
         Args:
-            ring: the sockets', to which the arena is lent; the port closes it.
-            lanes: connections over that ring.
+            transport: moves the blocks; the port closes it.
+            copier: the threads that it uses; the port closes them, too.
             holders: whom to ask.
             host: the blocks in host memory, and their sums; they must outlive the port.
             ratios: for each KV group, how many blocks of the chain one of its blocks covers.
@@ -178,10 +160,10 @@ class PeerPort:
         """
         self.spawn: Spawn | None = None
         self.block_bytes = host.arena.block_stride_bytes
-        self._ring, self._lanes, self._holders, self._host = ring, lanes, holders, host
+        self.adapter = transport.name
+        self._transport, self._copier = transport, copier
+        self._holders, self._host = holders, host
         self._ratios, self._patience_s = ratios, patience_s
-        self._copier = Copier(COPY_THREADS)
-        self._reads = CheckedReads(host, self._copier)
         self.counts: dict[int, Counter[str]] = {}
         self._in_flight: dict[int, int] = {}
         """The transfers under way, and how many clears there had been when each began."""
@@ -193,7 +175,7 @@ class PeerPort:
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running loop, which calls `wake` when `reap` has something to return."""
         self._wake = wake
-        self._ring.connect()
+        self._transport.connect()
         self._copier.connect()
 
     def submit(self, transfer: Transfer) -> None:
@@ -266,7 +248,9 @@ class PeerPort:
         """Read the blocks that one holder lends us now."""
         try:
             self._check_may_ask(transfer)
-            allowed = await self._holders.want(run.holder, run.wish)
+            with_places = self._transport.wants_places(run.holder)
+            wish = run.wish._replace(with_places=with_places)
+            allowed = await self._holders.want(run.holder, wish)
         except PeerError as error:
             return Fetched(0, error)
         except ClosedError as error:
@@ -290,17 +274,19 @@ class PeerPort:
 
     async def _read(self, run: _Run, allowed: Allowed) -> Fetched:
         """Read granted blocks, in parts that arrive over all lanes at once."""
-        group = run.wish.group
-        at_once = 1
-        if self._ratios[group] == 1:
-            at_once = max(1, min(BLOCKS_MAX, READ_BYTES // self._host.block_bytes[group]))
+        group, ratio = run.wish.group, self._ratios[run.wish.group]
+        at_once = read_blocks(self._host.block_bytes[group]) if ratio == 1 else 1
         ends: list[asyncio.Future[Fetched]] = []
         assert self.spawn is not None
-        blocks = min(len(run.host_ids), -(-allowed.positions // self._ratios[group]))
-        for number, begin in enumerate(range(0, blocks, at_once)):
+        blocks = min(len(run.host_ids), -(-allowed.positions // ratio))
+        for lane, begin in enumerate(range(0, blocks, at_once)):
             ended = asyncio.get_running_loop().create_future()
             ends.append(ended)
-            part = _Part(run, allowed.number, begin, min(begin + at_once, blocks), number)
+            first, ids = begin * ratio, run.host_ids[begin : min(begin + at_once, blocks)]
+            places = allowed.places and allowed.places.at(first, len(ids), ratio)
+            part = Part(
+                run.holder, allowed.number, run.wish.first + first, ids, group, lane, places
+            )
             self.spawn("peer read", self._read_part(part, ended))
         filled = 0
         error: TransferError | None = None
@@ -310,22 +296,17 @@ class PeerPort:
                 filled, error = filled + brought.filled, brought.error
         return Fetched(filled, error)
 
-    async def _read_part(self, part: _Part, ended: asyncio.Future[Fetched]) -> None:
-        """Read some blocks over one lane, and report how that ended."""
-        run, group = part.run, part.run.wish.group
+    async def _read_part(self, part: Part, ended: asyncio.Future[Fetched]) -> None:
+        """Read some blocks, and report how that ended."""
         try:
             self._check_not_stopped()
-            receiver = await self._lanes.lane(run.holder, part.lane)
-            self._check_not_stopped()
-            first = run.wish.first + part.begin * self._ratios[group]
-            own = run.host_ids[part.begin : part.end]
-            brought = await self._reads.fetch(receiver, part.number, first, own, group)
+            brought = await self._transport.fetch(part)
         except PeerError as error:
             brought = Fetched(0, error)
         except (OSError, ClosedError) as error:  # there is no room for another socket
-            brought = Fetched(0, PeerError(str(run.holder), "connecting", str(error)))
+            brought = Fetched(0, PeerError(str(part.holder), "connecting", str(error)))
         if isinstance(brought.error, PeerError):
-            self._holders.blame(run.holder, brought.error)
+            self._holders.blame(part.holder, brought.error)
         ended.set_result(brought)
 
     # -- the end --------------------------------------------------------------------------------
@@ -341,7 +322,7 @@ class PeerPort:
     def stop(self) -> None:
         """End all transfers soon: the engine is being closed."""
         self._is_stopped = True
-        self._lanes.stop()
+        self._transport.stop()
 
     async def sync(self) -> None:
         """Return at once: nothing is written."""
@@ -369,11 +350,15 @@ class PeerPort:
         if self._closed:
             return
         self._closed = True
-        self._ring.close()
+        self._transport.close()
         self._copier.close()
-        self._reads.close()
         if unreaped := len(self._in_flight) + len(self._ended):
             raise InvariantError(f"peer port closed with {unreaped} transfers unreaped")
+
+
+def read_blocks(block_bytes: int) -> int:
+    """Return how many blocks are read at once."""
+    return max(1, min(BLOCKS_MAX, READ_BYTES // block_bytes))
 
 
 def _runs(transfer: Transfer, ratio: int) -> Iterator[_Run]:

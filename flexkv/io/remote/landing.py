@@ -129,6 +129,16 @@ class Copier:
         for ended in ends:
             await ended
 
+    def start_copy(self, pages: PageMap, host_ids: BlockIds, ended: Callable[[], None]) -> None:
+        """Start to copy blocks 0 to n of a map to n host blocks, and to sum them.
+
+        `ended` is called on the loop's thread when it is done.
+        """
+        number = next(self._numbers)
+        blocks = np.arange(len(host_ids))
+        self._open_pool().submit(number, pages, TO_HOST, blocks, host_ids, True)
+        self._jobs[number] = ended
+
     async def checksum(self, pages: PageMap, host_ids: BlockIds) -> None:
         """Sum host blocks; for the rest see `copy`."""
         ended = asyncio.get_running_loop().create_future()

@@ -10,9 +10,6 @@ and never host memory. It lists nothing, so what is there is known by asking for
 from __future__ import annotations
 
 import asyncio
-import functools
-import re
-import subprocess
 from asyncio import Future
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
@@ -20,46 +17,21 @@ from typing import cast
 
 from typing_extensions import Buffer
 
-from flexkv.common.errors import BackendUnavailableError, RemoteError
+from flexkv.common.errors import RemoteError
 from flexkv.io.remote.landing import BodyLanding, Copier, HostBlocks, Landing
 from flexkv.io.remote.names import DESCRIPTION
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.store import Listed
 from flexkv.mover.codes import EXISTS, NO_SPACE, NOT_FOUND, NOT_READY, reason
-from flexkv.mover.life import MoverLife, mover_command
+from flexkv.mover.life import MoverLife
 from flexkv.mover.mover import Mover
-from flexkv.mover.window import Slot
+from flexkv.mover.window import Slot, granted
 from flexkv.mover.wire import NAMES_MAX, Done, Exist, Found, Get, Put, Remove, Request, Size
 from flexkv.process.background import in_background
 from flexkv.process.workers import Workers
 
 _MISSING = {NOT_FOUND, NOT_READY}
 _GENERATIONS = "/generations/"
-_CHECK_S = 60.0
-
-
-@functools.cache
-def check_installed() -> None:
-    """Check that a mover can load Mooncake.
-
-    Raises:
-        BackendUnavailableError: Mooncake, or a library that it needs, is not installed.
-    """
-    command = mover_command("--check")
-    try:
-        checked = subprocess.run(command, capture_output=True, timeout=_CHECK_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        why = f"a process that loads it does not end within {_CHECK_S:g} s"
-        raise BackendUnavailableError("Mooncake Store", why) from error
-    if not checked.returncode:
-        return
-    said = checked.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-    why = "Mooncake is not installed: pip install 'flexkv[mooncake]'"
-    if re.search(r"No module named 'mooncake[.']", said) is None:
-        why = f"Mooncake cannot be loaded: {said}"
-        if "libibverbs" in said:
-            why = f"{why}; install the package libibverbs1"
-    raise BackendUnavailableError("Mooncake Store", why)
 
 
 class MooncakeStore:
@@ -163,7 +135,7 @@ class MooncakeStore:
         if size > self.mover.sizes.slot_bytes:
             why = f"{size} bytes are more than a slot has"
             raise RemoteError(self.where, "put", why, is_lasting=True)
-        slot = await _granted(life.take())
+        slot = await granted(life.take())
         try:
             await self._filled(slot, views)
         except BaseException as error:
@@ -298,16 +270,6 @@ class MooncakeStore:
         if code in _MISSING:
             return FileNotFoundError(f"{self.where}: the object is not there")
         return RemoteError(self.where, what, reason(code), is_busy=code == NO_SPACE)
-
-
-async def _granted(taken: Future[Slot]) -> Slot:
-    """Return a slot once it is granted; one that is granted as the call is cancelled is freed."""
-    try:
-        return await taken
-    except asyncio.CancelledError:
-        if taken.done() and not taken.cancelled() and not taken.exception():
-            taken.result().free()
-        raise
 
 
 def _fail(answer: Future[Sequence[Buffer]], error: BaseException) -> None:

@@ -21,10 +21,11 @@ from flexkv.io.remote.address import (
 )
 from flexkv.io.remote.directory import DirectoryStore
 from flexkv.io.remote.landing import OpenStore
-from flexkv.io.remote.mooncake import MooncakeStore, check_installed
+from flexkv.io.remote.mooncake import MooncakeStore
 from flexkv.io.remote.names import Pool
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.store import Store
+from flexkv.mover.installed import check_installed
 from flexkv.mover.life import MoverSizes
 from flexkv.mover.mover import Mover
 from flexkv.mover.store_config import load_store_config

@@ -1,0 +1,140 @@
+"""What moves blocks between this node and others: connections of our own, and Mooncake if asked.
+
+own TCP    always: others may have no Mooncake, and it serves while Mooncake fails
+Mooncake   with `mooncake_config_path`: the mover lends host memory to other engines, and reads
+           theirs into its window
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+
+from flexkv.cluster.wire import Grant, GrantedPlaces
+from flexkv.common.config import MB, CacheConfig
+from flexkv.common.terms import BlockIds
+from flexkv.io.memory.arena import Arena
+from flexkv.io.peer.lanes import Connect
+from flexkv.io.peer.mooncake import MooncakeCounts, MooncakeTransport
+from flexkv.io.peer.port import read_blocks
+from flexkv.io.peer.preferred import PreferredTransport
+from flexkv.io.peer.sockets import SocketRing
+from flexkv.io.peer.tcp_transport import TcpTransport
+from flexkv.io.peer.transport import Places, Transport
+from flexkv.io.remote.landing import Copier, HostBlocks
+from flexkv.mover.engine_config import load_engine_config
+from flexkv.mover.installed import check_installed
+from flexkv.mover.life import MoverSizes
+from flexkv.mover.mover import Mover
+from flexkv.mover.wire import Lent
+from flexkv.tiers.parts import Work
+
+COPY_THREADS = 2
+STALL_SHARE = 0.25
+"""The share of `io_deadline_s` for which a peer may send nothing in the middle of an answer, or may
+not let us connect: a load may try several times."""
+MOONCAKE_READ_S = 5.0
+"""The longest time that a read by Mooncake may take."""
+PLACES_S = 15.0
+"""How long the places of a grant are used. The grant ends after 30 s without a read by TCP, and
+has been on its way for up to 5 s; a read that begins at the last moment takes 5 s."""
+HUNG_S = 60.0
+"""A mover whose engine has not ended a read for so long hangs. Until then, its slot is lost."""
+
+
+def lends_memory(cache: CacheConfig) -> bool:
+    """Return whether another process maps host memory, to lend it to other nodes."""
+    return cache.has_peers and bool(cache.mooncake_config_path)
+
+
+class PeerTransport:
+    """The transports of a node.
+
+    Attributes:
+        transport: the one that its port uses.
+        copier: the threads that sum what arrives.
+        stall_s: how long the next bytes of an answer may take to arrive.
+    """
+
+    def __init__(
+        self, cache: CacheConfig, ring: SocketRing, host: HostBlocks, connect: Connect
+    ) -> None:
+        """Open them; no process is started yet.
+
+        Raises:
+            ConfigError: the configuration of Mooncake cannot be read, or a field is wrong.
+            BackendUnavailableError: Mooncake is configured, and not installed.
+        """
+        self.stall_s = STALL_SHARE * cache.io_deadline_s
+        self._arena = host.arena
+        self._sums = host.sums
+        self._mover = _mover(cache, host)
+        self.copier = Copier(COPY_THREADS)
+        tcp = TcpTransport(ring, connect, host, self.copier, self.stall_s)
+        self.transport: Transport = tcp
+        self._mooncake: MooncakeTransport | None = None
+        if self._mover is not None:
+            limit_s = min(MOONCAKE_READ_S, self.stall_s)
+            self._mooncake = MooncakeTransport(self._mover, host, self.copier, limit_s)
+            self.transport = PreferredTransport(self._mooncake, tcp)
+
+    @property
+    def counts(self) -> MooncakeCounts | None:
+        """Return what was read by Mooncake; None if it is not configured."""
+        return None if self._mooncake is None else self._mooncake.counts
+
+    def locate(self, block_ids: BlockIds) -> GrantedPlaces | None:
+        """Return where other engines find host blocks, if ours runs; -1 stands for no block."""
+        if self._mooncake is None:
+            return None
+        found = self._mooncake.places(block_ids * self._arena.block_stride_bytes)
+        if found is None:
+            return None
+        endpoint, addresses = found
+        sums = self._sums[block_ids]
+        return GrantedPlaces(
+            endpoint, addresses.astype("<i8").tobytes(), sums.astype("<u8").tobytes()
+        )
+
+    def work(self) -> Work:
+        """Return the tasks that keep the transports running."""
+        return {} if self._mover is None else {"mover": self._mover.keep()}
+
+    async def leave(self) -> None:
+        """Let the mover end, without blocking the loop."""
+        if self._mover is not None:
+            await self._mover.leave()
+
+
+def places_of(grant: Grant) -> Places | None:
+    """Return where the blocks of a grant are, which has just arrived."""
+    if grant.places is None:
+        return None
+    endpoint, addresses, sums = grant.places.endpoint, grant.places.addresses, grant.places.sums
+    until_s = asyncio.get_running_loop().time() + PLACES_S
+    return Places(
+        endpoint,
+        np.frombuffer(addresses, "<i8").astype(np.int64),
+        np.frombuffer(sums, "<u8").astype(np.uint64),
+        until_s,
+    )
+
+
+def _mover(cache: CacheConfig, host: HostBlocks) -> Mover | None:
+    if not lends_memory(cache):
+        return None
+    config = load_engine_config(cache.mooncake_config_path, cache.p2p_trusted_network)
+    check_installed("Mooncake's TransferEngine")
+    slot_bytes = max(read_blocks(size) * size for size in host.block_bytes)
+    slots = -(-int(cache.p2p_read_window_mb * MB) // slot_bytes)
+    hung_s = max(HUNG_S, 2 * cache.io_deadline_s)
+    peer_s = min(MOONCAKE_READ_S, STALL_SHARE * cache.io_deadline_s)
+    sizes = MoverSizes(slots + max(4, slots // 4), slot_bytes, hung_s, peer_s)
+    return Mover(config, sizes, _lent(host.arena))
+
+
+def _lent(arena: Arena) -> Lent:
+    assert arena.fd is not None, "the arena is private"
+    nbytes = arena.num_blocks * arena.block_stride_bytes
+    return Lent(arena.fd, arena.fd_offset_bytes, nbytes)
