@@ -4,6 +4,8 @@
 their sums are compared with the sender's. `recv_into` is called by one thread for each socket; its
 bytes are not checked, or summed afterwards by two threads. TransferEngine reads the blocks as one
 batch over TCP, unchecked. Each sender is a process of its own, and so is TransferEngine's reader.
+The Mooncake path is what the port makes of it: reads of 8 MiB into a mover's window, from where
+two threads copy them to the arena and sum them.
 
 All of it competes for the same CPUs, and a ring that checks has more to do than plain sockets. So
 compare the seconds of CPU, too.
@@ -12,6 +14,7 @@ compare the seconds of CPU, too.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import statistics
@@ -26,15 +29,19 @@ import numpy as np
 import psutil
 
 from benchmarks.harness import Figures, Options, alternate, median_ratio
-from benchmarks.peer_nodes import HOST, STALL_S, summed
+from benchmarks.peer_nodes import HOST, MOVER, STALL_S, filled, started, summed
 from flexkv.common.errors import BackendUnavailableError
 from flexkv.io.memory.arena import Arena
 from flexkv.io.peer.checked_reads import CheckedReads
+from flexkv.io.peer.mooncake import MooncakeTransport
+from flexkv.io.peer.port import read_blocks
 from flexkv.io.peer.receiver import Receiver
 from flexkv.io.peer.sockets import SocketRing
-from flexkv.io.peer.transport import Fetched
+from flexkv.io.peer.transport import Fetched, Part, Places
 from flexkv.io.remote.landing import Copier, HostBlocks
 from flexkv.mover.installed import check_installed
+from flexkv.mover.life import MoverSizes
+from flexkv.mover.mover import Mover
 
 BLOCK_BYTES, SOCKETS, READS_AT_ONCE, READ_BLOCKS = 2 << 20, 2, 2, 16
 CPU = "CPU s/GiB"
@@ -60,6 +67,8 @@ def measure(options: Options) -> Figures:
         else:
             engine = stack.enter_context(closing(_Engine(blocks)))
             contestants["TransferEngine"] = engine.get_all
+            mooncake = stack.enter_context(closing(_Mooncake(arena)))
+            contestants["Mooncake path"] = _here(mooncake.get_all, mooncake.node, mooncake.pid)
             missing = {}
         ends: dict[str, list[_End]] = {name: [] for name in contestants}
 
@@ -73,6 +82,9 @@ def measure(options: Options) -> Figures:
         took = alternate({name: noted(name) for name in contestants}, options.repeats)
     gib = blocks * BLOCK_BYTES / 2**30
     others = [name for name in contestants if name != "ring"]
+    if "Mooncake path" in took:
+        raw = median_ratio(took["TransferEngine"], took["Mooncake path"])
+        missing["Mooncake path / TransferEngine"] = raw
     cpu_s = {
         name: [statistics.fmean(end[side] for end in own[1:]) / gib for side in (1, 2)]
         for name, own in ends.items()
@@ -120,8 +132,7 @@ class _Node:
 
     def cpu_s(self) -> float:
         """Return the seconds of CPU that it has used."""
-        times = self._usage.cpu_times()
-        return float(times.user + times.system)
+        return sum(map(_cpu_s, [self._usage, *self._usage.children()]))
 
     def close(self) -> None:
         """End it."""
@@ -129,13 +140,25 @@ class _Node:
         self._process.communicate()
 
 
-def _here(work: Callable[[], object], node: _Node) -> _Contestant:
-    """Return work of this process, which reads from a node, as a contestant."""
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _here(work: Callable[[], object], node: _Node, pid: int | None = None) -> _Contestant:
+    """Return work of this process, which reads from a node, as a contestant.
+
+    What another process with `pid` uses is counted as this one's.
+    """
+    helper = None if pid is None else psutil.Process(pid)
+
+    def used_s() -> float:
+        return time.process_time() + (0.0 if helper is None else _cpu_s(helper))
 
     def measured() -> _End:
-        begin_s, begin_cpu_s, sender_s = time.perf_counter(), time.process_time(), node.cpu_s()
+        begin_s, begin_cpu_s, sender_s = time.perf_counter(), used_s(), node.cpu_s()
         work()
-        ended_s, ended_cpu_s = time.perf_counter(), time.process_time()
+        ended_s, ended_cpu_s = time.perf_counter(), used_s()
         return ended_s - begin_s, ended_cpu_s - begin_cpu_s, node.cpu_s() - sender_s
 
     return measured
@@ -220,6 +243,52 @@ class _Sockets:
         for connection in self._sockets:
             connection.close()
         self.node.close()
+
+
+class _Mooncake:
+    """Reads as the port makes them, by a mover at each end."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.node = _Node("lender", arena.num_blocks, BLOCK_BYTES)
+        endpoint, begin = self.node.tell()
+        expected = filled(arena.num_blocks, BLOCK_BYTES)
+        addresses = int(begin) + np.arange(arena.num_blocks) * BLOCK_BYTES
+        self._places = Places(endpoint, addresses, summed(expected), math.inf)
+        expected.close()
+        self._copier, self._runner = Copier(2), asyncio.Runner()
+        self._blocks, self._at_once = arena.num_blocks, read_blocks(BLOCK_BYTES)
+        host = HostBlocks(arena, np.zeros(arena.num_blocks, np.uint64), (BLOCK_BYTES,))
+        self.pid = self._runner.run(self._start(host))
+
+    async def _start(self, host: HostBlocks) -> int:
+        self._copier.connect()
+        self._mover = Mover(MOVER, MoverSizes(20, self._at_once * BLOCK_BYTES, STALL_S))
+        self._transport = MooncakeTransport(self._mover, host, self._copier, STALL_S)
+        return (await started(self._mover)).pid
+
+    def get_all(self) -> None:
+        """Read all blocks."""
+        self._runner.run(self._get_all())
+
+    async def _get_all(self) -> None:
+        async def some(first: int) -> None:
+            ids = np.arange(first, min(first + self._at_once, self._blocks))
+            part = Part(1, 0, first, ids, 0, 0, self._places.at(first, len(ids), 1))
+            assert await self._transport.fetch(part) == Fetched(len(ids), None)
+
+        async with asyncio.TaskGroup() as group:
+            for first in range(0, self._blocks, self._at_once):
+                group.create_task(some(first))
+
+    def close(self) -> None:
+        """Release everything."""
+        self._runner.run(self._disconnect())
+        self._runner.close()
+        self.node.close()
+
+    async def _disconnect(self) -> None:
+        self._transport.close()
+        self._copier.close()
 
 
 class _Engine:

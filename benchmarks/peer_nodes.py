@@ -3,6 +3,7 @@
 sender    prints its port; serves data sockets, as an owner of blocks does
 sockets   prints its port; for each byte n that a connection sends, sends its nth share of all
 owner     prints its address and that of its memory, for Mooncake's TransferEngine
+lender    prints the endpoint of its mover, and the address at which that lends its memory
 reader    for each line of its input reads all blocks by TransferEngine, as one batch; prints
           the seconds that this took, and the seconds of CPU
 """
@@ -24,15 +25,20 @@ from flexkv.io.memory.arena import Arena
 from flexkv.io.peer.frames import Read
 from flexkv.io.peer.sender import Granted, Sender
 from flexkv.io.peer.sockets import SocketRing
+from flexkv.mover.engine_config import EngineConfig
+from flexkv.mover.life import MoverLife, MoverSizes
+from flexkv.mover.mover import Mover
+from flexkv.mover.wire import Lent
 from flexkv.process.polling import is_readable
 
 HOST = "127.0.0.1"
 STALL_S = 60.0
+MOVER = EngineConfig(HOST, 0, "tcp", "")
 
 
-def filled(blocks: int, block_bytes: int) -> Arena:
-    """Return host memory of random bytes."""
-    arena = Arena.open(blocks, block_bytes)
+def filled(blocks: int, block_bytes: int, is_shared: bool = False) -> Arena:
+    """Return host memory of random bytes, the same in each process."""
+    arena = Arena.open(blocks, block_bytes, shared=is_shared)
     arena.array[:] = np.random.default_rng(0).integers(0, 256, arena.array.shape, np.uint8)
     return arena
 
@@ -105,6 +111,31 @@ def owner(blocks: int, block_bytes: int) -> None:
     sys.stdin.read()
 
 
+def lender(blocks: int, block_bytes: int) -> None:
+    """Have a mover lend memory to others."""
+    arena = filled(blocks, block_bytes, is_shared=True)
+    assert arena.fd is not None
+    lent = Lent(arena.fd, arena.fd_offset_bytes, blocks * block_bytes)
+
+    async def lend() -> None:
+        mover = Mover(MOVER, MoverSizes(1, 1 << 20, STALL_S), lent)
+        ready = (await started(mover)).ready
+        assert ready is not None
+        print(ready.endpoint, ready.address, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+        mover.close()
+
+    asyncio.run(lend())
+
+
+async def started(mover: Mover) -> MoverLife:
+    """Return the life of a mover, once its engine runs."""
+    while mover.ready is None:
+        mover.life()
+        await asyncio.sleep(0.01)
+    return mover.ready
+
+
 def reader(blocks: int, block_bytes: int, peer: str, address: int) -> None:
     """Read all blocks of a peer for each line of the input."""
     arena = Arena.open(blocks, block_bytes)
@@ -125,11 +156,12 @@ def main(role: str, *arguments: str) -> None:
         numbers = map(int, arguments)
         threading.Thread(target=play, args=tuple(numbers), daemon=True).start()
         sys.stdin.read()
-    elif role == "owner":
-        owner(*map(int, arguments))
+    elif role in ("owner", "lender"):
+        blocks, block_bytes = map(int, arguments)
+        {"owner": owner, "lender": lender}[role](blocks, block_bytes)
     else:
-        blocks, block_bytes, peer, address = arguments
-        reader(int(blocks), int(block_bytes), peer, int(address))
+        count, size, peer, address = arguments
+        reader(int(count), int(size), peer, int(address))
 
 
 if __name__ == "__main__":

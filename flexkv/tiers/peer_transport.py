@@ -67,8 +67,7 @@ class PeerTransport:
             BackendUnavailableError: Mooncake is configured, and not installed.
         """
         self.stall_s = STALL_SHARE * cache.io_deadline_s
-        self._arena = host.arena
-        self._sums = host.sums
+        self._host = host
         self._mover = _mover(cache, host)
         self.copier = Copier(COPY_THREADS)
         tcp = TcpTransport(ring, connect, host, self.copier, self.stall_s)
@@ -86,16 +85,7 @@ class PeerTransport:
 
     def locate(self, block_ids: BlockIds) -> GrantedPlaces | None:
         """Return where other engines find host blocks, if ours runs; -1 stands for no block."""
-        if self._mooncake is None:
-            return None
-        found = self._mooncake.places(block_ids * self._arena.block_stride_bytes)
-        if found is None:
-            return None
-        endpoint, addresses = found
-        sums = self._sums[block_ids]
-        return GrantedPlaces(
-            endpoint, addresses.astype("<i8").tobytes(), sums.astype("<u8").tobytes()
-        )
+        return None if self._mooncake is None else located(self._mooncake, self._host, block_ids)
 
     def work(self) -> Work:
         """Return the tasks that keep the transports running."""
@@ -105,6 +95,18 @@ class PeerTransport:
         """Let the mover end, without blocking the loop."""
         if self._mover is not None:
             await self._mover.leave()
+
+
+def located(
+    mooncake: MooncakeTransport, host: HostBlocks, block_ids: BlockIds
+) -> GrantedPlaces | None:
+    """Return where other engines find host blocks; None while ours does not run."""
+    found = mooncake.places(block_ids * host.arena.block_stride_bytes)
+    if found is None:
+        return None
+    endpoint, addresses = found
+    sums = host.sums[block_ids].astype("<u8").tobytes()
+    return GrantedPlaces(endpoint, addresses.astype("<i8").tobytes(), sums)
 
 
 def places_of(grant: Grant) -> Places | None:

@@ -127,9 +127,17 @@ class Bed:
         redis: the Redis.
     """
 
-    def __init__(self, folder: Path, nodes: int, wire: Quality | None = None, **keys: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        nodes: int,
+        wire: Quality | None = None,
+        has_mooncake: bool = False,
+        **keys: Any,
+    ) -> None:
         """Start everything; with a wire, the first two nodes reach each other by it alone."""
         self._folder, self._keys, self._starts = folder, keys, count(1)
+        self._has_mooncake = has_mooncake
         self.nodes: list[BedNode] = []
         self._opened = ExitStack()
         with ExitStack() as undo:
@@ -158,6 +166,11 @@ class Bed:
             "io_deadline_s": DEADLINE_S, "node_ttl_seconds": TTL_S, "p2p_publish_ms": 10.0,
             **self._keys,
         }  # fmt: skip
+        if self._has_mooncake:
+            address = self.hosts[number].address
+            path = self._folder / f"mooncake-{address}.json"
+            path.write_text(json.dumps({"engine_ip": address}))
+            keys["mooncake_config_path"] = str(path)
         return BedNode(self.hosts[number], self._folder / f"node-{next(self._starts)}.log", keys)
 
     def start_again(self, number: int) -> BedNode:

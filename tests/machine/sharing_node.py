@@ -18,6 +18,7 @@ import sys
 from functools import lru_cache
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from psutil import Process
@@ -25,6 +26,7 @@ from psutil import Process
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import FlexKVError
 from flexkv.common.terms import Tier
+from flexkv.io.peer import mooncake
 from flexkv.kvmanager import KVManager
 from flexkv.testing.namespaces import enter
 from flexkv.tiers.backend import LocalBackend
@@ -120,6 +122,8 @@ class SharingNode:
             "missing": told.missing_tiers, "health": told.tiers[Tier.PEER.label].reads,
             "descriptors": len(os.listdir("/proc/self/fd")), "tasks": len(asyncio.all_tasks()),
             "memory_bytes": Process().memory_info().rss,
+            "mooncake": None if (cluster := told.cluster) is None or cluster.mooncake is None
+            else msgspec.to_builtins(cluster.mooncake),
         }  # fmt: skip
 
     async def digest(self) -> dict[str, Any]:
@@ -127,6 +131,16 @@ class SharingNode:
         backend = self.manager.engine._backend
         assert isinstance(backend, LocalBackend)
         return {"digest": hashlib.blake2b(backend.arena.buffer).hexdigest()}
+
+
+    async def window(self) -> dict[str, Any]:
+        """Return a digest of the window that Mooncake writes to, and in which life that is."""
+        tiers = self.manager.engine._backend.tiers()
+        parts = next(each for each in tiers if each.tier is Tier.PEER)
+        mover = parts.port._transport._mooncake._mover  # type: ignore[attr-defined]
+        memory = None if mover.ready is None else mover.ready._window._memory
+        digest = "" if memory is None else hashlib.blake2b(memory).hexdigest()
+        return {"digest": digest, "life": mover.lives}
 
 
 async def serve(keys: dict[str, Any]) -> None:
@@ -158,6 +172,7 @@ def main() -> None:
     enter(int(sys.argv[1]))
     os.dup2(os.open(sys.argv[3], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
     logging.basicConfig(level=logging.INFO)
+    mooncake.PAUSE_S = mooncake.PAUSE_MAX_S = 0.1  # an engine that has failed is tried at once
     asyncio.run(serve(json.loads(sys.argv[2])))
 
 

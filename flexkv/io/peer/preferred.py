@@ -21,6 +21,7 @@ class PreferredTransport:
     def __init__(self, mooncake: MooncakeTransport, tcp: TcpTransport) -> None:
         """Take both; they are closed with this."""
         self._mooncake, self._tcp = mooncake, tcp
+        self._is_stopped = False
 
     def connect(self) -> None:
         """Attach to the running loop."""
@@ -39,12 +40,13 @@ class PreferredTransport:
         """
         if part.places is not None:
             brought = await self._mooncake.fetch(part)
-            if brought.error is None:
+            if brought.error is None or self._is_stopped:
                 return brought
         return await self._tcp.fetch(part)
 
     def stop(self, holder: int | None = None) -> None:
         """Make what is being read from a holder, or from all, fail soon."""
+        self._is_stopped = self._is_stopped or holder is None
         self._mooncake.stop(holder)
         self._tcp.stop(holder)
 
