@@ -43,4 +43,7 @@ class Fence:
             finally:
                 self._waiters.remove(waiter)
         if cancelled is not None:
-            raise cancelled
+            try:
+                raise cancelled
+            finally:
+                cancelled = None  # its traceback has this frame: a cycle would keep its locals

@@ -133,14 +133,17 @@ class MooncakeTransport:
             async with self._turns.setdefault(part.holder, asyncio.Semaphore(READS_AT_ONCE)):
                 if why := self._why_not(part.holder, places):
                     return Fetched(0, _error(places, why))
-                body = await self._read(part.holder, places, self._host.block_bytes[part.group])
+                slot = await self._read(part.holder, places, self._host.block_bytes[part.group])
         except RemoteError as error:  # our engine, or its end
             return Fetched(0, _error(places, error.why))
         except PeerError as error:
             self._fails(part.holder, places, error.why)
             return Fetched(0, error)
         self._failing.pop(part.holder, None)
-        return await self._copied(part, places, body)
+        try:
+            return await self._copied(part, places, slot)
+        finally:
+            slot.free()
 
     def _why_not(self, holder: int, places: Places) -> str:
         """Return why an engine is not read from now; empty if it is."""
@@ -148,8 +151,8 @@ class MooncakeTransport:
             return "the grant may be over"
         return "its engine has failed a moment ago" if self._is_failing(holder) else ""
 
-    async def _read(self, holder: int, places: Places, block_bytes: int) -> NDArray[np.uint8]:
-        """Return the bytes of blocks in the window; their slot is freed when they are dropped.
+    async def _read(self, holder: int, places: Places, block_bytes: int) -> Slot:
+        """Return a slot of the window that has the blocks.
 
         Raises:
             RemoteError: the mover is not there, or the read was stopped.
@@ -165,7 +168,7 @@ class MooncakeTransport:
                 await self._filled(holder, life, slot, places, block_bytes)
         except TimeoutError:
             raise _error(places, f"no answer in {self._stall_s:g} s") from None
-        return slot.body(0, len(places.addresses) * block_bytes)
+        return slot
 
     async def _filled(
         self, holder: int, life: MoverLife, slot: Slot, places: Places, block_bytes: int
@@ -199,10 +202,11 @@ class MooncakeTransport:
         finally:
             del self._waiting[future]
 
-    async def _copied(self, part: Part, places: Places, body: NDArray[np.uint8]) -> Fetched:
+    async def _copied(self, part: Part, places: Places, slot: Slot) -> Fetched:
         """Copy what has arrived to host memory, and compare its sums with the promised ones."""
         host, ids, copying = self._host, part.host_ids, Fence()
         size = host.block_bytes[part.group]
+        body = slot.body(0, len(ids) * size)
         row = [body.__array_interface__["data"][0], size, size, 0]
         stride = host.arena.block_stride_bytes
         pages = PageMap(
