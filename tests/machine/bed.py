@@ -167,7 +167,7 @@ class Bed:
             **self._keys,
         }  # fmt: skip
         if self._has_mooncake:
-            address = self.hosts[number].address
+            address = self._addresses[number]
             path = self._folder / f"mooncake-{address}.json"
             path.write_text(json.dumps({"engine_ip": address}))
             keys["mooncake_config_path"] = str(path)
