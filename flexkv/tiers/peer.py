@@ -1,7 +1,7 @@
 """The peers' tier: blocks of other nodes, and what this node does for them in return.
 
-    catalogue (hints) ◀── follower ◀── Redis ◀── publisher ◀── changes of our spans
-    transfers ──▶ PeerPort ──▶ links, transport ══▶ another node's grants, its sender or its mover
+    hints ◀── follower ◀── Redis ◀── publisher ◀── changes of our spans
+    transfers ──▶ PeerPort ──▶ links, transport ══▶ another node's grants, its sender or mover
 
 Everything that a node says is a hint; the owner's grant decides, and then the checksums.
 """
@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from random import Random
 from socket import socket
 
@@ -322,7 +323,10 @@ class _Node:
             except (TransferError, ClosedError) as error:
                 log.warning("cluster_generation_not_noted", generation=number, error=str(error))
             else:
-                await run_stoppable("generation", lambda _: self.generation.note(number))  # noqa: B023
+                await run_stoppable("generation", partial(self._note, number))
+
+    def _note(self, number: int, _: Callable[[], None]) -> None:
+        self.generation.note(number)
 
     async def _share(self) -> None:
         """Serve other nodes until cancelled, and leave the cluster then."""
