@@ -13,10 +13,11 @@ import numpy as np
 from flexkv.actors.supervisor import Supervisor
 from flexkv.common.errors import MalformedError, PeerError
 from flexkv.common.terms import BlockNames, Positions, Route, Tier, Transfer
-from flexkv.io.peer.lanes import Lanes
 from flexkv.io.peer.port import Allowed, PeerPort, Wish
 from flexkv.io.peer.sender import Sender
+from flexkv.io.peer.tcp_transport import TcpTransport
 from flexkv.io.ports import Completion
+from flexkv.io.remote.landing import Copier
 from tests.cluster_rigs import keys_of
 from tests.peer_rig import BLOCKS, NUMBER, Node, connected, nodes
 
@@ -134,8 +135,9 @@ async def reading() -> AsyncIterator[Reader]:
         supervisor = Supervisor(failures.append)
         await supervisor.start()
         holders = Holders(owner, supervisor)
-        lanes = Lanes(node.ring, holders.connect, 60.0)
-        port = PeerPort(node.ring, lanes, holders, node.host, [1], 0.1)
+        copier = Copier(2)
+        transport = TcpTransport(node.ring, holders.connect, node.host, copier, 60.0)
+        port = PeerPort(transport, copier, holders, node.host, [1], 0.1)
         port.spawn = supervisor.spawn
         try:
             yield Reader(port, holders, node)

@@ -63,9 +63,9 @@ class Chaos:
             if what < 0.4 * self.evil and sockets:
                 self.own.holders.owner.ring.stop(self.random.choice(sockets))
             elif what < 0.45 * self.evil:
-                self.own.port._lanes.stop(HOLDER)
+                self.own.port._transport.stop(HOLDER)
             elif what < 0.5 * self.evil:
-                await self.own.port._lanes.forget(HOLDER)
+                await self.own.port._transport.forget(HOLDER)
             elif what < 0.52 * self.evil:
                 self.own.port.cleared()
             elif what < 0.53 * self.evil:

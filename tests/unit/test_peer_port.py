@@ -83,7 +83,7 @@ async def test_a_connection_to_a_holder_takes_one_descriptor() -> None:
         own.submit()
         await own.completion()
         assert open_descriptors() == before + 2, "one at each end, as the part has one lane"
-        await own.port._lanes.forget(HOLDER)
+        await own.port._transport.forget(HOLDER)
         await turns()
         assert await until(lambda: open_descriptors() == before)
 

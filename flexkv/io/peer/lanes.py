@@ -43,6 +43,7 @@ class Lanes:
         """
         self._ring, self._connect, self._stall_s = ring, connect, stall_s
         self._lanes: dict[int, list[_Lane]] = {}
+        self._is_stopped = False
 
     async def lane(self, holder: int, number: int) -> Receiver:
         """Return the connection of this number, modulo `LANES`, to a holder, and open it if needed.
@@ -74,10 +75,14 @@ class Lanes:
         connection, peer = await self._connect(holder)
         with connection:  # the ring has a descriptor of its own
             index = self._ring.add(connection)
-        return Receiver(self._ring, index, peer, self._stall_s)
+        receiver = Receiver(self._ring, index, peer, self._stall_s)
+        if self._is_stopped:  # while it was being made
+            receiver.stop()
+        return receiver
 
     def stop(self, holder: int | None = None) -> None:
-        """Break the connections to a holder, or to all: what is read over them fails soon."""
+        """Break the connections to a holder, or to all for good: what is read fails soon."""
+        self._is_stopped = self._is_stopped or holder is None
         for each, lanes in self._lanes.items():
             if holder is None or holder == each:
                 for lane in lanes:
