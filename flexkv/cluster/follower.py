@@ -151,8 +151,13 @@ class Follower:
         return feed is not None and feed.behind_since_s is not None
 
     def resync(self) -> None:
-        """Ask all nodes for a snapshot: the hints were cleared."""
+        """Ask all nodes for a snapshot: the hints were cleared.
+
+        What nodes have refused before, they may grant now, so earlier failures are forgotten.
+        """
         for feed in self._feeds.values():
+            if feed.due_s is not None:
+                feed.behind_since_s, feed.attempts = None, 0
             feed.is_cleared = feed.behind_since_s is not None and feed.due_s is None
             self._fall_behind(feed)
         self._bell.ring()

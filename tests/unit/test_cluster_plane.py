@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from flexkv.cluster.follower import SNAPSHOT_RETRY_MAX_S
 from flexkv.cluster.membership import Membership
 from flexkv.cluster.records import STREAMS, Beat, Entry, NodeRecord, encoded
 from flexkv.cluster.redis_store import RedisStore
@@ -146,6 +147,22 @@ async def test_nobody_is_asked_for_a_snapshot_while_it_would_be_refused(cluster:
     await asyncio.sleep(TTL_S)
     assert set(other.asked) == {one.record.life, newcomer.record.life}
     assert other.asked[one.record.life] == asked[one.record.life] + 1
+
+
+@virtual
+async def test_after_a_reset_nobody_waits_for_what_had_failed_before(cluster: Cluster) -> None:
+    """Snapshots that were refused until a reset are asked for soon after it, not after the pauses
+    that failures have made long."""
+    one, other = await cluster.pair()
+    living = cluster.simulation.living
+    del living[one.record.life]  # its links fail
+    one.source.has_lost = True
+    await asyncio.sleep(10 * SNAPSHOT_RETRY_MAX_S)
+    assert other.plane.follower.is_behind(one.record.life)
+    living[one.record.life] = one
+    other.plane.follower.resync()
+    await asyncio.sleep(1.0)
+    assert not other.plane.follower.is_behind(one.record.life)
 
 
 @virtual
