@@ -14,6 +14,7 @@ import pytest
 from flexkv.cluster.grants import Grants, Held
 from flexkv.common.errors import ConfigError, StorageError
 from flexkv.common.terms import Tier
+from flexkv.engine.core import Core
 from flexkv.engine.lending import Lending
 from flexkv.testing.redis_server import RedisServer
 from flexkv.tiers import ledger
@@ -222,6 +223,24 @@ async def test_a_request_that_nobody_expected_ends_a_connection_only(
         await first.put(2)
         await until(lambda: peer_tokens(second, 2) > 0)
         assert await second.get(2) == WHOLE
+
+
+async def test_the_end_of_an_engine_does_not_wait_for_a_note(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that hangs while a reset is to be noted lets the engine end; the note is missing."""
+
+    async def hangs(_: Core) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(Core, "_ssd_cleared", hangs)
+    ssd = {"enable_ssd": True, "num_ssd_blocks": 256, "ssd_cache_dir": str(tmp_path)}
+    async with asyncio.timeout(PATIENCE_S):
+        async with Node({**keys, **ssd}) as node:
+            await node.manager.reset_cluster()
+            await until(lambda: node.cluster.shared_generation == 1)
+            await asyncio.sleep(0)
+    assert Generation([tmp_path]).number == 0
 
 
 async def test_a_crash_after_a_reset_brings_nothing_back(
