@@ -150,10 +150,13 @@ def test_guests_stay_as_long_as_blocks_of_ours_continue_them() -> None:
 def test_only_blocks_that_have_arrived_count() -> None:
     """Of a fetch that ends early the leading blocks are guests, and none if there are none."""
     index = table()
+    bring(index, 9, source=Tier.DEVICE)
     bring(index, 1, 2, 3, failed=1)
     bring(index, 4, failed=1)
     for number in (5, 6):
         bring(index, number)
+    assert index.evict(HOST, 1) == 1
+    assert left(index, 9) == [], "no guest is spent yet"
     assert ask(index, 1, 2) == 2
     bring(index, 7)
     assert index.evict(HOST, 1) == 1
