@@ -123,7 +123,7 @@ sanitize: $(VENV)/.setup-dev  ## The extension's tests under ASan and UBSan
 bench: $(VENV)/.setup-dev  ## Benchmarks, side by side with their limits; ARGS="disk --repeats 5"
 	$(BIN)/python -m benchmarks $(ARGS)
 
-soak: $(VENV)/.setup-dev $(MOTO_VENV)/.setup  ## Fresh simulations, long property tests, many crashes and faults; about 40 minutes
+soak: $(VENV)/.setup-dev $(MOTO_VENV)/.setup  ## Fresh simulations, long property tests, many crashes and faults; about an hour
 	CLUSTER_NODES=1000 CLUSTER_SEEDS=200 SIMULATION_SEEDS=10000 POOL_SPANS=100000 POOL_SEEDS=3 SIMULATION_FIRST=$${SIMULATION_FIRST:-$$(date +%s)00} \
 	REMOTE_FAULTS=10000 REMOTE_FAULT_FIRST=$${REMOTE_FAULT_FIRST:-$$(date +%s)00} \
 	INDEX_OPERATIONS=120000 KILLS=200 DAMAGES=10000 POWER_LOSSES=1000 HYPOTHESIS_PROFILE=soak FUZZ_FRAMES=100000 FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
@@ -133,6 +133,8 @@ soak: $(VENV)/.setup-dev $(MOTO_VENV)/.setup  ## Fresh simulations, long propert
 	scripts/system-packages $(MACHINE_APT_PACKAGES) || echo 'some tests need $(MACHINE_APT_PACKAGES)'
 	SHARING_ROUNDS=100 SHARING_SEED=$${SHARING_SEED:-$$(date +%s)} FUZZ_FRAMES=100000 FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
 	$(BIN)/python -m pytest -q -s tests/machine/test_sharing_soak.py tests/machine/test_sharing_strangers.py
+	PARTITION_ROUNDS=200 PARTITION_SEED=$${PARTITION_SEED:-$$(date +%s)} \
+	$(BIN)/python -m pytest -q tests/machine/test_mooncake_partitions.py
 
 wheel: $(VENV)/.setup  ## One abi3 wheel, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

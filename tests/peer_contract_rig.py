@@ -17,6 +17,7 @@ from flexkv.cluster.grants import GrantLimits, Grants, Lent
 from flexkv.cluster.wire import Busy, Grant, GrantedPlaces, PeerId, Want
 from flexkv.common.errors import PeerError, RemoteError
 from flexkv.common.terms import BlockIds, BlockNames, Positions, Route, Tier, Transfer
+from flexkv.index.keys import leaf_keys
 from flexkv.io.memory.arena import Arena
 from flexkv.io.peer.checked_reads import CheckedReads
 from flexkv.io.peer.frames import Read, Status
@@ -234,7 +235,7 @@ class Rig:
         """Return a transfer of consecutive blocks of a prompt."""
         count_ = len(host_ids)
         places = first + RATIO * np.arange(count_) if group else None
-        names = BlockNames(keys, Positions(first, count_, places))
+        names = BlockNames(leaf_keys(keys, group), Positions(first, count_, places))
         holders = np.full(count_, HOLDER)
         return Transfer(next(self._ops), 0, ROUTE, holders, host_ids, names=names, group=group)
 

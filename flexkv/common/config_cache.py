@@ -369,15 +369,10 @@ class CacheConfig(ConfigModel):
     )
     node_ttl_seconds: float = key(30.0, "Silence after which a node is gone.", unit="s", ge=1)
     mooncake_config_path: str | None = key(
-        None,
-        "Configuration file of Mooncake's TransferEngine, which then moves blocks between nodes: "
-        "`engine_ip`, `engine_port`, `metadata_backend`, `metadata_server`, `protocol`, "
-        "`device_name`. Without it, FlexKV's own connections do.",
+        None, "Configuration file of Mooncake's TransferEngine, which then moves blocks between nodes."
     )
     p2p_trusted_network: bool = key(
-        False,
-        "Whether everybody who reaches the network between the nodes may change cached blocks: "
-        "`protocol: rdma` of Mooncake lends host memory for writing, too; otherwise it is refused.",
+        False, "Whether whoever reaches the nodes' network may change cached blocks, as RDMA lets them."
     )
 
     # trace
