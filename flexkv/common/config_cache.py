@@ -369,10 +369,10 @@ class CacheConfig(ConfigModel):
     )
     node_ttl_seconds: float = key(30.0, "Silence after which a node is gone.", unit="s", ge=1)
     mooncake_config_path: str | None = key(
-        None, "Configuration file of Mooncake's TransferEngine, which then moves blocks between nodes."
+        None, "Configuration file of Mooncake's TransferEngine; with it, that moves the blocks."
     )
     p2p_trusted_network: bool = key(
-        False, "Whether whoever reaches the nodes' network may change cached blocks, as RDMA lets them."
+        False, "Whether all who reach the nodes' network may change blocks, as RDMA lets them."
     )
 
     # trace
