@@ -51,14 +51,16 @@ class Lending:
         return Held(host_ids, on_disk, self._core.scheduler.hold(holding))
 
     def _chain(self, keys: bytes, first: int, last: int) -> tuple[BlockIds, int]:
-        """Return the places of the leading blocks, and how many behind them are in lower tiers."""
+        """Return the places of the leading blocks, and how many follow in lower tiers.
+
+        Those that are on their way to host memory count as well: they only have to be awaited.
+        """
         found = self._core.residency.run(keys, first, last, use=True)
         placed = found.ready.get(Tier.HOST)
         host_ids = np.zeros(0, np.int64)
         if placed is not None:
             host_ids = placed.block_ids[: placed.positions.leading(first)]
-        end = found.last if found.pending is None else found.pending.positions.first
-        return host_ids, max(0, end - first - len(host_ids))
+        return host_ids, found.last - first - len(host_ids)
 
     def _leaves(self, keys: bytes, first: int, last: int, group: int) -> tuple[BlockIds, int]:
         """Return the places of the leading leaves, and for how many positions others follow."""

@@ -66,15 +66,16 @@ SOCKETS_MAX = 4096
 """Data connections of one node, in both directions."""
 PATIENCE_SHARE = 0.4
 """The share of `io_deadline_s` for which a peer may be too busy to lend anything."""
-SPANS_LENT = 16
-"""At least so many spans are lent to peers at once, if they are no more than half of the blocks."""
+BLOCKS_LENT = 256
+"""At least so many blocks are lent to peers at once, if they are no more than half of all."""
 CHANGES_MAX = 1 << 14
 """How many changes of blocks may wait until they are told; beyond it, others take a snapshot."""
 WINDOW_SHARES = 3
 """A peer may have this part of `p2p_read_window_mb` in flight, so that one that hangs, or two, do
 not fill it; two spans may always be."""
-PREFETCHES = 4
-"""How many requests of other nodes wait for our SSD at once."""
+PREFETCHES, PREFETCHES_EACH = 32, 16
+"""How many requests of other nodes, and of each of them, wait for our SSD at once. A prompt of a
+model with several KV groups makes a request for each."""
 
 
 class PeerTier:
@@ -223,12 +224,12 @@ class _Node:
         self.port.spawn, self._hooks = hooks.spawn, hooks
         cache, own = self._cache, self._membership.own
         blocks = self._sizes.num_host_blocks
-        least = min(SPANS_LENT * self._hints.span_blocks, blocks // 2)
+        least = min(BLOCKS_LENT, blocks // 2)
         pinned_blocks = max(1, least, int(cache.p2p_pinned_max * blocks))
         fetches = PREFETCHES if cache.enable_p2p_ssd else 0
         self._grants = Grants(
             hooks.owner,
-            GrantLimits(pinned_blocks, prefetches=fetches),
+            GrantLimits(pinned_blocks, prefetches=fetches, prefetches_per_peer=PREFETCHES_EACH),
             hooks.spawn,
             self.transports.locate,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 
 from flexkv.cluster.grants import Held
@@ -149,3 +151,26 @@ def test_keys_that_contradict_each_other_are_lent_nothing_wrong() -> None:
         assert pinned(bench) == 0
 
     on_bench(work)
+
+
+def test_blocks_on_their_way_to_host_memory_are_not_missing() -> None:
+    """While one reader's blocks come from the SSD, another one's wait for them, and are there."""
+
+    async def work(bench: Bench) -> None:
+        await bench.perform(Operation.PUT)
+        await bench.engine.flush()
+        keys, lender = bench.request().keys, lending(bench)
+        bench.engine.clear(Tier.HOST)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(lender.prefetch(keys, 0, BLOCKS))
+            while not bench.engine.statistics().claims:  # noqa: ASYNC110 -- of another task
+                await asyncio.sleep(0)
+            found = lender.hold(keys, 0, BLOCKS)
+            assert (len(found.block_ids), found.on_disk) == (0, BLOCKS)
+            lender.release(found)
+            await lender.prefetch(keys, 0, BLOCKS)
+            found = lender.hold(keys, 0, BLOCKS)
+            assert len(found.block_ids) == BLOCKS
+            lender.release(found)
+
+    on_bench(work, disk=32)
