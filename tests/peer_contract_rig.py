@@ -134,10 +134,7 @@ class Rig:
         reads.close()
         if self.has_movers:
             async with asyncio.timeout(PATIENCE_S):
-                for mover in (self.lending, self.reading):
-                    mover.life()
-                while self.lending.ready is None or self.reading.ready is None:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)  # the state of other processes
+                await self._until_engines_run()
 
     async def close(self) -> None:
         """Close everything; nothing may be left."""
@@ -243,14 +240,24 @@ class Rig:
         """Return a wish for blocks of group 0."""
         return Wish(keys, first, last, 0, with_places)
 
-    async def until_forgiven(self) -> None:
-        """Wait until the owner's engine runs, and let the reader try it at once."""
+    async def until_works(self, keys: bytes, host_ids: BlockIds) -> None:
+        """Read the first blocks of a prompt until they come: an engine may lose a first read."""
         async with asyncio.timeout(PATIENCE_S):
-            while self.lending.ready is None:
+            while True:
+                (end,) = await self.run(self.transfer(keys, 0, host_ids))
+                if end.error is None:
+                    assert self.is_right(np.arange(len(host_ids)), host_ids)
+                    return
+                assert self.kind == "mooncake", end
+                await self._until_engines_run()
+                self.mooncake._failing.clear()
+
+    async def _until_engines_run(self) -> None:
+        while self.lending.ready is None or self.reading.ready is None:
+            for mover in (self.lending, self.reading):
                 with suppress(RemoteError):
-                    self.lending.life()
-                await asyncio.sleep(0.01)
-        self.mooncake._failing.clear()
+                    mover.life()
+            await asyncio.sleep(0.01)  # the state of other processes
 
     async def run(self, *transfers: Transfer) -> list[Completion]:
         """Run transfers to their ends."""

@@ -219,6 +219,8 @@ async def test_places_are_used_for_as_long_as_the_grant_lasts(rig: Rig) -> None:
     now_s = asyncio.get_running_loop().time()
     assert "may be over" in error_of(await rig.fetch(until_s=now_s))
     assert "not in the grant" in error_of(await rig.fetch(address=-1))
+    unknown = await rig.transport.fetch(Part(HOLDER, 1, 0, np.arange(1), 0, 0))
+    assert "does not run" in error_of(unknown)
     assert rig.mover.life().requests == 0
 
 

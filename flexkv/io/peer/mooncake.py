@@ -124,9 +124,11 @@ class MooncakeTransport:
         return failing is not None and asyncio.get_running_loop().time() < failing.until_s
 
     async def fetch(self, part: Part) -> Fetched:
-        """Read blocks into host blocks; see `Transport`. Their places must be known."""
+        """Read blocks into host blocks; see `Transport`."""
         places = part.places
-        assert places is not None
+        if places is None:
+            why = "its engine does not run, or ours does not"
+            return Fetched(0, PeerError(str(part.holder), "reading blocks by Mooncake", why))
         if (places.addresses < 0).any():
             return Fetched(0, _error(places, "a block is not in the grant"))
         try:
