@@ -17,6 +17,7 @@ from flexkv.common.space import rules_of
 from flexkv.common.terms import Tier
 from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
 from flexkv.graph.planner import Planner
+from flexkv.index.catalogue import Sought
 from flexkv.index.change_hub import ChangeHub
 from flexkv.index.clears import ClearHistory
 from flexkv.io.ports import TransferPort
@@ -155,17 +156,19 @@ class Core:
             await ssd.flush()
 
     def look_up(self, request: Request) -> Awaitable[None] | None:
-        """Ask a far tier what it has behind the blocks that a load finds, if that is unknown.
+        """Ask a far tier what longer prefixes it has than a load finds, if that is unknown.
 
         Returns:
             What ends with the answer, or after a moment; None if there is nothing to wait for.
         """
         if request.operation is Operation.PUT or not self._lookups:
             return None
-        avoided, end = self.planner.avoid.unreadable, request.span.last_block
-        at = self.planner.peek(request).last
+        avoided, found = self.planner.avoid.unreadable, self.planner.peek(request)
+        last = min(request.span.last_block, request.block_count - request.drop)
+        chain = max(found.last, found.chain)
+        sought = Sought(request.keys, found.last, chain, last, request.drop)
         for tier, look_up in self._lookups:
-            answered = None if tier in avoided else look_up(request.keys, at, end)
+            answered = None if tier in avoided else look_up(sought)
             if answered is not None:
                 return answered
         return None

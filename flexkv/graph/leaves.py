@@ -19,7 +19,7 @@ from flexkv.graph.draft import NOTHING_AVOIDED, ONWARD, Avoid, Chunks, Draft, ch
 from flexkv.graph.far import Extended, SetApart, set_apart
 from flexkv.graph.far_prefixes import Bounds, FarPrefixes
 from flexkv.graph.ops import CHUNKS_MAX
-from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
+from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue, Sought
 from flexkv.index.found import Found, LeafFound, Limits, Placement
 from flexkv.index.residency import ALL, READY, Residency
 
@@ -105,7 +105,10 @@ class LeafFinder:
     def _with_far(
         self, prefix: Prefix, found: Found, avoid: Avoid, before: int | None = None
     ) -> Extended:
-        """Return what was found, or a longer prefix with blocks that are said to lie far."""
+        """Return what was found, or a longer prefix with blocks that are said to lie far.
+
+        If an even longer one was asked for, the catalogue is asked to find out about it.
+        """
         keys, first, last, drop, leaves = prefix
         last = last if before is None else min(last, before - 1)
         if self._catalogue.is_empty or last <= found.last:
@@ -113,7 +116,12 @@ class LeafFinder:
         chain = self._residency.run(keys, first, last + drop)
         chain = avoid.visible(chain, self._residency.claims)
         limits, bounds = self._limits(prefix, avoid, last), Bounds(keys, last, drop, leaves is None)
-        return self._far.longest(bounds, found, chain, limits)
+        extended = self._far.longest(bounds, found, chain, limits)
+        end = extended.found.last
+        if before is None and end < last // self._alignment * self._alignment:
+            sought = Sought(keys, end, max(end, chain.last), last, drop)
+            self._catalogue.ask(sought, avoid.unreadable)
+        return extended
 
     def _limits(self, prefix: Prefix, avoid: Avoid, last: int) -> Limits:
         """Return what a search up to `last` must not use."""

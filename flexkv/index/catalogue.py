@@ -44,6 +44,24 @@ class FarLeaves(NamedTuple):
     block_ids: BlockIds
 
 
+class Sought(NamedTuple):
+    """Prefixes of a prompt that a load would bring if all that they need were known to be far.
+
+    Attributes:
+        keys: root and keys of the prompt's blocks.
+        first: where the longest prefix ends that a load can bring now; all others are longer.
+        chain: up to here at least, the chain is here or said to be far.
+        last: the furthest position at which a prefix may end.
+        drop: how many more blocks of the chain are wanted behind it.
+    """
+
+    keys: bytes
+    first: int
+    chain: int
+    last: int
+    drop: int = 0
+
+
 class Catalogue(Protocol):
     """Has hints of what others hold. It is called on the engine's loop: no I/O, no waiting."""
 
@@ -87,6 +105,18 @@ class Catalogue(Protocol):
         """
         ...
 
+    def ask(self, sought: Sought, avoid: Set[Tier]) -> None:
+        """Find out what is not known of prefixes with leaves, for later searches.
+
+        It is called with each search of a model with several KV groups that finds no prefix of the
+        length that was asked for.
+
+        Args:
+            sought: the prefixes.
+            avoid: tiers that are down.
+        """
+        ...
+
     def doubt(self, transfer: Transfer, error: TransferError) -> None:
         """Record that blocks did not arrive, and why: they should not be promised again at once.
 
@@ -123,6 +153,9 @@ class NothingIsFar:
     def leaves(self, keys: bytes, avoid: Set[Tier]) -> Sequence[FarLeaves]:
         """Return nothing."""
         return ()
+
+    def ask(self, sought: Sought, avoid: Set[Tier]) -> None:
+        """Do nothing."""
 
     def doubt(self, transfer: Transfer, error: TransferError) -> None:
         """Do nothing."""

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from flexkv import _ext
 from flexkv.common.errors import PeerError, TransferError
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, BlockKey, Tier, Transfer
-from flexkv.index.catalogue import NOT_FAR, FarLeaves, FarRun
+from flexkv.index.catalogue import NOT_FAR, FarLeaves, FarRun, Sought
 from flexkv.index.spans import rows_of, span_rows
 
 STORE: Final = 0
@@ -237,6 +237,9 @@ class HintedCatalogue:
             ids = np.where(self._hints.usable(STORE, keys), STORE, NOT_FAR)
             found.append(FarLeaves(Tier.REMOTE, ids))
         return found
+
+    def ask(self, sought: Sought, avoid: Set[Tier]) -> None:
+        """Do nothing: whoever has blocks says so by itself."""
 
     def clear(self, root: bytes | None) -> None:
         """Forget everything: hints do not say to which namespace a span belongs."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from flexkv.actors.write_behind import ShipLimits
 from flexkv.common.errors import CorruptBlockError, MissingBlockError, TransferError
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, BlockKey, Tier, Transfer
-from flexkv.index.catalogue import NOT_FAR, FarLeaves, FarRun
+from flexkv.index.catalogue import NOT_FAR, FarLeaves, FarRun, Sought
 from flexkv.index.keys import block_keys, key_list
 from flexkv.index.residency import PENDING, READY, Residency
 from flexkv.io.ports import Completion
@@ -43,6 +43,7 @@ class FakeFar:
         dropped: keys of the blocks whose hints were dropped without a fetch that failed.
         doubts: what the catalogue was told of blocks that did not arrive.
         looks: the position of each look at the hints.
+        sought: what the catalogue was asked to find out last.
         residency: if given, each look is checked: it must ask for a block that is not here.
         generation: grows by one when everything is cleared; what was stored before is not there,
             and others store blocks as they are in the new generation.
@@ -63,6 +64,7 @@ class FakeFar:
         self.doubts: list[tuple[list[BlockKey], TransferError]] = []
         self.damaged_blocks = 0
         self.looks: list[int] = []
+        self.sought: Sought | None = None
         self.residency: Residency | None = None
         self._row: dict[tuple[BlockKey, int], int] = {}
         self._ever_held: set[BlockKey] = set()
@@ -182,6 +184,10 @@ class FakeFar:
         usable = set() if self.tier in avoid else self.hinted
         is_far = [key in usable for key in key_list(keys)]
         return [FarLeaves(self.tier, np.where(is_far, 0, NOT_FAR))]
+
+    def ask(self, sought: Sought, avoid: Set[Tier]) -> None:
+        """Record what is sought."""
+        self.sought = sought
 
     def has(self, tier: Tier, key: BlockKey) -> bool:
         """Return whether the hints promise the span that ends with a block."""

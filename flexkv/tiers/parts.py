@@ -20,6 +20,7 @@ from flexkv.cluster.grants import GrantCounts, Owner
 from flexkv.cluster.plane import ClusterState
 from flexkv.common.errors import CorruptBlockError, StorageError
 from flexkv.common.terms import BlockIds, Tier
+from flexkv.index.catalogue import Sought
 from flexkv.index.change_hub import ChangeHub
 from flexkv.index.residency import Residency
 from flexkv.io.peer.mooncake import MooncakeCounts
@@ -235,9 +236,9 @@ class TierParts:
         waiting_since_s: see `TransferActor`.
         store: returns what a far tier knows of its store; None for other tiers.
         cluster: the nodes with which the tier shares blocks; None for other tiers.
-        look_up: asks a far tier which blocks of a prompt it has between two positions, if its
-            catalogue does not know. It returns what ends with the answer, or after a moment
-            without it; None if there is nothing to wait for. None for tiers without lookups.
+        look_up: asks a far tier what its catalogue does not know of some prefixes. It returns what
+            ends with the answer, or after a moment without it; None if there is nothing to wait
+            for. None for tiers without lookups.
         shares: bounds the bytes in flight from each source of the tier; None if it has only one.
     """
 
@@ -256,5 +257,5 @@ class TierParts:
     stop: Callable[[], None] = lambda: None
     leave: Callable[[], Awaitable[None]] = _nothing_goes_on
     waiting_since_s: Callable[[int], float] | None = None
-    look_up: Callable[[bytes, int, int], Awaitable[None] | None] | None = None
+    look_up: Callable[[Sought], Awaitable[None] | None] | None = None
     shares: Shares | None = None

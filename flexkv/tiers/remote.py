@@ -3,7 +3,8 @@
     written behind, by whole spans ──▶ store ◀── listed, round after round ──▶ hints ──▶ catalogue
 
 The store is not asked whether it has a block: hints say so, and a wrong one costs a fetch. A store
-that cannot be listed (Mooncake) is asked for spans that no hint names: see `remote_lookups`.
+that cannot be listed (Mooncake) is asked for spans that no hint names, leaves included: see
+`remote_lookups`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import NamedTuple
 from flexkv.actors.actor import Window
 from flexkv.actors.write_behind import ShipLimits
 from flexkv.common.config import MB, CacheConfig, CacheSizes
+from flexkv.common.space import rules_of
 from flexkv.common.terms import BlockKey, Tier
-from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
+from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue, Sought
 from flexkv.index.hints import STORE, HintedCatalogue, Hints
 from flexkv.index.keys import block_identity
 from flexkv.io.memory.arena import Arena
@@ -87,10 +89,6 @@ class RemoteTier:
         """
         cache, sizes, hints = self._cache, self._sizes, self._hints
         if not cache.has_remote or hints is None:
-            return None
-        if len(sizes.spaces) > 1 and not self._can_list:
-            why = "blocks of models with several KV groups are not kept in Mooncake Store yet"
-            self._unavailable.lose_tier(Tier.REMOTE, why)
             return None
         size = hints.span_blocks
         span_bytes = size * sizes.block_stride_bytes
@@ -205,7 +203,8 @@ class RemoteTier:
         """Return how an engine learns what a Mooncake Store has."""
         store = requests.store
         assert isinstance(store, MooncakeStore)
-        lookups = Lookups(store, requests, pool, hints, store.mover.sizes.answer_s)
+        rules, silent_s = rules_of(self._sizes.spaces), store.mover.sizes.answer_s
+        lookups = Lookups(store, requests, pool, hints, silent_s, rules)
 
         def work(_: Spawn) -> Work:
             return {"remote lookups": lookups.run(), "mover": store.mover.keep()}
@@ -247,7 +246,7 @@ class _Discovery(NamedTuple):
     work: Callable[[Spawn], Work]
     counts: Callable[[], tuple[int, CollectionCounts, TouchCounts]]
     refused: Callable[[], str]
-    look_up: Callable[[bytes, int, int], Awaitable[None] | None] | None = None
+    look_up: Callable[[Sought], Awaitable[None] | None] | None = None
 
 
 def _statistics(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,7 @@ from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine.runner import AGAIN_MAX
 from flexkv.index.hints import STORE
 from flexkv.index.keys import block_keys, leaf_keys
-from flexkv.io.memory.arena import Arena
 from flexkv.kvmanager import KVManager
-from flexkv.tiers.remote import RemoteTier
-from flexkv.tiers.unavailable import Unavailable
 
 from .group_rig import GROUPS, PROMPT, GroupRig
 from .groups import MODEL, PER_BLOCK, GroupCaches, cache_config
@@ -286,19 +283,3 @@ async def test_the_commands_know_leaves(tmp_path: Path, monkeypatch: pytest.Monk
     assert told.exit_code == 0, told.output
     lose(path, "flipped")
     assert (await asyncio.to_thread(CliRunner().invoke, commands, verify)).exit_code == 1
-
-
-def test_mooncake_store_has_no_leaves_yet(tmp_path: Path) -> None:
-    """An engine of a model with several KV groups runs without a Mooncake Store, and says why."""
-    settings = tmp_path / "mooncake.json"
-    settings.write_text("{}")
-    cache = cache_config(
-        tmp_path, use_mooncake_store_backend=True, mooncake_store_config_path=str(settings)
-    )
-    unavailable, sizes = Unavailable(), cache.sized(MODEL)
-    arena = Arena.open(4, sizes.block_stride_bytes)
-    with ExitStack() as undo:
-        undo.callback(arena.close)
-        sums = np.zeros(4, np.uint64)
-        assert RemoteTier(cache, sizes, unavailable).open(arena, sums, undo) is None
-    assert "several KV groups" in unavailable.tiers["remote"]

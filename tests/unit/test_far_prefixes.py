@@ -19,7 +19,7 @@ from flexkv.common.terms import Positions, Route, Tier, positions_of
 from flexkv.graph.draft import Avoid
 from flexkv.graph.leaves import LeafFinder, Prefix
 from flexkv.graph.planner import Planned, Planner
-from flexkv.index.catalogue import NOTHING_IS_FAR
+from flexkv.index.catalogue import NOTHING_IS_FAR, Sought
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.found import Found, Placement
 from flexkv.index.keys import block_keys, leaf_keys
@@ -228,6 +228,27 @@ def check_places(case: Case, found: Found) -> None:
             for at in some:
                 assert case.usable.get((group, at), Tier.REMOTE) == tier
                 assert tier is not Tier.REMOTE or group == 0 or (group, at) in case.far
+
+
+def test_a_catalogue_is_asked_about_prefixes_that_are_not_found() -> None:
+    """A search tells what it has found, where the chain ends that is here, and what it wants."""
+    tiers = index({0: [0, 1, 2], WINDOW: [0, 1], STATE: [1]})
+    far = far_with({0: list(range(6))})
+    prefix = Prefix(KEYS, 0, BLOCKS - 1, 1)
+    finder = LeafFinder(tiers, RULES, far)
+    assert finder.find_with_far(prefix).found.last == 2
+    assert far.sought == Sought(KEYS, 2, 3, BLOCKS - 1, 1)
+    far.sought = None
+    finder.find_with_far(prefix, before=5)  # a shorter one, for which there might be room
+    assert far.sought is None
+
+
+def test_a_catalogue_is_not_asked_for_more_than_is_wanted() -> None:
+    """A search that finds the longest prefix has nothing to ask."""
+    far = far_with({0: list(range(8)), WINDOW: [6, 7], STATE: [7]})
+    found = LeafFinder(index({0: [0]}), RULES, far).find_with_far(Prefix(KEYS, 0, BLOCKS)).found
+    assert found.last == BLOCKS
+    assert far.sought is None
 
 
 # -- plans ------------------------------------------------------------------------------------

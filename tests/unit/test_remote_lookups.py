@@ -3,108 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from random import Random
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 
-from flexkv.actors.supervisor import Supervisor
 from flexkv.common.errors import MissingBlockError, RemoteError
 from flexkv.common.terms import BlockNames, Positions, Route, Tier, Transfer
-from flexkv.index.hints import STORE, Hints
+from flexkv.index.hints import STORE
 from flexkv.io.remote.names import Pool
-from flexkv.io.remote.options import RemoteOptions
-from flexkv.io.remote.requests import Requests
-from flexkv.testing.virtual_time import run_virtual
-from flexkv.tiers.remote_lookups import COUNTS_S, WAIT_S, LookupCatalogue, Lookups
-from tests.remote_rigs import POOL, PROMPT, SPAN_BLOCKS, span_key
-
-G = SPAN_BLOCKS
-BLOCKS = 5 * G
-SILENT_S = 8.0
-"""How long a mover may be silent before it is ended."""
-NOWHERE: frozenset[Tier] = frozenset()
-
-
-class CountingStore:
-    """A store that counts what it is asked."""
-
-    kind, where = "mooncake", "a store"
-
-    def __init__(self) -> None:
-        self.there: set[str] = set()
-        self.asked: list[int] = []
-        self.error: RemoteError | None = None
-        self.takes_s = self.each_s = 0.0
-        """How long an answer takes, and how much longer for each name."""
-
-    async def exist(self, names: Sequence[str]) -> list[bool]:
-        """Return which objects are there."""
-        self.asked.append(len(names))
-        try:
-            async with asyncio.timeout(SILENT_S):
-                await asyncio.sleep(self.takes_s + len(names) * self.each_s)
-        except TimeoutError:
-            raise RemoteError(self.where, "exist", "its mover was silent, and was ended") from None
-        if self.error is not None:
-            raise self.error
-        return [name in self.there for name in names]
-
-
-class ChangingPool:
-    """A pool that a test may change."""
-
-    def __init__(self) -> None:
-        self.current: Pool | None = POOL
-
-    async def joined(self) -> Pool:
-        """Return the pool."""
-        assert self.current is not None
-        return self.current
-
-
-class Rig:
-    """Lookups over a store in memory."""
-
-    def __init__(self, pairs: int = 1000) -> None:
-        self.store, self.pool = CountingStore(), ChangingPool()
-        self.hints = Hints(pairs, G)
-        self.requests = Requests(cast("Any", self.store), RemoteOptions(), Random(1))
-        self.lookups = Lookups(self.store, self.requests, self.pool, self.hints, SILENT_S)
-        self.catalogue = LookupCatalogue(self.hints, self.lookups)
-
-    def has(self, *spans: int) -> None:
-        """Make some spans of the prompt be all that the store has."""
-        self.store.there = {POOL.object_name(span_key(span)) for span in spans}
-
-    def known(self) -> list[int]:
-        """Return the spans of the prompt that hints name."""
-        return [span for span in range(5) if self.hints.known(STORE, span_key(span))[0]]
-
-    def far(self, first: int = 0, last: int = BLOCKS) -> int:
-        """Return how many blocks the catalogue promises."""
-        runs = self.catalogue.far(PROMPT[: 16 * (last + 1)], first, last, NOWHERE)
-        return sum(len(run.block_ids) for run in runs)
-
-
-def with_rig(work: Callable[[Rig], Awaitable[None]]) -> None:
-    """Do the work of a test while the lookups run."""
-
-    async def main() -> None:
-        rig = Rig()
-        tasks = Supervisor(_raise)
-        await tasks.start()
-        tasks.keep("lookups", rig.lookups.run())
-        await work(rig)
-        await tasks.stop()
-
-    run_virtual(main())
-
-
-def _raise(error: BaseException) -> None:
-    raise AssertionError from error
+from flexkv.tiers.remote_lookups import COUNTS_S, WAIT_S, Lookups
+from tests.remote_rigs import POOL, PROMPT, span_key
+from tests.unit.lookups_rig import BLOCKS, SILENT_S, G, Rig, sought, with_rig
 
 
 def test_what_no_hint_names_is_asked_for() -> None:
@@ -159,7 +69,7 @@ def test_a_load_waits_for_the_answer() -> None:
     async def work(rig: Rig) -> None:
         rig.has(0, 1)
         rig.store.takes_s = WAIT_S / 2
-        answered = rig.lookups.look_up(PROMPT, 0, BLOCKS)
+        answered = rig.lookups.look_up(sought())
         assert answered is not None
         await answered
         assert rig.known() == [0, 1]
@@ -173,14 +83,14 @@ def test_loads_do_not_wait_for_a_slow_store() -> None:
     async def work(rig: Rig) -> None:
         rig.store.takes_s = 1.0
         begin_s = asyncio.get_running_loop().time()
-        first = rig.lookups.look_up(PROMPT, 0, BLOCKS)
+        first = rig.lookups.look_up(sought())
         assert first is not None
         await first
         assert asyncio.get_running_loop().time() - begin_s == WAIT_S
-        assert rig.lookups.look_up(PROMPT, G, BLOCKS) is None
+        assert rig.lookups.look_up(sought(G)) is None
         rig.store.takes_s = 0.0
         await asyncio.sleep(2 * COUNTS_S)
-        again = rig.lookups.look_up(PROMPT, 0, BLOCKS)
+        again = rig.lookups.look_up(sought())
         assert again is not None
         await again
 
@@ -219,7 +129,7 @@ def test_a_store_that_is_slow_for_each_span_is_asked_for_fewer() -> None:
         for _ in range(5):
             rig.far()
             await asyncio.sleep(2 * COUNTS_S)
-        rig.lookups.ask(PROMPT, 0, BLOCKS, is_new=True)
+        rig.lookups.ask_again([span_key(span) for span in range(5)])
         await asyncio.sleep(0.01)
         assert rig.store.asked[-1] == 5
 
@@ -233,7 +143,7 @@ def test_loads_do_not_wait_for_a_store_that_fails() -> None:
         rig.store.error = RemoteError("a store", "exist", "broken")
         rig.far()
         await asyncio.sleep(0.01)
-        assert rig.lookups.look_up(PROMPT, G, BLOCKS) is None
+        assert rig.lookups.look_up(sought(G)) is None
         assert rig.known() == []
 
     with_rig(work)
@@ -246,7 +156,7 @@ def test_nobody_waits_without_a_pool() -> None:
         rig.pool.current = None
         assert Lookups(
             rig.store, cast("Any", SimpleNamespace()), rig.pool, rig.hints, SILENT_S
-        ).look_up(PROMPT, 0, BLOCKS) is None  # fmt: skip
+        ).look_up(sought()) is None  # fmt: skip
         rig.pool.current = POOL
 
     with_rig(work)

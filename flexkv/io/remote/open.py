@@ -34,6 +34,11 @@ from flexkv.observe.logs import get_logger
 log = get_logger(__name__)
 
 
+DESCRIPTION_BYTES = 1 << 16
+"""Room for the description of a pool: it may be larger than a span, if the model's blocks are small
+and it has many KV groups."""
+
+
 def open_store(url: str, custom: Mapping[str, Any], options: RemoteOptions) -> OpenStore:
     """Return the store at `remote_cache_path`, with the options of `remote_config_custom`.
 
@@ -75,7 +80,8 @@ def open_mooncake(
         config = replace(config, segment_bytes=0, ssd_offload_path="")
     check_installed()
     slots = options.gets_max + options.puts_max
-    sizes = MoverSizes(slots + max(2, slots // 4), object_bytes, options.deadline_s)
+    slot_bytes = max(object_bytes, DESCRIPTION_BYTES)
+    sizes = MoverSizes(slots + max(2, slots // 4), slot_bytes, options.deadline_s)
     return MooncakeStore(Mover(config, sizes))
 
 

@@ -1,6 +1,6 @@
 """The pause after requests that a store refuses, as for want of rights: it may grant them soon.
 
-    refused ──▶ 30 s ──refused──▶ 60 s ──refused──▶ … 5 min ──granted──▶ no pause
+refused ──▶ 30 s ──refused──▶ 60 s ──refused──▶ … 5 min ──granted──▶ no pause
 """
 
 from __future__ import annotations
