@@ -172,7 +172,8 @@ class _Rig:
 @asynccontextmanager
 async def _rig(options: Options, redis: RedisServer) -> AsyncIterator[_Rig]:
     model = SMALL if options.quick else LARGE
-    async with KVManager(model, cache_of(HOST_BLOCKS, **_keys(redis))) as manager:
+    keys = {**_keys(redis), "p2p_admit": "always"}  # so that the oldest prompt is evicted
+    async with KVManager(model, cache_of(HOST_BLOCKS, **keys)) as manager:
         manager.register_kv_caches(kv_caches(model, (1 + ASKED) * BLOCKS))
         yield _Rig(manager)
 

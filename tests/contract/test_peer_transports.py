@@ -16,7 +16,6 @@ from flexkv.common.errors import (
     MissingBlockError,
     PeerError,
 )
-from flexkv.index.keys import leaf_keys
 from flexkv.io.peer.transport import Part
 from tests.cluster_rigs import keys_of
 from tests.peer_contract_rig import (
@@ -70,7 +69,7 @@ async def test_leaves_come_by_the_positions_of_their_parents(rig: Rig) -> None:
     for number, position in enumerate((3, 7, 11)):
         own = keys[16 * (position + 1) : 16 * (position + 2)]
         rig.owner.host[own] = LEAVES + number
-    (end,) = await rig.run(rig.transfer(leaf_keys(keys, 1), 3, TARGETS[:4], group=1))
+    (end,) = await rig.run(rig.transfer(keys, 3, TARGETS[:4], group=1))
     assert (end.filled, type(end.error)) == (3, MissingBlockError)
     assert rig.is_right(LEAVES + np.arange(3), TARGETS[:3], LEAF_BYTES)
     assert RATIO == 4

@@ -200,7 +200,10 @@ def test_a_walk_and_later_changes_are_the_truth(rules: tuple[GroupRule, ...], se
         random_steps(driver, random)
         if not sources or sources[0].hub is not driver.hub:
             takes += sum((source.takes for source in sources), Counter())
-            sources = [Source(driver, size, random.choice([6, 1000])) for size in (1, 2, 4)]
+            limits = 2, 1000, random.choice([6, 1000])
+            sources = [
+                Source(driver, size, limit) for size, limit in zip((1, 2, 4), limits, strict=True)
+            ]
         for source in sources:
             source.act(random)
         if random.random() < 0.01:
