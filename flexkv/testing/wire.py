@@ -63,7 +63,7 @@ class Wire:
             words = [str(word) for word in (*ends, *quality)]
             self._carrier = subprocess.Popen(
                 [*DIES_WITH_US, sys.executable, "-m", "flexkv.testing.wire", *words],
-                pass_fds=ends, stdin=subprocess.DEVNULL,
+                pass_fds=ends, stdin=subprocess.PIPE,
             )  # fmt: skip
 
     @property
@@ -83,6 +83,8 @@ class Wire:
         """End the wire: its devices are gone then."""
         self._carrier.kill()
         self._carrier.wait()
+        assert self._carrier.stdin is not None
+        self._carrier.stdin.close()
 
 
 def _device() -> int:
@@ -128,7 +130,10 @@ class _Direction:
 
 
 def carry(first: int, second: int, quality: Quality) -> None:
-    """Carry packets between two devices until the process is killed."""
+    """Carry packets between two devices until the process is killed, or its maker is.
+
+    The maker's end of our input closes with it, even if it ends before we asked for its signal.
+    """
     directions = {
         first: _Direction(first, second, quality, 1),
         second: _Direction(second, first, quality, 2),
@@ -136,9 +141,13 @@ def carry(first: int, second: int, quality: Quality) -> None:
     poll = select.epoll()
     for source in directions:
         poll.register(source, select.EPOLLIN)
+    maker = sys.stdin.fileno()
+    poll.register(maker, select.EPOLLHUP)
     while True:
         wait_s = min(each.due_s for each in directions.values()) - time.monotonic()
         for source, _ in poll.poll(max(0.0, wait_s) if wait_s < float("inf") else None):
+            if source == maker:
+                return
             directions[source].take()
         for each in directions.values():
             each.deliver()
