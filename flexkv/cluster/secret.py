@@ -11,30 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
-from ipaddress import ip_address
-
-from flexkv.common.errors import ConfigError
 
 KEY_BYTES = 32
 _SALT = b"flexkv cluster"
 """The same everywhere: nodes must derive the same key from the secrets alone."""
 _SCRYPT_N, _SCRYPT_R = 1 << 14, 8
 _SCRYPT_BYTES_MAX = 32 << 20
-
-
-def check_secrets(local_ip: str, *secrets: str) -> None:
-    """Check that other machines need a secret to connect.
-
-    Raises:
-        ConfigError: the address can be reached from other machines, and no secret is set.
-    """
-    if any(secrets) or ip_address(local_ip).is_loopback:
-        return
-    why = (
-        "other machines reach this address, so nodes must prove that they belong to the cluster:"
-        " set cluster_secret, or key_secret and redis_password"
-    )
-    raise ConfigError("local_ip", local_ip, why)
 
 
 @lru_cache(maxsize=16)

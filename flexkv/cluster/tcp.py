@@ -10,6 +10,7 @@ import socket
 from ipaddress import ip_address
 
 from flexkv.common.errors import ConfigError
+from flexkv.common.sharing import check_local_ip
 
 KEEP_IDLE_S, KEEP_INTERVAL_S, KEEP_PROBES = 10, 5, 3
 """A connection whose other machine is gone ends after 25 s, even if nothing is sent."""
@@ -36,22 +37,6 @@ def parts_of(address: str) -> tuple[str, int]:
     if not 0 < number < 1 << 16:
         raise ValueError(f"{address!r} is not an IP address and a port")
     return ip, number
-
-
-def check_local_ip(local_ip: str) -> None:
-    """Check that other nodes can use an address of ours.
-
-    Raises:
-        ConfigError: it is no IP address, or stands for all addresses of this machine.
-    """
-    try:
-        is_any = ip_address(local_ip).is_unspecified
-    except ValueError:
-        raise ConfigError("local_ip", local_ip, "must be an IP address") from None
-    if is_any:
-        raise ConfigError(
-            "local_ip", local_ip, "must be an address that other nodes can connect to"
-        )
 
 
 def listening(local_ip: str, port: int, backlog: int) -> socket.socket:

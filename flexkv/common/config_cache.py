@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from ipaddress import ip_address
 from typing import Any, Literal, Self
 
 from pydantic import SecretStr, field_validator, model_validator
@@ -27,6 +26,7 @@ from flexkv.common.config_values import (
     Paths,
 )
 from flexkv.common.errors import ConfigError
+from flexkv.common.sharing import check_local_ip, check_secrets
 from flexkv.common.space import CacheSizes, GivenSize
 
 
@@ -452,21 +452,9 @@ class CacheConfig(ConfigModel):
     def _check_peers(self) -> None:
         if self.enable_p2p_ssd and not self.enable_ssd:
             raise ConfigError("enable_p2p_ssd", True, "there is no SSD tier: set enable_ssd")
-        try:
-            address = ip_address(self.local_ip)
-        except ValueError as error:
-            why = "must be the IP address of this node, as other nodes reach it"
-            raise ConfigError("local_ip", self.local_ip, why) from error
-        if address.is_unspecified or address.is_multicast:
-            why = "must be the address of one node: other nodes connect to it"
-            raise ConfigError("local_ip", self.local_ip, why)
+        check_local_ip(self.local_ip)
         secrets = self.cluster_secret, self.key_secret, self.redis_password
-        if not address.is_loopback and not any(each.get_secret_value() for each in secrets):
-            why = (
-                "must be set, or key_secret or redis_password: without a secret, anybody who "
-                f"reaches {self.local_ip} could read the cache"
-            )
-            raise ConfigError("cluster_secret", HIDDEN, why)
+        check_secrets(self.local_ip, *[each.get_secret_value() for each in secrets])
 
     def _check_remote(self) -> None:
         if self.use_mooncake_store_backend:

@@ -21,9 +21,10 @@ from flexkv.cluster.handshake import (
     prove_to_reader,
     read,
 )
-from flexkv.cluster.secret import check_secrets, cluster_key
+from flexkv.cluster.secret import cluster_key
 from flexkv.cluster.wire import INTRODUCTION_BYTES_MAX, PeerId, PeerProtocolError
 from flexkv.common.errors import ConfigError
+from flexkv.common.sharing import check_secrets
 from flexkv.testing.virtual_time import run_virtual
 from tests.cluster_rigs import FACTS, KEY, pair
 
