@@ -18,6 +18,28 @@ from flexkv.io.ports import Sums
 from flexkv.process import forks
 
 
+def sum_maps(arena: Arena, sums: Sums, block_bytes: Sequence[int]) -> list[PageMap]:
+    """Return, for each KV group, what a copy pool needs to sum its blocks where they are.
+
+    Args:
+        arena: the host blocks, which each map holds on to.
+        sums: where the sums go: uint64[blocks of the arena].
+        block_bytes: the bytes of a block of each group.
+    """
+    stride = arena.block_stride_bytes
+    return [
+        PageMap(
+            np.array([[arena.address, stride, size, 0]], np.int64),
+            arena.num_blocks,
+            arena.buffer,
+            stride,
+            None,
+            sums,
+        )
+        for size in block_bytes
+    ]
+
+
 class PoolChecksummer:
     """Sums blocks of an arena in standing threads, without the GIL.
 
@@ -43,19 +65,8 @@ class PoolChecksummer:
             sums: another checksummer's, to share the array.
             block_bytes: the bytes of a block of each KV group; None: one group, with whole places.
         """
-        stride = arena.block_stride_bytes
         self.sums: Sums = np.zeros(arena.num_blocks, np.uint64) if sums is None else sums
-        self._pages = [
-            PageMap(
-                np.array([[arena.address, stride, size, 0]], np.int64),
-                arena.num_blocks,
-                arena.buffer,
-                stride,
-                None,
-                self.sums,
-            )
-            for size in block_bytes or [stride]
-        ]
+        self._pages = sum_maps(arena, self.sums, block_bytes or [arena.block_stride_bytes])
         self._pool = CopyPool(threads)
         forks.on_fork(self._let_go_in_child)
         self._loop: asyncio.AbstractEventLoop | None = None

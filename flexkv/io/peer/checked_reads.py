@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from flexkv._ext import PageMap
 from flexkv.common.errors import CorruptBlockError, PeerError, TransferError
 from flexkv.common.terms import BlockIds
+from flexkv.io.checksums.sums import sum_maps
 from flexkv.io.peer.fence import Fence
 from flexkv.io.peer.frames import Read
 from flexkv.io.peer.receiver import Receiver
@@ -24,18 +24,7 @@ class CheckedReads:
     def __init__(self, host: HostBlocks, copier: Copier) -> None:
         """Take host memory and the threads that sum; both must outlive the reads."""
         self._host, self._copier = host, copier
-        arena = host.arena
-        self._pages = [
-            PageMap(
-                np.array([[arena.address, arena.block_stride_bytes, size, 0]], np.int64),
-                arena.num_blocks,
-                host.buffer,
-                arena.block_stride_bytes,
-                None,
-                host.sums,
-            )
-            for size in host.block_bytes
-        ]
+        self._pages = sum_maps(host.arena, host.sums, host.block_bytes)
 
     async def fetch(
         self, receiver: Receiver, number: int, first: int, host_ids: BlockIds, group: int = 0

@@ -23,6 +23,7 @@ from typing_extensions import Buffer
 from flexkv._ext import TO_HOST, CopyPool, PageMap
 from flexkv.common.errors import ClosedError
 from flexkv.common.terms import BlockIds
+from flexkv.io.checksums.sums import sum_maps
 from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import Sums
 from flexkv.io.remote.body import Body
@@ -231,18 +232,7 @@ class FileLanding:
         self, store: FileStore, requests: Requests, host: HostBlocks, copier: Copier
     ) -> None:
         self._store, self._requests, self._host, self._copier = store, requests, host, copier
-        arena = host.arena
-        self._pages = [
-            PageMap(
-                np.array([[arena.address, arena.block_stride_bytes, size, 0]], np.int64),
-                arena.num_blocks,
-                host.buffer,
-                arena.block_stride_bytes,
-                None,
-                host.sums,
-            )
-            for size in host.block_bytes
-        ]
+        self._pages = sum_maps(host.arena, host.sums, host.block_bytes)
 
     async def fetch(self, part: SpanPart, name: str, until: Until) -> Arrival:
         """Read a part's records: the blocks to their places in the arena, the seals elsewhere."""
