@@ -19,9 +19,9 @@ from flexkv.io.remote.names import Pool
 from flexkv.io.remote.offline import FoundPool, FoundPools, pools_of
 from flexkv.io.remote.open import open_mooncake, open_store
 from flexkv.io.remote.options import RemoteOptions
-from flexkv.io.remote.port import Spawn
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.round_trip import ROUND_TRIP_BYTES
+from flexkv.process.spawning import Spawn
 
 T = TypeVar("T")
 

@@ -31,8 +31,8 @@ from flexkv.cluster.records import (
 from flexkv.cluster.store import BEGIN, ClusterStore, ClusterStoreError, Positions
 from flexkv.common.errors import MalformedError, TransferError
 from flexkv.index.hints import Hints
-from flexkv.io.remote.port import Spawn
 from flexkv.observe.logs import get_logger
+from flexkv.process.spawning import Spawn
 
 log = get_logger(__name__)
 

@@ -17,10 +17,10 @@ is being sent.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
@@ -30,11 +30,9 @@ from flexkv.cluster.wire import Busy, Grant, GrantedPlaces, PeerId, PeerProtocol
 from flexkv.common.errors import FlexKVError
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 from flexkv.observe.logs import get_logger
+from flexkv.process.spawning import Spawn
 
 log = get_logger(__name__)
-
-Spawn: TypeAlias = Callable[[str, Coroutine[Any, Any, None]], "asyncio.Task[None]"]
-"""Starts a task, which has a name and ends by itself or when it is cancelled."""
 
 Reply: TypeAlias = Callable[[Grant | Busy], None]
 

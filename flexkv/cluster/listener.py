@@ -16,7 +16,6 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from flexkv.cluster import tcp
-from flexkv.cluster.grants import Spawn
 from flexkv.cluster.handshake import (
     HANDSHAKE_S,
     Identity,
@@ -29,6 +28,7 @@ from flexkv.common.errors import ConfigError, MalformedError
 from flexkv.observe.logs import get_logger
 from flexkv.process import forks
 from flexkv.process.descriptors import limit
+from flexkv.process.spawning import Spawn
 
 log = get_logger(__name__)
 

@@ -20,7 +20,6 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from flexkv.actors.deadline_timer import DeadlineTimer
 from flexkv.cluster.breaker import PeerBreaker
-from flexkv.cluster.grants import Spawn
 from flexkv.cluster.handshake import Identity, introduce_to_owner, prove_to_owner
 from flexkv.cluster.link import SILENCE_S, Link
 from flexkv.cluster.wants import Wants, Wish
@@ -38,6 +37,7 @@ from flexkv.cluster.wire import (
 )
 from flexkv.common.errors import ConfigError, PeerError
 from flexkv.observe.logs import get_logger
+from flexkv.process.spawning import Spawn
 
 log = get_logger(__name__)
 

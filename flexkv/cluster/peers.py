@@ -10,12 +10,12 @@ from socket import socket
 from typing import NamedTuple
 
 from flexkv.cluster import tcp
-from flexkv.cluster.grants import Spawn
 from flexkv.cluster.handshake import Identity
 from flexkv.cluster.peer import Dial, Node, Peer, PeerTimes, Surroundings
 from flexkv.cluster.wants import Wish
 from flexkv.cluster.wire import Grant, PeerId, SnapshotPart
 from flexkv.common.errors import ClosedError, PeerError
+from flexkv.process.spawning import Spawn
 
 
 class PeerHooks(NamedTuple):

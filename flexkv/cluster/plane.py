@@ -20,8 +20,8 @@ from flexkv.cluster.publisher import Publisher, SpanSource
 from flexkv.cluster.registration import Registration
 from flexkv.cluster.store import ClusterStore, ClusterStoreError
 from flexkv.index.hints import Hints
-from flexkv.io.remote.port import Spawn
 from flexkv.observe.logs import get_logger
+from flexkv.process.spawning import Spawn
 
 log = get_logger(__name__)
 

@@ -5,7 +5,6 @@ To add a tier: write a module that opens it and returns its parts, and list it i
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +26,7 @@ from flexkv.io.peer.mooncake import MooncakeCounts
 from flexkv.io.peer.port import PeerReads
 from flexkv.io.ports import DurablePort
 from flexkv.io.remote.counts import RemoteCounts
+from flexkv.process.spawning import Spawn
 from flexkv.tiers.remote_gc.collector import CollectionCounts
 from flexkv.tiers.remote_gc.touches import TouchCounts
 
@@ -99,10 +99,10 @@ class TierHooks(NamedTuple):
     """Forgets blocks whose bytes have changed."""
     lose: Callable[[str], None]
     """Takes the tier down for good, for a reason."""
-    spawn: Callable[[str, Coroutine[Any, Any, None]], asyncio.Task[None]]
+    spawn: Spawn
     """Starts a task, which has a name, for a client that is asynchronous; it must end by itself,
     and an exception from it ends the engine."""
-    spawn_session: Callable[[str, Coroutine[Any, Any, None]], asyncio.Task[None]]
+    spawn_session: Spawn
     """Starts a task that serves another node; what it raises is logged, and ends only this task."""
     is_failing: Callable[[], bool]
     """Returns whether the tier is not used now, because its I/O failed."""

@@ -25,7 +25,7 @@ from flexkv.cluster.grants import GrantLimits, Grants, ReadStatus
 from flexkv.cluster.handshake import Identity
 from flexkv.cluster.listener import BACKLOG, Listener, ListenerHooks
 from flexkv.cluster.membership import Membership
-from flexkv.cluster.peer import PeerTimes
+from flexkv.cluster.peer import Node, PeerTimes
 from flexkv.cluster.peers import PeerHooks, Peers
 from flexkv.cluster.plane import MetadataPlane
 from flexkv.cluster.publisher import SpanStep
@@ -437,9 +437,8 @@ class _Node:
         assert self._peers is not None
         return await self._peers.data_socket(holder), self.address_of(holder)
 
-    def _peer_changed(self, node: object, is_up: bool) -> None:
-        life = getattr(node, "life", 0)
-        member = self._membership.member_of(life)
+    def _peer_changed(self, node: Node, is_up: bool) -> None:
+        member = self._membership.member_of(node.life)
         if member is not None:
             self._hints.avoid(member.holder, self.generation.is_apart or not is_up)
 

@@ -29,9 +29,10 @@ from flexkv.io.remote.mooncake import MooncakeStore
 from flexkv.io.remote.names import PoolDescription
 from flexkv.io.remote.open import open_mooncake, open_store
 from flexkv.io.remote.options import RemoteOptions
-from flexkv.io.remote.port import RemotePort, SpanNews, Spawn
+from flexkv.io.remote.port import RemotePort, SpanNews
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.seal import SEAL_BYTES
+from flexkv.process.spawning import Spawn
 from flexkv.tiers.far import keep_time
 from flexkv.tiers.limits import WRITE_WINDOWS
 from flexkv.tiers.parts import StoreStatistics, TierHooks, TierParts, Work

@@ -16,9 +16,9 @@ from flexkv.actors.supervisor import Bell
 from flexkv.common.errors import RemoteError
 from flexkv.index.hints import STORE, Hints
 from flexkv.io.remote.names import SHARDS, Pool
-from flexkv.io.remote.port import Spawn
 from flexkv.io.remote.requests import Requests
 from flexkv.observe.logs import get_logger
+from flexkv.process.spawning import Spawn
 from flexkv.tiers.far import SCRUB_LINES
 from flexkv.tiers.remote_gc.collector import Collector
 from flexkv.tiers.remote_gc.rules import ShardListing

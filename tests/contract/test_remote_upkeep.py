@@ -16,9 +16,9 @@ from flexkv.io.remote.landing import OpenStore
 from flexkv.io.remote.offline import SpanProver, fault_of, pools_of
 from flexkv.io.remote.open import open_store
 from flexkv.io.remote.options import RemoteOptions
-from flexkv.io.remote.port import Spawn
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.seal import SEAL_BYTES
+from flexkv.process.spawning import Spawn
 from flexkv.tiers.remote_gc.collector import Collector, generation_of
 from flexkv.tiers.remote_gc.lease import Lease, folder_of, within
 from flexkv.tiers.remote_gc.once import SinglePool, collect, shards_of

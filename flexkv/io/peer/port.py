@@ -33,7 +33,7 @@ from flexkv.io.peer.frames import BLOCKS_MAX
 from flexkv.io.peer.transport import Fetched, Part, Places, Transport
 from flexkv.io.ports import Completion
 from flexkv.io.remote.landing import Copier, HostBlocks
-from flexkv.io.remote.port import Spawn
+from flexkv.process.spawning import Spawn
 
 _OUTER_BLOCKS = 2 * HOLDERS_MAX
 """Ids at the other end are holders, twice as many for blocks on a holder's disk."""

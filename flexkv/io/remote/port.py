@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -42,9 +42,7 @@ from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.seal import seal
 from flexkv.io.remote.spans import SpanPart, parts_of
 from flexkv.io.remote.until import Until
-
-Spawn = Callable[[str, Coroutine[Any, Any, None]], asyncio.Task[None]]
-"""Starts a task, which has a name: see `TierHooks.spawn`."""
+from flexkv.process.spawning import Spawn
 
 _OUTER_BLOCKS = 1 << 62
 """Ids at the other end mean nothing here: blocks are addressed by their keys."""

@@ -23,9 +23,9 @@ import msgspec
 from flexkv.common.errors import RemoteError
 from flexkv.common.terms import BlockKey
 from flexkv.io.remote.names import SHARDS, CurrentPool, Pool
-from flexkv.io.remote.port import Spawn
 from flexkv.io.remote.requests import Requests
 from flexkv.observe.logs import get_logger
+from flexkv.process.spawning import Spawn
 from flexkv.tiers.remote_gc.lease import RENEW_S, Lease, numbers_in, within
 from flexkv.tiers.remote_gc.refusals import Refusals
 from flexkv.tiers.remote_gc.removal import Removal, RemovalCounts

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from flexkv.common.errors import RemoteError
 from flexkv.io.remote.names import SHARDS, Pool
-from flexkv.io.remote.port import Spawn
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.until import Until
+from flexkv.process.spawning import Spawn
 from flexkv.tiers.remote_gc.lease import Lease
 from flexkv.tiers.remote_gc.removal import Removal
 from flexkv.tiers.remote_gc.rules import Census, Limits, ShardListing, victims

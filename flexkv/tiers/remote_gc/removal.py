@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from flexkv.common.errors import RemoteError
 from flexkv.common.terms import BlockKey
 from flexkv.io.remote.names import Pool
-from flexkv.io.remote.port import Spawn
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.until import Until
 from flexkv.observe.logs import get_logger
+from flexkv.process.spawning import Spawn
 from flexkv.tiers.remote_gc.rules import ShardListing
 from flexkv.tiers.remote_gc.turns import Pacer, side_by_side
 

@@ -20,10 +20,10 @@ from flexkv.actors.supervisor import Bell
 from flexkv.common.errors import RemoteError
 from flexkv.common.terms import BlockKey
 from flexkv.io.remote.names import CurrentPool
-from flexkv.io.remote.port import Spawn
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.until import Until
 from flexkv.observe.logs import get_logger
+from flexkv.process.spawning import Spawn
 from flexkv.tiers.remote_gc.collector import Collector
 from flexkv.tiers.remote_gc.refusals import Refusals
 from flexkv.tiers.remote_gc.turns import Pacer, side_by_side

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from flexkv.actors.supervisor import Bell
-from flexkv.io.remote.port import Spawn
 from flexkv.io.remote.until import Until
+from flexkv.process.spawning import Spawn
 
 T = TypeVar("T")
 
