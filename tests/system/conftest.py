@@ -13,6 +13,7 @@ from flexkv.common.config import Settings
 from flexkv.common.request import KVResponse
 from flexkv.kvmanager import KVManager
 from flexkv.server.launch import LaunchedServer
+from flexkv.testing.redis_server import RedisServer
 
 from .caches import (
     DEVICE_BLOCKS,
@@ -128,3 +129,23 @@ def instance(settings: Settings, launched: LaunchedServer) -> Iterator[Instance]
     made.begin()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def redis_server() -> Iterator[RedisServer]:
+    """Return a Redis for the nodes of a module, with a password."""
+    redis = RedisServer(password="of the tests")
+    redis.start()
+    yield redis
+    redis.close()
+
+
+@pytest.fixture
+def shared(redis_server: RedisServer, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Return the keys of nodes that share with each other, and with no other test's nodes."""
+    return {
+        "enable_p2p_cpu": True,
+        "redis_port": redis_server.port,
+        "redis_password": redis_server.password,
+        "p2p_zone": request.node.name.replace("[", "_").rstrip("]")[-60:],
+    }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from flexkv.common.request import Operation
 from flexkv.common.terms import Tier
 from flexkv.kvmanager import KVManager
-from flexkv.testing.redis_server import RedisServer
 from flexkv.tiers.parts import ClusterStatistics
 
 from .group_rig import GROUPS, PROMPT, GroupRig
@@ -33,25 +32,10 @@ NEEDED = sum(map(len, needed(END).values()))
 """How many blocks of all groups the whole prompt needs."""
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    """Return a running Redis."""
-    redis = RedisServer(password="of the tests")
-    redis.start()
-    yield redis
-    redis.close()
-
-
 @pytest.fixture
-def zone(server: RedisServer, request: pytest.FixtureRequest) -> dict[str, Any]:
+def zone(shared: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of nodes that share with each other, and with no other test's nodes."""
-    return {
-        "enable_p2p_cpu": True,
-        "redis_port": server.port,
-        "redis_password": server.password,
-        "p2p_zone": request.node.name.replace("[", "_").rstrip("]")[-60:],
-        "num_ssd_blocks": 0,
-    }
+    return {**shared, "num_ssd_blocks": 0}
 
 
 @asynccontextmanager

@@ -19,33 +19,16 @@ from flexkv.io.peer import mooncake
 from flexkv.io.peer.mooncake import MooncakeCounts
 from flexkv.mover.installed import check_installed
 from flexkv.mover.life import MoverLife
-from flexkv.testing.redis_server import RedisServer
 from flexkv.tiers.backend import LocalBackend
 
 from .test_peers import Node, peer_tokens, until
 from .test_remote import TOKENS, WHOLE
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    """Return a running Redis."""
-    redis = RedisServer()
-    redis.start()
-    yield redis
-    redis.close()
-
-
 @pytest.fixture
-def own(server: RedisServer, request: pytest.FixtureRequest) -> dict[str, Any]:
+def own(shared: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of nodes that share with each other by connections of their own."""
-    return {
-        "enable_remote": False,
-        "enable_p2p_cpu": True,
-        "redis_port": server.port,
-        "p2p_zone": request.node.name.partition("[")[0][-60:],
-        "node_ttl_seconds": 3.0,
-        "io_deadline_s": 8.0,
-    }
+    return {**shared, "enable_remote": False, "node_ttl_seconds": 3.0, "io_deadline_s": 8.0}
 
 
 @pytest.fixture

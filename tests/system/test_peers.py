@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from errno import EIO
 from pathlib import Path
 from typing import Any
@@ -45,26 +45,10 @@ class Node(test_remote.Node):
         return cluster
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    """Return a running Redis."""
-    redis = RedisServer(password="of the tests")
-    redis.start()
-    yield redis
-    redis.close()
-
-
 @pytest.fixture
-def keys(server: RedisServer, request: pytest.FixtureRequest) -> dict[str, Any]:
+def keys(shared: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of nodes that share with each other, and with no other test's nodes."""
-    return {
-        "enable_remote": False,
-        "enable_p2p_cpu": True,
-        "redis_port": server.port,
-        "redis_password": server.password,
-        "p2p_zone": request.node.name.partition("[")[0][-60:],
-        "node_ttl_seconds": 3.0,
-    }
+    return {**shared, "enable_remote": False, "node_ttl_seconds": 3.0}
 
 
 def peer_tokens(node: Node, seed: int) -> int:
@@ -283,15 +267,17 @@ async def test_nodes_share_through_both_far_tiers(keys: dict[str, Any], tmp_path
         await second.until_gets(2, WHOLE)
 
 
-async def test_redis_may_die_and_come_back_empty(keys: dict[str, Any], server: RedisServer) -> None:
+async def test_redis_may_die_and_come_back_empty(
+    keys: dict[str, Any], redis_server: RedisServer
+) -> None:
     """While Redis is away hints stand; when it comes back empty, everything is told anew."""
     async with Node(keys) as first, Node(keys) as second:
         await first.put(1)
         await until(lambda: peer_tokens(second, 1) > 0)
-        server.kill()
+        redis_server.kill()
         await first.put(2)
         assert await second.get(1) == WHOLE
-        server.start()
+        redis_server.start()
         await until(lambda: peer_tokens(second, 2) > 0)
         assert await second.get(2) == WHOLE
 
