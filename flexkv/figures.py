@@ -247,7 +247,7 @@ FIGURES: tuple[tuple[Kind, str, str, Labels, Reader], ...] = (
      ("tier",), _each("stores", "listed_rounds")),
     (GAUGE, "flexkv_cluster_peers", "Other nodes; one that is down is not asked for a while.",
      ("state",), _peers),
-    (GAUGE, "flexkv_cluster_peers_behind", "Other nodes of which a snapshot is needed.",
+    (GAUGE, "flexkv_cluster_peers_behind", "Other nodes whose snapshot is needed.",
      (), _behind),
     (GAUGE, "flexkv_cluster_stale_seconds", "How long ago the most silent node was heard of.",
      (), _stale),

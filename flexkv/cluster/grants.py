@@ -37,7 +37,7 @@ log = get_logger(__name__)
 Reply: TypeAlias = Callable[[Grant | Busy], None]
 
 IDLE_S = 30.0
-"""A grant of which nothing was read for so long ends."""
+"""A grant ends if nothing of it was read for so long."""
 PREFETCH_S = 3.0
 """How long a Want waits for the disk. Then it is granted what is there."""
 BUSY_MS = 100
@@ -408,7 +408,7 @@ class Grants:
             self._timer = asyncio.get_running_loop().call_at(due_s, self._expire)
 
     def _expire(self) -> None:
-        """End the grants of which nothing was read for too long."""
+        """End the grants that nobody has read from for too long."""
         now_s = asyncio.get_running_loop().time()
         for grant in list(self._by_use):
             if grant.used_s + IDLE_S > now_s:

@@ -148,7 +148,7 @@ class LeafSearch:
         return nothing if self._have_all(_THERE)[may_be_whole[-1]] else may_be_whole
 
     def _have_all(self, *states: int) -> NDArray[np.bool_]:
-        """Return of which prefixes all needed leaves are in these states: bool[prefixes]."""
+        """Return for each prefix whether all its leaves are in these states: bool[prefixes]."""
         have_all = np.ones(len(self._ends), np.bool_)
         for each in self._groups:
             have_all &= each.needed.are_in(np.isin(each.state, states), each.begin)

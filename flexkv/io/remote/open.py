@@ -146,7 +146,7 @@ def _refused(error: Exception, blamed: Sequence[str], given: Iterable[str]) -> C
 
     Args:
         error: what the client said.
-        blamed: the options without any of which it can be made.
+        blamed: the options each of which keeps it from being made.
         given: all of its options.
     """
     text = str(error)
