@@ -25,7 +25,7 @@ from flexkv.io.peer.mooncake import MooncakeTransport
 from flexkv.io.peer.port import Allowed, PeerPort, Wish, read_blocks
 from flexkv.io.peer.preferred import PreferredTransport
 from flexkv.io.peer.sender import Granted, Sender
-from flexkv.io.peer.sockets import SocketRing
+from flexkv.io.peer.sockets import Extents, SocketRing
 from flexkv.io.peer.tcp_transport import TcpTransport
 from flexkv.io.peer.transport import Transport
 from flexkv.io.ports import Completion
@@ -70,6 +70,20 @@ class Memory:
         return LentMemory(self.arena.fd, self.arena.fd_offset_bytes, BLOCKS * STRIDE_BYTES)
 
 
+class HushedRing(SocketRing):
+    """The owner's ring: it sends nothing while the owner is silent."""
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__([memory.arena.buffer], 16)
+        self.speaks = asyncio.Event()
+        self.speaks.set()
+
+    async def send(self, index: int, extents: Extents, head: bytes = b"") -> None:
+        """Send when the owner speaks."""
+        await self.speaks.wait()
+        await super().send(index, extents, head)
+
+
 class Rig:
     """A reader's port, and an owner that grants its blocks.
 
@@ -77,7 +91,7 @@ class Rig:
         owner: says which blocks there are.
         is_gone: whether the owner answers nothing any more.
         busy: how many more Wants it puts off.
-        is_silent: whether it sends nothing over connections of ours.
+        is_cut: whether it ends our connections at once.
     """
 
     def __init__(self, kind: str) -> None:
@@ -85,12 +99,12 @@ class Rig:
         self.failures: list[BaseException] = []
         self.supervisor = Supervisor(self.failures.append)
         self.owner = FakeOwner()
-        self.is_gone = self.is_silent = False
+        self.is_gone = self.is_cut = False
         self.busy = 0
         self._numbers, self._ops = count(1), count(1)
         self._ended = asyncio.Event()
         self._servers: list[socket.socket] = []
-        self._ring = SocketRing([self.theirs.arena.buffer], 16)
+        self._ring = HushedRing(self.theirs)
         self._ring.connect()
         self.lending = Mover(CONFIG, SIZES, self.theirs.lent)
         self.reading = Mover(CONFIG, SIZES)
@@ -184,7 +198,9 @@ class Rig:
         for end in (ours, theirs):
             end.setblocking(False)
         self._servers.append(theirs)
-        if not self.is_silent:
+        if self.is_cut:
+            theirs.shutdown(socket.SHUT_RDWR)
+        else:
             self.supervisor.spawn("sender", self._serve(theirs))
         return ours, "owner"
 
@@ -201,25 +217,26 @@ class Rig:
         index = self._ring.add(connection)
         try:
             with suppress(OSError, EOFError, TimeoutError):
-                await Sender(self._ring, STALL_S).serve(index, lookup)
+                await Sender(self._ring, PATIENCE_S).serve(index, lookup)
         finally:
             await self._ring.remove(index)
 
     def hush(self) -> None:
         """Let the owner send nothing any more; it still answers Wants."""
-        self.is_silent = True
+        self._ring.speaks.clear()
         if self.has_movers:
             os.kill(self.lending.life().pid, signal.SIGSTOP)
 
     def speak(self) -> None:
         """Let the owner send again."""
-        self.is_silent = False
+        self.is_cut = False
+        self._ring.speaks.set()
         if self.lending.ready is not None:
             os.kill(self.lending.ready.pid, signal.SIGCONT)
 
     def cut(self) -> None:
         """End the owner's connections and its engine; new ones are accepted, and end at once."""
-        self.is_silent = True
+        self.is_cut = True
         for each in self._servers:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
