@@ -32,13 +32,14 @@ from benchmarks.harness import Figures, Options, alternate, median_ratio
 from benchmarks.peer_nodes import HOST, MOVER, STALL_S, filled, started, summed
 from flexkv.common.errors import BackendUnavailableError
 from flexkv.io.memory.arena import Arena
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.peer.checked_reads import CheckedReads
 from flexkv.io.peer.mooncake import MooncakeTransport
 from flexkv.io.peer.port import read_blocks
 from flexkv.io.peer.receiver import Receiver
 from flexkv.io.peer.sockets import SocketRing
 from flexkv.io.peer.transport import Fetched, Part, Places
-from flexkv.io.remote.landing import Copier, HostBlocks
 from flexkv.mover.installed import check_installed
 from flexkv.mover.life import MoverSizes
 from flexkv.mover.mover import Mover

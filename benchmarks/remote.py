@@ -30,7 +30,8 @@ from benchmarks.harness import Figures, Options, alternate, median_ratio
 from flexkv.common.terms import BlockNames, Positions, Route, Tier, Transfer
 from flexkv.io.checksums.sums import PoolChecksummer
 from flexkv.io.memory.arena import Arena
-from flexkv.io.remote.landing import HostBlocks, OpenStore
+from flexkv.io.memory.host_blocks import HostBlocks
+from flexkv.io.remote.landing import OpenStore
 from flexkv.io.remote.names import Pool, PoolDescription
 from flexkv.io.remote.open import join_pool, open_store
 from flexkv.io.remote.options import RemoteOptions

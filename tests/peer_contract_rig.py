@@ -19,6 +19,8 @@ from flexkv.common.errors import PeerError, RemoteError
 from flexkv.common.terms import BlockIds, BlockNames, Positions, Route, Tier, Transfer
 from flexkv.index.keys import leaf_keys
 from flexkv.io.memory.arena import Arena
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.peer.checked_reads import CheckedReads
 from flexkv.io.peer.frames import Read, Status
 from flexkv.io.peer.mooncake import MooncakeTransport
@@ -29,7 +31,6 @@ from flexkv.io.peer.sockets import Extents, SocketRing
 from flexkv.io.peer.tcp_transport import TcpTransport
 from flexkv.io.peer.transport import Transport
 from flexkv.io.ports import Completion
-from flexkv.io.remote.landing import Copier, HostBlocks
 from flexkv.mover.engine_config import EngineConfig
 from flexkv.mover.life import MoverSizes
 from flexkv.mover.mover import Mover

@@ -13,11 +13,11 @@ import numpy as np
 from flexkv.actors.supervisor import Supervisor
 from flexkv.common.errors import MalformedError, PeerError
 from flexkv.common.terms import BlockNames, Positions, Route, Tier, Transfer
+from flexkv.io.memory.copier import Copier
 from flexkv.io.peer.port import Allowed, PeerPort, Wish
 from flexkv.io.peer.sender import Sender
 from flexkv.io.peer.tcp_transport import TcpTransport
 from flexkv.io.ports import Completion
-from flexkv.io.remote.landing import Copier
 from tests.cluster_rigs import keys_of
 from tests.peer_rig import BLOCKS, NUMBER, Node, connected, nodes
 

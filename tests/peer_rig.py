@@ -13,13 +13,14 @@ import numpy as np
 
 from flexkv.common.terms import BlockIds
 from flexkv.io.memory.arena import Arena
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.peer.checked_reads import CheckedReads
 from flexkv.io.peer.frames import HEADER_BYTES, Read, Status, unpack_read
 from flexkv.io.peer.receiver import Receiver
 from flexkv.io.peer.sender import Granted, Sender
 from flexkv.io.peer.sockets import SocketRing
 from flexkv.io.peer.transport import Fetched
-from flexkv.io.remote.landing import Copier, HostBlocks
 
 BLOCK_BYTES, STRIDE_BYTES, BLOCKS = 40_000, 40_960, 96
 NUMBER = 7

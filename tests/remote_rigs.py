@@ -28,8 +28,9 @@ from flexkv.common.terms import (
 from flexkv.index.keys import leaf_keys
 from flexkv.io.checksums.sums import PoolChecksummer
 from flexkv.io.memory.arena import Arena
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.ports import Completion
-from flexkv.io.remote.landing import HostBlocks, OpenStore
+from flexkv.io.remote.landing import OpenStore
 from flexkv.io.remote.names import Pool, PoolDescription
 from flexkv.io.remote.open import open_mooncake, open_store
 from flexkv.io.remote.options import RemoteOptions

@@ -13,7 +13,9 @@ from random import Random
 from typing_extensions import Buffer
 
 from flexkv.common.errors import ClosedError
-from flexkv.io.remote.landing import Copier, HostBlocks, Landing
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
+from flexkv.io.remote.landing import Landing
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.store import Listed
 

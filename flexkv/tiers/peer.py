@@ -43,12 +43,12 @@ from flexkv.index.hints import Hints, holders_of
 from flexkv.index.keys import block_identity
 from flexkv.index.span_changes import SpanChange, SpanChanges
 from flexkv.io.memory.arena import Arena
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.peer.frames import Read, Status
 from flexkv.io.peer.port import Allowed, PeerPort, PeerReads, Wish
 from flexkv.io.peer.sender import Granted, Sender
 from flexkv.io.peer.sockets import SocketRing, StreamEndedError
 from flexkv.io.ports import Sums
-from flexkv.io.remote.landing import HostBlocks
 from flexkv.io.remote.names import Pool, PoolDescription
 from flexkv.observe.logs import get_logger
 from flexkv.process.descriptors import raise_limit

@@ -15,6 +15,8 @@ from flexkv.cluster.wire import Grant, GrantedPlaces
 from flexkv.common.config import MB, CacheConfig
 from flexkv.common.terms import BlockIds
 from flexkv.io.memory.arena import Arena
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.peer.lanes import Connect
 from flexkv.io.peer.mooncake import MooncakeCounts, MooncakeTransport
 from flexkv.io.peer.port import read_blocks
@@ -22,7 +24,6 @@ from flexkv.io.peer.preferred import PreferredTransport
 from flexkv.io.peer.sockets import SocketRing
 from flexkv.io.peer.tcp_transport import TcpTransport
 from flexkv.io.peer.transport import Places, Transport
-from flexkv.io.remote.landing import Copier, HostBlocks
 from flexkv.mover.engine_config import load_engine_config
 from flexkv.mover.installed import check_installed
 from flexkv.mover.life import MoverSizes

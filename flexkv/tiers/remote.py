@@ -23,8 +23,9 @@ from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue, Sought
 from flexkv.index.hints import STORE, HintedCatalogue, Hints
 from flexkv.index.keys import block_identity
 from flexkv.io.memory.arena import Arena
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.ports import Sums
-from flexkv.io.remote.landing import HostBlocks, OpenStore
+from flexkv.io.remote.landing import OpenStore
 from flexkv.io.remote.mooncake import MooncakeStore
 from flexkv.io.remote.names import PoolDescription
 from flexkv.io.remote.open import open_mooncake, open_store

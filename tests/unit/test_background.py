@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flexkv.io.remote.landing import Copier
+from flexkv.io.memory.copier import Copier
 from flexkv.io.remote.open import open_store
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.process.background import NICE_MAX, NICER_BY, in_background

@@ -14,10 +14,11 @@ import pytest
 
 from flexkv.common.errors import PeerError
 from flexkv.io.memory.arena import Arena
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.peer import mooncake
 from flexkv.io.peer.mooncake import MooncakeTransport
 from flexkv.io.peer.transport import Fetched, Part, Places
-from flexkv.io.remote.landing import Copier, HostBlocks
 from flexkv.mover import engine_serving
 from flexkv.mover import life as lives
 from flexkv.mover.codes import READ_FAILED

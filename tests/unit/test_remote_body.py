@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexkv.io.memory.arena import Arena
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.remote.body import Body
-from flexkv.io.remote.landing import BodyLanding, Copier, HostBlocks
+from flexkv.io.remote.landing import BodyLanding
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.requests import Requests, Until
 from flexkv.io.remote.seal import SEAL_BYTES, BlockName

@@ -17,8 +17,10 @@ import pytest
 
 from flexkv.common.errors import RemoteError
 from flexkv.common.terms import Transfer
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.ports import Completion
-from flexkv.io.remote.landing import Arrival, Copier, HostBlocks, Landing, OpenStore
+from flexkv.io.remote.landing import Arrival, Landing, OpenStore
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.seal import SEAL_BYTES, seal, sums_in

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from flexkv.common.errors import MissingBlockError, RemoteError
-from flexkv.io.remote.landing import BodyLanding, Copier, HostBlocks, Landing
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
+from flexkv.io.remote.landing import BodyLanding, Landing
 from flexkv.io.remote.open import open_store
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.requests import Requests

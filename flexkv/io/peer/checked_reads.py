@@ -10,12 +10,13 @@ import numpy as np
 from flexkv.common.errors import CorruptBlockError, PeerError, TransferError
 from flexkv.common.terms import BlockIds
 from flexkv.io.checksums.sums import sum_maps
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.peer.fence import Fence
 from flexkv.io.peer.frames import Read
 from flexkv.io.peer.receiver import Receiver
 from flexkv.io.peer.transport import Fetched
 from flexkv.io.ports import Sums
-from flexkv.io.remote.landing import Copier, HostBlocks
 
 
 class CheckedReads:

@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 
 from flexkv._ext import PageMap
 from flexkv.common.errors import CorruptBlockError, PeerError, RemoteError
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.peer.fence import Fence
 from flexkv.io.peer.transport import Fetched, Part, Places
-from flexkv.io.remote.landing import Copier, HostBlocks
 from flexkv.mover.life import MoverLife
 from flexkv.mover.mover import Mover
 from flexkv.mover.window import Slot, granted

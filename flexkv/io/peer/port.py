@@ -29,10 +29,11 @@ from flexkv.common.extents import check_ids
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier, Transfer
 from flexkv.index.hints import HOLDERS_MAX, holders_of
 from flexkv.index.keys import chain_keys_of
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.peer.frames import BLOCKS_MAX
 from flexkv.io.peer.transport import Fetched, Part, Places, Transport
 from flexkv.io.ports import Completion
-from flexkv.io.remote.landing import Copier, HostBlocks
 from flexkv.process.spawning import Spawn
 
 _OUTER_BLOCKS = 2 * HOLDERS_MAX

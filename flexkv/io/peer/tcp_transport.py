@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from flexkv.common.errors import PeerError
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.peer.checked_reads import CheckedReads
 from flexkv.io.peer.lanes import Connect, Lanes
 from flexkv.io.peer.sockets import SocketRing
 from flexkv.io.peer.transport import Fetched, Part
-from flexkv.io.remote.landing import Copier, HostBlocks
 
 
 class TcpTransport:

@@ -24,7 +24,9 @@ from typing import TypeVar
 from typing_extensions import Buffer
 
 from flexkv.common.errors import RemoteError
-from flexkv.io.remote.landing import Copier, FileLanding, HostBlocks, Landing
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
+from flexkv.io.remote.landing import FileLanding, Landing
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.store import Listed
 from flexkv.process.background import in_background

@@ -26,7 +26,9 @@ from obstore.exceptions import (
 from typing_extensions import Buffer
 
 from flexkv.common.errors import RemoteError
-from flexkv.io.remote.landing import BodyLanding, Copier, HostBlocks, Landing
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
+from flexkv.io.remote.landing import BodyLanding, Landing
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.store import Listed
 from flexkv.observe.logs import get_logger

@@ -33,8 +33,10 @@ from flexkv.common.errors import (
 )
 from flexkv.common.extents import check_ids
 from flexkv.common.terms import BlockKey, Tier, Transfer
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.ports import Completion
-from flexkv.io.remote.landing import Copier, HostBlocks, buffers_of
+from flexkv.io.remote.landing import buffers_of
 from flexkv.io.remote.names import CurrentPool, Pool
 from flexkv.io.remote.options import RemoteOptions
 from flexkv.io.remote.reader import Brought, SpanReader, failed

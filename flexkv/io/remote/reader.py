@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from flexkv.common.errors import CorruptBlockError, RemoteError, TransferError
-from flexkv.io.remote.landing import HostBlocks, Landing
+from flexkv.io.memory.host_blocks import HostBlocks
+from flexkv.io.remote.landing import Landing
 from flexkv.io.remote.names import Pool
 from flexkv.io.remote.requests import Requests
 from flexkv.io.remote.seal import SEAL_BYTES, sealed_blocks, sums_in
