@@ -94,7 +94,7 @@ class DevicePages:
         return Launch(*self.tables(layers), *ids, *memory, to_host=int(direction == TO_HOST))
 
 
-class Copier:
+class CudaCopier:
     """Queues copies between a device's pages and one arena, which it registers with CUDA."""
 
     def __init__(self, driver: CudaDriver, pinned: Pinned, undo: ExitStack) -> None:
@@ -249,7 +249,7 @@ def measured(driver: CudaDriver, layout: PagedLayout, ways: list[CopyStream]) ->
         rows[:, 3] -= rows[0, 3]
         rows[:, 0], rows[:, 1] = scratch + blocks * rows[:, 3], rows[:, 2]
         like = PagedLayout(rows, blocks, layout.block_bytes, layout.name, (rows,))
-        copier = Copier(driver, Pinned(arena), undo)
+        copier = CudaCopier(driver, Pinned(arena), undo)
         pages = DevicePages(driver, like, arena, None, undo)
         for each in ways:
             undo.callback(each.drop_stage)

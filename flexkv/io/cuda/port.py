@@ -21,7 +21,7 @@ from flexkv.common.extents import check_ids
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Tier, Transfer
 from flexkv.io.cuda.choice import Choices, CopyPreference
-from flexkv.io.cuda.copier import Copier, DevicePages, choices_for
+from flexkv.io.cuda.copier import CudaCopier, DevicePages, choices_for
 from flexkv.io.cuda.copy_stream import CopyStream, Work
 from flexkv.io.cuda.driver import CudaDriver
 from flexkv.io.cuda.pinned import Pinned
@@ -107,7 +107,7 @@ class CudaDevicePort:
         """Releases the KV caches."""
         with ExitStack() as undo:
             undo.callback(driver.close)
-            self._copier: Copier | None = Copier(driver, pinned, undo)
+            self._copier: CudaCopier | None = CudaCopier(driver, pinned, undo)
             undo.callback(self.suspend)
             self.resume(layouts, owner)
             self._streams = [CopyStream(driver, urgent, undo) for urgent in (False, True)]
@@ -206,7 +206,7 @@ class CudaDevicePort:
         if self._watching is None:
             self._watch()
 
-    def _begin(self, copier: Copier, way: CopyStream, transfer: Transfer) -> None:
+    def _begin(self, copier: CudaCopier, way: CopyStream, transfer: Transfer) -> None:
         to_device = transfer.route.target is Tier.DEVICE
         error: DeviceError | None = None
         try:
