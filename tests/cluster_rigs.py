@@ -20,6 +20,7 @@ from flexkv.cluster.handshake import Identity
 from flexkv.cluster.listener import Listener, ListenerHooks
 from flexkv.cluster.peer import Node, PeerTimes
 from flexkv.cluster.peers import PeerHooks, Peers
+from flexkv.cluster.records import SpanTags
 from flexkv.cluster.sessions import Sessions
 from flexkv.cluster.wire import Introduction, PeerId
 from flexkv.common.terms import BLOCK_KEY_BYTES
@@ -112,15 +113,6 @@ class FakeOwner:
 def _rows(keys: bytes, first: int, last: int | None) -> list[bytes]:
     rows = [keys[at : at + BLOCK_KEY_BYTES] for at in range(0, len(keys), BLOCK_KEY_BYTES)][1:]
     return rows[first:last]
-
-
-class Tags(NamedTuple):
-    """A part of a snapshot."""
-
-    seq: int
-    on_host: bytes
-    on_disk: bytes
-    is_last: bool
 
 
 class FakeNode(NamedTuple):
@@ -247,7 +239,7 @@ class ClusterNode:
             while await asyncio.get_running_loop().sock_recv(connected, 1):
                 pass
 
-    def _snapshot(self) -> Iterator[Tags]:
+    def _snapshot(self) -> Iterator[SpanTags]:
         self.open_snapshots += 1
         try:
             yield from self.parts
@@ -287,6 +279,6 @@ def tasks_of(supervisor: Supervisor) -> int:
     return len(supervisor._tasks)
 
 
-def parts(count: int) -> list[Tags]:
+def parts(count: int) -> list[SpanTags]:
     """Return a snapshot in this many parts."""
-    return [Tags(7, bytes([n]) * 8, b"", n == count - 1) for n in range(count)]
+    return [SpanTags(7, bytes([n]) * 8, b"", n == count - 1) for n in range(count)]

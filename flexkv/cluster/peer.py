@@ -22,6 +22,7 @@ from flexkv.actors.deadline_timer import DeadlineTimer
 from flexkv.cluster.breaker import PeerBreaker
 from flexkv.cluster.handshake import Identity, introduce_to_owner, prove_to_owner
 from flexkv.cluster.link import SILENCE_S, Link
+from flexkv.cluster.records import SpanTags
 from flexkv.cluster.wants import Wants, Wish
 from flexkv.cluster.wire import (
     FROM_OWNER,
@@ -33,7 +34,6 @@ from flexkv.cluster.wire import (
     Ping,
     Purpose,
     Refused,
-    SnapshotPart,
 )
 from flexkv.common.errors import ConfigError, PeerError
 from flexkv.observe.logs import get_logger
@@ -158,7 +158,7 @@ class Peer:
         if self._wants is not None:
             self._wants.release(number)
 
-    async def parts(self) -> AsyncGenerator[SnapshotPart, None]:
+    async def parts(self) -> AsyncGenerator[SpanTags, None]:
         """Yield everything that the peer has; see `Peers.parts`."""
         wants = await self._connected()
         generation = self._shared.identity.generation()

@@ -12,8 +12,9 @@ from typing import NamedTuple
 from flexkv.cluster import tcp
 from flexkv.cluster.handshake import Identity
 from flexkv.cluster.peer import Dial, Node, Peer, PeerTimes, Surroundings
+from flexkv.cluster.records import SpanTags
 from flexkv.cluster.wants import Wish
-from flexkv.cluster.wire import Grant, PeerId, SnapshotPart
+from flexkv.cluster.wire import Grant, PeerId
 from flexkv.common.errors import ClosedError, PeerError
 from flexkv.process.spawning import Spawn
 
@@ -102,7 +103,7 @@ class Peers:
         """
         return await self._peer_of(holder).data_socket()
 
-    def parts(self, node: Node) -> AsyncGenerator[SnapshotPart, None]:
+    def parts(self, node: Node) -> AsyncGenerator[SpanTags, None]:
         """Return the parts of a node's snapshot; it sends one at a time, when it is asked for.
 
         Raises:

@@ -22,7 +22,7 @@ from flexkv.cluster.records import (
     FAREWELL,
     Entry,
     NodeRecord,
-    SnapshotPart,
+    SpanTags,
     Told,
     encoded,
     entries_of,
@@ -250,14 +250,14 @@ class Publisher:
 
     # -- snapshots ------------------------------------------------------------------------------
 
-    def snapshot(self) -> Iterator[SnapshotPart]:
+    def snapshot(self) -> Iterator[SpanTags]:
         """Walk through all spans in parts; close the iterator if it is not exhausted."""
         self._snapshots += 1
         self._tell_all = True
         try:
             seq = self._seq
             for step in self._source.steps():
-                yield SnapshotPart(seq, tags_of(step.on_host), tags_of(step.on_disk), False)
-            yield SnapshotPart(seq, b"", b"", True)
+                yield SpanTags(seq, tags_of(step.on_host), tags_of(step.on_disk), False)
+            yield SpanTags(seq, b"", b"", True)
         finally:
             self._snapshots -= 1

@@ -11,7 +11,7 @@ beat has the latest number, so a reader notices also if no next one comes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Final, NamedTuple, Protocol, TypeAlias
+from typing import Annotated, Final, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -94,32 +94,8 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return (len(self.added) + len(self.moved) + len(self.dropped)) // TAG_BYTES
 
 
-class SpanTags(Protocol):
-    """A part of what this node has; the last one says so."""
-
-    @property
-    def seq(self) -> int:
-        """Return the last entry of our log that this includes."""
-        ...
-
-    @property
-    def on_host(self) -> bytes:
-        """Return the tags of spans in host memory, a limited number."""
-        ...
-
-    @property
-    def on_disk(self) -> bytes:
-        """Return the tags of spans that are only on disk, a limited number."""
-        ...
-
-    @property
-    def is_last(self) -> bool:
-        """Return whether this is the last part."""
-        ...
-
-
-class SnapshotPart(NamedTuple):
-    """Some of the spans that a node has.
+class SpanTags(NamedTuple):
+    """Some of the spans that a node has: a part of its snapshot.
 
     Attributes:
         seq: of the latest entry when the snapshot began. All later entries must be applied to it.

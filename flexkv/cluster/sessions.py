@@ -149,7 +149,7 @@ class _Session:
         part = next(self._snapshots[number])
         if part.is_last:
             self._forget_snapshot(number)
-        self._send(SnapshotPart(number, part.seq, part.on_host, part.on_disk, part.is_last))
+        self._send(SnapshotPart(number, *part))
 
     def _forget_snapshot(self, number: int) -> None:
         parts = self._snapshots.pop(number, None)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import NamedTuple, TypeAlias
 
+from flexkv.cluster.records import SpanTags
 from flexkv.cluster.wire import (
     Busy,
     FromOwner,
@@ -85,7 +86,7 @@ class Wants:
         assert isinstance(answer, Grant | Busy)
         return answer
 
-    async def parts(self, generation: int, within_s: float) -> AsyncGenerator[SnapshotPart, None]:
+    async def parts(self, generation: int, within_s: float) -> AsyncGenerator[SpanTags, None]:
         """Yield all that the owner has; it sends one part at a time, when it is asked for.
 
         Raises:
@@ -99,7 +100,7 @@ class Wants:
                 part = await self._ask(SnapshotWanted(number, generation), within_s)
                 assert isinstance(part, SnapshotPart)
                 is_last = part.is_last
-                yield part
+                yield SpanTags(part.seq, part.on_host, part.on_disk, part.is_last)
         finally:
             if not is_last:
                 self._send(Release(number))

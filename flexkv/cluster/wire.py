@@ -24,6 +24,7 @@ from typing import Annotated, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
+from flexkv.cluster.records import TAG_BYTES
 from flexkv.common.decoding import decoded
 from flexkv.common.errors import FlexKVError, MalformedError
 from flexkv.common.space import GROUPS_MAX
@@ -35,8 +36,6 @@ LENGTH_BYTES = 4
 WANT_BLOCKS_MAX = 65_536
 """The longest prompt whose keys fit in a Want."""
 KEYS_BYTES_MAX = (WANT_BLOCKS_MAX + 1) * BLOCK_KEY_BYTES
-TAG_BYTES = 8
-"""Spans are announced by the first bytes of their keys."""
 PART_TAGS = 65_536
 """How many tags one SnapshotPart may have."""
 FRAME_BYTES_MAX = KEYS_BYTES_MAX + 4096
@@ -168,7 +167,7 @@ def refused(number: int, field: str, value: object, why: str) -> Refused:
 
 
 class SnapshotPart(Message, tag="part", frozen=True):
-    """Some of the spans that the owner has, by the first 8 bytes of their keys."""
+    """Some of the spans that the owner has: `SpanTags`."""
 
     number: Number
     seq: Number

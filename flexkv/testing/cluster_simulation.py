@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from flexkv.cluster.membership import Membership
 from flexkv.cluster.plane import MetadataPlane
 from flexkv.cluster.publisher import SpanStep
-from flexkv.cluster.records import NodeRecord, SnapshotPart
+from flexkv.cluster.records import NodeRecord, SpanTags
 from flexkv.cluster.redis_store import RedisStore
 from flexkv.cluster.store import ClusterStoreError
 from flexkv.common.errors import PeerError
@@ -173,7 +173,7 @@ class _Links:
         self._simulation = simulation
         self.asked: Counter[int] = Counter()
 
-    async def parts(self, node: NodeRecord) -> AsyncGenerator[SnapshotPart, None]:
+    async def parts(self, node: NodeRecord) -> AsyncGenerator[SpanTags, None]:
         """Yield the parts of a node's snapshot; the link may fail at any time."""
         simulation, random = self._simulation, self._simulation.random
         self.asked[node.life] += 1

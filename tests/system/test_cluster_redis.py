@@ -14,7 +14,7 @@ import pytest
 
 from flexkv.cluster.membership import Membership
 from flexkv.cluster.plane import MetadataPlane
-from flexkv.cluster.records import NodeRecord, SnapshotPart
+from flexkv.cluster.records import NodeRecord, SpanTags
 from flexkv.cluster.redis_commands import RedisCommands
 from flexkv.cluster.redis_store import RedisStore
 from flexkv.common.errors import PeerError
@@ -46,7 +46,7 @@ class Node:
         self.asked = 0
         self._others = others
 
-    async def parts(self, node: NodeRecord) -> AsyncGenerator[SnapshotPart, None]:
+    async def parts(self, node: NodeRecord) -> AsyncGenerator[SpanTags, None]:
         """Yield another node's snapshot."""
         self.asked += 1
         if node.life not in self._others:
