@@ -52,7 +52,6 @@ SNAPSHOT_RETRY_S, SNAPSHOT_RETRY_MAX_S = 0.5, 30.0
 KEPT_SPANS_MAX = 1 << 17
 """How many spans the entries may tell of that are kept for a node that is behind."""
 NOTED_AT_ONCE = 4096
-SCRUB_LINES = 1 << 14
 
 
 class Snapshots(Protocol):
@@ -407,8 +406,7 @@ class Follower:
 
 async def scrub(hints: Hints) -> None:
     """Remove all dead pairs, in steps."""
-    while hints.counts().dead:
-        hints.scrub(SCRUB_LINES)
+    for _ in hints.scrubbing():
         await asyncio.sleep(0)
 
 

@@ -34,6 +34,8 @@ from flexkv.index.spans import rows_of, span_rows
 STORE: Final = 0
 """The holder that is the remote store. All others are nodes: holder n is a life of some node."""
 HOLDERS_MAX: Final = 4096
+SCRUB_LINES: Final = 1 << 14
+"""How many lines one step of scrubbing searches for dead pairs: about a millisecond."""
 
 _USE_STORE, _USE_NODES = 1, 2
 
@@ -172,6 +174,15 @@ class Hints:
     def scrub(self, lines: int) -> int:
         """Remove the dead pairs of up to some lines of 8; return how many dead pairs are left."""
         return self._table.scrub(lines)
+
+    def scrubbing(self) -> Iterator[None]:
+        """Remove all dead pairs, in steps between which others should run.
+
+        Dead pairs do no harm: no run names them, and new ones take their places. They must be gone
+        before a holder's next round, and before the number of a retired holder is used again.
+        """
+        while self.scrub(SCRUB_LINES):
+            yield
 
     def pairs_of(self, holder: int) -> int:
         """Return how many pairs a holder has, dead ones included."""

@@ -16,8 +16,6 @@ NODES = 16
 """For this many nodes of this one's size the spans of peers are remembered."""
 TICK_S = 1.0
 """How often the hints' time is set, by which doubts end."""
-SCRUB_LINES = 1 << 14
-"""How many lines of hints one step searches for dead pairs: about a millisecond."""
 
 
 def hints_of(cache: CacheConfig, sizes: CacheSizes) -> Hints | None:
@@ -37,10 +35,8 @@ def hints_of(cache: CacheConfig, sizes: CacheSizes) -> Hints | None:
 
 
 async def keep_time(hints: Hints) -> None:
-    """Set the hints' time, and remove dead pairs in steps, until cancelled."""
+    """Set the hints' time until cancelled."""
     loop, begin_s = asyncio.get_running_loop(), asyncio.get_running_loop().time()
     while True:
         hints.tick(int((loop.time() - begin_s) / TICK_S))
-        if hints.counts().dead:
-            hints.scrub(SCRUB_LINES)
         await asyncio.sleep(TICK_S)

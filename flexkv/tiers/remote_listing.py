@@ -19,7 +19,6 @@ from flexkv.io.remote.names import SHARDS, Pool
 from flexkv.io.remote.requests import Requests
 from flexkv.observe.logs import get_logger
 from flexkv.process.spawning import Spawn
-from flexkv.tiers.far import SCRUB_LINES
 from flexkv.tiers.remote_gc.collector import Collector
 from flexkv.tiers.remote_gc.rules import ShardListing
 from flexkv.tiers.remote_pool import SharedPool
@@ -70,8 +69,7 @@ class Listing:
 
     async def _round(self, pool: Pool, spawn: Spawn, is_first: bool) -> None:
         """List all shards of a pool, unless the engine leaves it meanwhile."""
-        while self._hints.counts().dead:  # of the round before
-            self._hints.scrub(SCRUB_LINES)
+        for _ in self._hints.scrubbing():  # of what the round before has dropped
             await asyncio.sleep(0)
         self._hints.begin_round(STORE)
         self._found, shards = 0, deque(range(SHARDS))
