@@ -25,7 +25,7 @@ FLOORS = [
     {"common"},
     {"process", "index"},
     {"graph"},
-    {"observe"},
+    {"observe", "links"},
     {"mover"},
     {"io", "trace", "settings"},
     {"actors"},

@@ -35,7 +35,6 @@ from typing import NamedTuple
 from flexkv.cluster.wire import (
     INTRODUCTION,
     INTRODUCTION_BYTES_MAX,
-    LENGTH_BYTES,
     Introduction,
     PeerId,
     PeerProtocolError,
@@ -45,6 +44,7 @@ from flexkv.cluster.wire import (
     understood,
 )
 from flexkv.common.errors import ConfigError
+from flexkv.links.framing import LENGTH_BYTES
 
 VERSION = 1
 HANDSHAKE_S = 5.0

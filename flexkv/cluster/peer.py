@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 from flexkv.actors.deadline_timer import DeadlineTimer
 from flexkv.cluster.breaker import PeerBreaker
 from flexkv.cluster.handshake import Identity, introduce_to_owner, prove_to_owner
-from flexkv.cluster.link import SILENCE_S, Link
+from flexkv.cluster.link import SILENCE_S, control_link
 from flexkv.cluster.records import SpanTags
 from flexkv.cluster.wants import Wants, Wish
 from flexkv.cluster.wire import (
@@ -36,6 +36,7 @@ from flexkv.cluster.wire import (
     Refused,
 )
 from flexkv.common.errors import ConfigError, PeerError
+from flexkv.links.link import Link
 from flexkv.observe.logs import get_logger
 from flexkv.process.spawning import Spawn
 
@@ -232,7 +233,7 @@ class Peer:
                 connected = await self._greeted("control")
         except _FAULTS as error:
             return _reason(error)
-        link = await Link.over(connected, FROM_OWNER)
+        link = await control_link(connected, FROM_OWNER)
         self._why = ""
         self._link, self._wants = link, Wants(self._node.address, link.send, self._shared.numbers)
         self._breaker.connected(asyncio.get_running_loop().time())
@@ -258,7 +259,7 @@ class Peer:
         Raises:
             PeerProtocolError: the peer sent something that the protocol does not allow.
         """
-        while (message := await link.receive()) is not None:
+        while (message := await link.receive()) is not None and link.is_open:
             if isinstance(message, Refused) and not message.number:
                 self._close(f"it refuses {message.field}={message.value}: {message.why}")
             wants.handle(message)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 
 from flexkv.actors.deadline_timer import DeadlineTimer
 from flexkv.cluster.grants import Grants
-from flexkv.cluster.link import SILENCE_S, Link
+from flexkv.cluster.link import SILENCE_S, control_link
 from flexkv.cluster.records import SpanTags
 from flexkv.cluster.wire import (
     TO_OWNER,
@@ -24,6 +24,7 @@ from flexkv.cluster.wire import (
     Want,
     refused,
 )
+from flexkv.links.link import Link
 from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
@@ -60,7 +61,7 @@ class Sessions:
     async def serve(self, connected: socket.socket, introduction: Introduction) -> None:
         """Serve a control link until it ends; then everything that was granted over it ends."""
         peer = introduction.peer_id
-        link = await Link.over(connected, TO_OWNER)
+        link = await control_link(connected, TO_OWNER)
         session = _Session(peer, link, self._grants, self._generation, self._snapshot)
         if (before := self._sessions.pop(peer.node_id, None)) is not None:
             log.info("peer_session_replaced", peer=str(peer))

@@ -4,7 +4,7 @@
            ◀──grant, busy, refused, snapshot part, pong──
 
 The *owner* has blocks, the *reader* asks for them; two nodes that read from each other have two
-links. A frame is four bytes of length, little-endian, and a message in MessagePack.
+links.
 
     Want(7, root + keys, first=16, last=48)
     Grant(7, first=16, count=24)              the owner keeps these 24 in host memory, and says
@@ -20,19 +20,16 @@ has ended already is ignored: the two may cross.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
 from flexkv.cluster.records import TAG_BYTES
-from flexkv.common.decoding import decoded
-from flexkv.common.errors import FlexKVError, MalformedError
+from flexkv.common.errors import FlexKVError
 from flexkv.common.space import GROUPS_MAX
 from flexkv.common.terms import BLOCK_KEY_BYTES
+from flexkv.links.framing import Framing
 
-T = TypeVar("T")
-
-LENGTH_BYTES = 4
 WANT_BLOCKS_MAX = 65_536
 """The longest prompt whose keys fit in a Want."""
 KEYS_BYTES_MAX = (WANT_BLOCKS_MAX + 1) * BLOCK_KEY_BYTES
@@ -187,38 +184,9 @@ class Pong(Message, tag="pong", frozen=True):
 ToOwner: TypeAlias = Want | Release | SnapshotWanted | Ping
 FromOwner: TypeAlias = Grant | Busy | Refused | SnapshotPart | Pong
 
-_ENCODER = msgspec.msgpack.Encoder()
 TO_OWNER: msgspec.msgpack.Decoder[ToOwner] = msgspec.msgpack.Decoder(ToOwner)
 FROM_OWNER: msgspec.msgpack.Decoder[FromOwner] = msgspec.msgpack.Decoder(FromOwner)
 INTRODUCTION: msgspec.msgpack.Decoder[Introduction] = msgspec.msgpack.Decoder(Introduction)
 
-
-def framed(message: Message) -> bytes:
-    """Return a message as a frame; it must fit in one."""
-    body = _ENCODER.encode(message)
-    assert len(body) <= FRAME_BYTES_MAX, type(message).__name__
-    return len(body).to_bytes(LENGTH_BYTES, "little") + body
-
-
-def length_of(head: bytes | bytearray, bytes_max: int = FRAME_BYTES_MAX) -> int:
-    """Return the length of the message that follows a frame's head.
-
-    Raises:
-        PeerProtocolError: the length is more than `bytes_max`.
-    """
-    length = int.from_bytes(head, "little")
-    if length > bytes_max:
-        raise PeerProtocolError(f"a frame of {length} bytes, more than {bytes_max}")
-    return length
-
-
-def understood(decoder: msgspec.msgpack.Decoder[T], body: bytes | bytearray) -> T:
-    """Return the message that a node sent.
-
-    Raises:
-        PeerProtocolError: the bytes are not such a message, for whatever reason.
-    """
-    try:
-        return decoded(decoder, body)
-    except MalformedError as error:
-        raise PeerProtocolError(str(error)) from error
+FRAMING = Framing(FRAME_BYTES_MAX, PeerProtocolError)
+framed, length_of, understood = FRAMING.framed, FRAMING.length_of, FRAMING.understood

@@ -33,13 +33,14 @@ from flexkv.front.loop_thread import LoopThread
 from flexkv.index.keys import block_identity
 from flexkv.io.device.tensors import KVCaches, kv_cache_list, layouts_of
 from flexkv.io.ports import DevicePort
+from flexkv.links.link import Link
 from flexkv.observe.logs import get_logger
 from flexkv.process.cpus import widen_affinity
 from flexkv.server.fleet import ids_from
 from flexkv.server.handshake import Connected, attached_arena, connect
 from flexkv.server.layered_gets import LayeredGets
-from flexkv.server.link import Link
 from flexkv.server.wire import (
+    FRAMING,
     FROM_SERVER,
     PROTOCOL_VERSION,
     Copied,
@@ -359,7 +360,7 @@ class Agent:
             undo.callback(port.close)
             undo.callback(self._forget)
             port.connect(self._reap)
-            link = self._link = await Link.over(connected.socket, FROM_SERVER)
+            link = self._link = await Link.over(connected.socket, FRAMING, FROM_SERVER)
             undo.callback(link.close)
             self._gets.connected()
             link.send(DeviceReady())

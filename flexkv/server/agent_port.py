@@ -21,7 +21,7 @@ from flexkv.common.errors import AgentGoneError, TransferError
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Tier, Transfer
 from flexkv.io.ports import Completion
-from flexkv.server.link import Link
+from flexkv.links.link import Link
 from flexkv.server.wire import Copied, Copy, Message, ProtocolError, ToServer
 
 UNREAD_BYTES_MAX = 16 << 20

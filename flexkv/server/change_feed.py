@@ -9,7 +9,7 @@ from flexkv.common.terms import BLOCK_KEY_BYTES
 from flexkv.index.change_hub import ChangeHub, ChangeReader
 from flexkv.index.keys import key_list, leaf_keys
 from flexkv.index.residency import READY, Residency
-from flexkv.server.link import Link
+from flexkv.links.link import Link
 from flexkv.server.wire import Changed, Done, Start, ToServer
 
 EVERY_S = 0.01

@@ -21,9 +21,9 @@ from typing import Any
 
 from flexkv.actors.supervisor import Supervisor
 from flexkv.common.errors import ConfigError
+from flexkv.links.link import Link
 from flexkv.observe.logs import get_logger
 from flexkv.process.descriptors import limit, raise_limit
-from flexkv.server.link import Link
 from flexkv.server.wire import ToServer
 
 log = get_logger(__name__)

@@ -24,9 +24,9 @@ from flexkv.common.space import BlockSpace
 from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.device.ranks import RanksPort
 from flexkv.io.ports import Completion
+from flexkv.links.link import Link
 from flexkv.observe.logs import get_logger
 from flexkv.server.agent_port import AgentPort, RemoteDevice
-from flexkv.server.link import Link
 from flexkv.server.wire import Message, ProtocolError, ToServer
 
 log = get_logger(__name__)

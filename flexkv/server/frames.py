@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from flexkv.common.errors import ClosedError
+from flexkv.links.framing import LENGTH_BYTES
 from flexkv.process import forks
 from flexkv.server.wire import (
     FROM_SERVER,
-    LENGTH_BYTES,
     FromServer,
     Message,
     framed,

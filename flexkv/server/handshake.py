@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.io.memory.arena import Arena
+from flexkv.links.framing import LENGTH_BYTES
 from flexkv.server.address import socket_paths
 from flexkv.server.listen import is_same_user, peer_of
 from flexkv.server.wire import (
     FROM_SERVER,
-    LENGTH_BYTES,
     PROTOCOL_VERSION,
     FromServer,
     Hello,

@@ -27,6 +27,8 @@ from flexkv.common.errors import (
 )
 from flexkv.engine.engine import Engine
 from flexkv.index.keys import block_identity
+from flexkv.links.framing import LENGTH_BYTES
+from flexkv.links.link import Link
 from flexkv.observe.logs import get_logger
 from flexkv.server.agent_port import AgentPort
 from flexkv.server.backend import ServerBackend
@@ -35,14 +37,13 @@ from flexkv.server.connections import INSTANCES_MAX, Connection, Connections
 from flexkv.server.control import Control
 from flexkv.server.deadlines import DeviceDeadlines
 from flexkv.server.jobs import Jobs
-from flexkv.server.link import Link
 from flexkv.server.listen import Listener, is_same_user
 from flexkv.server.planning_turns import PlanningTurns
 from flexkv.server.prompts import KeptPrompts
 from flexkv.server.wire import (
     FRAME_BYTES_OF,
+    FRAMING,
     HELLO_BYTES_MAX,
-    LENGTH_BYTES,
     PROTOCOL_VERSION,
     TO_SERVER,
     Answer,
@@ -186,7 +187,7 @@ class Server:
                     connection, "lending" if hello.role == "agent" else hello.role
                 )
                 self._welcome(peer, hello)
-                link = connection.link = await Link.over(peer, TO_SERVER)
+                link = connection.link = await Link.over(peer, FRAMING, TO_SERVER)
                 undo.pop_all()  # the link closes it
                 await self._serve(connection, link, hello)
             except ConfigError as error:

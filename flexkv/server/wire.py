@@ -3,9 +3,8 @@
     client (an engine's scheduler) ──match, start, cancel──▶ server ──copy──▶ agent (its workers)
                                    ◀──matched, state, done──        ◀─copied, ready, settle──
 
-A frame is four bytes of length, little-endian, and a message in MessagePack. The first message is
-`Hello`, and its answer `Welcome`, with which agents get the descriptor of the host memory. A
-request is identified by its instance and a number that the client assigns.
+The first message is `Hello`, and its answer `Welcome`, with which agents get the descriptor of the
+host memory. A request is identified by its instance and a number that the client assigns.
 
 A client also numbers its prompts. The server keeps a prompt's keys under the number for as long as
 the connection lives, so that later messages carry only new keys:
@@ -31,26 +30,22 @@ written; the server copies those that every rank has written.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
-from flexkv.common.decoding import decoded
 from flexkv.common.errors import (
     ClosedError,
     ConfigError,
     FlexKVError,
-    MalformedError,
     cause_of,
 )
 from flexkv.common.space import GROUPS_MAX
-
-T = TypeVar("T")
+from flexkv.links.framing import Framing
 
 PROTOCOL_VERSION = 9
 FRAME_BYTES_MAX = 8 << 20
 """Maximum size of a message; the server accepts at most `FRAME_BYTES_OF` the peer's role."""
-LENGTH_BYTES = 4
 HELLO_BYTES_MAX = 64 << 10
 NUMBERS_MAX = 4096
 """How many numbers one message may have; more are split among several messages."""
@@ -378,48 +373,14 @@ FromServer: TypeAlias = (
     Welcome | State | Matched | Done | Changed | Copy | GetPlanned | GetEnded | Settled | Answer
 )
 
-_ENCODER = msgspec.msgpack.Encoder()
 TO_SERVER: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
 FROM_SERVER: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromServer)
 
-
-def framed(message: Message) -> bytes:
-    """Return a message as a frame.
-
-    Raises:
-        ConfigError: the message is longer than any peer accepts.
-    """
-    body = _ENCODER.encode(message)
-    if len(body) > FRAME_BYTES_MAX:
-        raise ConfigError("message", f"{len(body)} bytes", f"must be {FRAME_BYTES_MAX} or less")
-    return len(body).to_bytes(LENGTH_BYTES, "little") + body
+FRAMING = Framing(FRAME_BYTES_MAX, ProtocolError)
+framed, length_of, understood = FRAMING.framed, FRAMING.length_of, FRAMING.understood
 
 
 def parts_of(numbers: Sequence[int]) -> list[tuple[int, ...]]:
     """Return numbers split into parts, one for each message that is needed."""
     starts = range(0, len(numbers), NUMBERS_MAX)
     return [tuple(numbers[start : start + NUMBERS_MAX]) for start in starts]
-
-
-def length_of(head: bytes | bytearray, bytes_max: int = FRAME_BYTES_MAX) -> int:
-    """Return the length of the message that follows a frame's head.
-
-    Raises:
-        ProtocolError: the length is more than `bytes_max`.
-    """
-    length = int.from_bytes(head, "little")
-    if length > bytes_max:
-        raise ProtocolError(f"a frame of {length} bytes, more than {bytes_max}")
-    return length
-
-
-def understood(decoder: msgspec.msgpack.Decoder[T], body: bytes | bytearray | memoryview) -> T:
-    """Return the message that a peer sent.
-
-    Raises:
-        ProtocolError: the bytes are not a message, for whatever reason.
-    """
-    try:
-        return decoded(decoder, body)
-    except MalformedError as error:
-        raise ProtocolError(str(error)) from error

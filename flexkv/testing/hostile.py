@@ -20,11 +20,11 @@ import msgspec
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import FlexKVError
 from flexkv.index.keys import block_identity, key_list, leaf_keys
+from flexkv.links.framing import LENGTH_BYTES
 from flexkv.server.address import socket_path
 from flexkv.server.handshake import Connected, connect
 from flexkv.server.wire import (
     FROM_SERVER,
-    LENGTH_BYTES,
     PROTOCOL_VERSION,
     Cancel,
     Command,

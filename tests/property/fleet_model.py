@@ -7,9 +7,9 @@ from typing import Any
 
 from flexkv.common.config import ModelConfig
 from flexkv.common.terms import Tier, Transfer
+from flexkv.links.link import Link
 from flexkv.server.agent_port import AgentPort
 from flexkv.server.fleet import ids_from
-from flexkv.server.link import Link
 from flexkv.server.wire import Copy, Message, ToServer
 
 PART_BYTES = 64

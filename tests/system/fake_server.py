@@ -11,9 +11,9 @@ from typing import Any
 
 from flexkv.common.config import Settings
 from flexkv.io.memory.arena import Arena
+from flexkv.links.framing import LENGTH_BYTES
 from flexkv.server.handshake import read
 from flexkv.server.wire import (
-    LENGTH_BYTES,
     PROTOCOL_VERSION,
     TO_SERVER,
     Hello,

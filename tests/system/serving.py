@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.request import Operation
 from flexkv.index.keys import block_identity
+from flexkv.links.framing import LENGTH_BYTES
 from flexkv.server.agent import Agent
 from flexkv.server.client import Client
 from flexkv.server.handshake import Connected, connect, message
 from flexkv.server.wire import (
-    LENGTH_BYTES,
     PROTOCOL_VERSION,
     DeviceReady,
     Done,

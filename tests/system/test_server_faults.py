@@ -18,14 +18,15 @@ from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
 from flexkv.index.keys import block_identity, block_keys
 from flexkv.io.memory.arena import Arena
+from flexkv.links.link import Link
 from flexkv.server.agent import Agent
 from flexkv.server.client import Client
 from flexkv.server.handshake import connect
 from flexkv.server.launch import LaunchedServer
-from flexkv.server.link import Link
 from flexkv.server.listen import Listener
 from flexkv.server.operator import command
 from flexkv.server.wire import (
+    FRAMING,
     FROM_SERVER,
     PROTOCOL_VERSION,
     Changed,
@@ -180,7 +181,7 @@ async def test_a_settle_that_ends_with_its_connection_leaves_no_other(
     monkeypatch.setattr("flexkv.server.agent.SETTLE_S", 0.0)
     agent, loop = Agent("unix:///nowhere", MODEL, settings.cache_config), asyncio.get_running_loop()
     ours, theirs = socket.socketpair()
-    link = agent._link = await Link.over(ours, FROM_SERVER)
+    link = agent._link = await Link.over(ours, FRAMING, FROM_SERVER)
     settling = loop.create_task(agent._settle((1,)))
     await asyncio.sleep(0)
     loop.call_soon(agent._forget)

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from flexkv.cluster.handshake import Identity, introduce_to_reader, prove_to_reader
-from flexkv.cluster.link import Link
+from flexkv.cluster.link import control_link
 from flexkv.cluster.peer import PeerTimes
 from flexkv.cluster.peers import PeerHooks, Peers
 from flexkv.cluster.wire import (
@@ -24,6 +24,7 @@ from flexkv.cluster.wire import (
     ToOwner,
     Want,
 )
+from flexkv.links.link import Link
 from flexkv.testing.virtual_time import run_virtual
 from tests.cluster_rigs import (
     FACTS,
@@ -84,7 +85,7 @@ class ScriptedOwner:
         except (OSError, PeerProtocolError, asyncio.CancelledError):
             peer.close()
             return
-        link = await Link.over(peer, TO_OWNER)
+        link = await control_link(peer, TO_OWNER)
         self.links.append(link)
         while (message := await link.receive()) is not None:
             self.heard.append((asyncio.get_running_loop().time(), message))

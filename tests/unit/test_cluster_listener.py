@@ -21,7 +21,7 @@ from flexkv.cluster.handshake import (
     prove_to_owner,
     read,
 )
-from flexkv.cluster.link import Link
+from flexkv.cluster.link import control_link
 from flexkv.cluster.listener import (
     ACCEPT_PAUSE_S,
     DATA_CONNECTIONS_MAX,
@@ -279,7 +279,7 @@ def test_the_longest_frame_is_understood() -> None:
         keys = keys_of(1, 1 << 16)
         node.owner.put(keys, 0, 3)
         mine = await greeted(node, "control")
-        link = await Link.over(mine, FROM_OWNER)
+        link = await control_link(mine, FROM_OWNER)
         link.send(Want(1, keys, 0, 1 << 16))
         grant = await link.receive()
         assert getattr(grant, "count", None) == 3

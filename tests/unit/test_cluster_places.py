@@ -9,7 +9,6 @@ import pytest
 from flexkv.cluster.grants import Grants
 from flexkv.cluster.wire import (
     FROM_OWNER,
-    LENGTH_BYTES,
     TO_OWNER,
     WANT_BLOCKS_MAX,
     Grant,
@@ -19,6 +18,7 @@ from flexkv.cluster.wire import (
 )
 from flexkv.common.errors import PeerError
 from flexkv.common.terms import BlockIds
+from flexkv.links.framing import LENGTH_BYTES
 from flexkv.tiers.peer_transport import PLACES_S, places_of
 from tests.unit.grants_rig import A, Rig, with_grants
 from tests.unit.scripted_owner import KEYS, Reading, reading

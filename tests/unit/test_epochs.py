@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.links.framing import LENGTH_BYTES
 from flexkv.server.fleet import FleetPort
-from flexkv.server.wire import FROM_SERVER, LENGTH_BYTES, State, framed, understood
+from flexkv.server.wire import FROM_SERVER, State, framed, understood
 from tests.property.fleet_model import ONE_RANK, Rank, Wire
 
 ORDER = "kv tokens heads dim"

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from flexkv.server.link import MESSAGES_A_TURN, Link
-from flexkv.server.wire import TO_SERVER, Cancel, ProtocolError, Settled, ToServer, framed
+from flexkv.links.link import MESSAGES_A_TURN, Link
+from flexkv.server.wire import FRAMING, TO_SERVER, Cancel, ProtocolError, Settled, ToServer, framed
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ async def ends() -> AsyncIterator[tuple[Link[ToServer], socket.socket]]:
     """Yield a link and the socket at its other end."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
-    link = await Link.over(ours, TO_SERVER)
+    link = await Link.over(ours, FRAMING, TO_SERVER)
     yield link, theirs
     link.abort()
     await link.wait_closed()

@@ -10,15 +10,8 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from flexkv.links.framing import LENGTH_BYTES, Framing
 from flexkv.process import forks
-from flexkv.server.wire import (
-    FRAME_BYTES_MAX,
-    LENGTH_BYTES,
-    Message,
-    framed,
-    length_of,
-    understood,
-)
 
 T = TypeVar("T")
 
@@ -27,17 +20,24 @@ MESSAGES_A_TURN = 4
 
 
 class Link(Generic[T]):
-    """A connected socket that carries whole messages."""
+    """A connected socket that carries whole messages.
+
+    Attributes:
+        unsent_bytes_max: a peer that leaves more unread is cut off; None: no peer is.
+        frame_bytes_max: the longest message that the peer may send.
+    """
 
     def __init__(
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        framing: Framing,
         decoder: msgspec.msgpack.Decoder[T],
     ) -> None:
         self.unsent_bytes_max: int | None = None
-        self.frame_bytes_max = FRAME_BYTES_MAX
-        self._taken = 0
+        self.frame_bytes_max = framing.bytes_max
+        self._taken, self._framing = 0, framing
+        self._heard_s = asyncio.get_running_loop().time()
         self._reader, self._writer, self._decoder = reader, writer, decoder
         self._ended = False
         self._poll = select.poll()
@@ -45,10 +45,12 @@ class Link(Generic[T]):
         forks.on_fork(self._let_go_in_child)
 
     @classmethod
-    async def over(cls, connected: socket.socket, decoder: msgspec.msgpack.Decoder[T]) -> Link[T]:
+    async def over(
+        cls, connected: socket.socket, framing: Framing, decoder: msgspec.msgpack.Decoder[T]
+    ) -> Link[T]:
         """Return a link over a connected socket, which the link closes."""
-        reader, writer = await asyncio.open_unix_connection(sock=connected)
-        return cls(reader, writer, decoder)
+        reader, writer = await asyncio.open_connection(sock=connected)
+        return cls(reader, writer, framing, decoder)
 
     def _let_go_in_child(self) -> None:
         """Drop the child's copy of the socket, so that the peer notices when the parent ends."""
@@ -66,14 +68,19 @@ class Link(Generic[T]):
             return True
         return bool(self._poll.poll(0))
 
-    def send(self, message: Message) -> None:
+    @property
+    def silent_s(self) -> float:
+        """Return for how long no message has arrived."""
+        return asyncio.get_running_loop().time() - self._heard_s
+
+    def send(self, message: msgspec.Struct) -> None:
         """Queue a message, which is sent soon; do nothing if the link is closed.
 
         A peer with more than `unsent_bytes_max` unread bytes is cut off: nobody waits for it.
         """
         if not self.is_open:
             return
-        self._writer.write(framed(message))
+        self._writer.write(self._framing.framed(message))
         if self.unsent_bytes_max is not None and self.unsent_bytes > self.unsent_bytes_max:
             self.abort()
 
@@ -102,19 +109,19 @@ class Link(Generic[T]):
     async def receive(self) -> T | None:
         """Return the next message; None once the connection has ended.
 
-        Raises:
-            ProtocolError: the peer sent something that is not a message, or one that is too long.
+        Raises the protocol's error if the peer sends something else, or too long a message.
         """
         self._taken += 1
         if not self._taken % MESSAGES_A_TURN:
             await asyncio.sleep(0)
         try:
             head = await self._reader.readexactly(LENGTH_BYTES)
-            length = length_of(head, self.frame_bytes_max)
+            length = self._framing.length_of(head, self.frame_bytes_max)
             body = await self._reader.readexactly(length)
         except (OSError, asyncio.IncompleteReadError):
             return None
-        return understood(self._decoder, body)
+        self._heard_s = asyncio.get_running_loop().time()
+        return self._framing.understood(self._decoder, body)
 
     async def wait_read(self) -> None:
         """Return once the peer has read most of what was sent, or its connection has ended."""

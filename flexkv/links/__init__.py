@@ -1,0 +1,1 @@
+"""Connections that carry whole messages, whatever these say."""
