@@ -185,7 +185,7 @@ class Rig:
         self.grants.want(READER, want, answers.append)
         (grant,) = answers
         assert isinstance(grant, Grant)
-        return Allowed(grant.number, grant.count, grant.is_cut, places_of(grant))
+        return Allowed(grant.number, grant.count, grant.is_cut, places_of(grant, 15.0))
 
     def release(self, holder: int, number: int) -> None:
         """End a grant."""

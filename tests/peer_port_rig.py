@@ -128,7 +128,7 @@ class Reader:
 
 
 @asynccontextmanager
-async def reading() -> AsyncIterator[Reader]:
+async def reading(patience_s: float = 60.0) -> AsyncIterator[Reader]:
     """Yield a port; afterwards nothing may be granted, pinned or in flight."""
     async with nodes() as (owner, node):
         failures: list[BaseException] = []
@@ -137,7 +137,7 @@ async def reading() -> AsyncIterator[Reader]:
         holders = Holders(owner, supervisor)
         copier = Copier(2)
         transport = TcpTransport(node.ring, holders.connect, node.host, copier, 60.0)
-        port = PeerPort(transport, copier, holders, node.host, [1], 0.1)
+        port = PeerPort(transport, copier, holders, node.host, [1], patience_s)
         port.spawn = supervisor.spawn
         try:
             yield Reader(port, holders, node)

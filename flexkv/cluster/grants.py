@@ -38,8 +38,9 @@ Reply: TypeAlias = Callable[[Grant | Busy], None]
 
 IDLE_S = 30.0
 """A grant ends if nothing of it was read for so long."""
-PREFETCH_S = 3.0
-"""How long a Want waits for the disk. Then it is granted what is there."""
+PREFETCH_S, PREFETCH_SHARE = 3.0, 0.75
+"""How long a Want waits for the disk, and which share of the time that its reader waits for the
+answer. Then it is granted what is there."""
 BUSY_MS = 100
 """When to ask again."""
 
@@ -318,7 +319,7 @@ class Grants:
     async def _fetch(self, want: Want, lacking: range, grant: _Grant, answer: Reply) -> None:
         """Wait for the disk, then grant what is there. The end of the Want cancels this."""
         try:
-            async with asyncio.timeout(PREFETCH_S):
+            async with asyncio.timeout(min(PREFETCH_S, PREFETCH_SHARE * want.within_ms / 1000)):
                 await self._owner.prefetch(want.keys, lacking.start, lacking.stop, want.group)
         except (TimeoutError, FlexKVError) as error:
             log.debug("peer_prefetch_failed", peer=str(grant.peer), reason=repr(error))

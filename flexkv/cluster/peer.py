@@ -69,13 +69,17 @@ class PeerTimes(NamedTuple):
     """How long a peer may take.
 
     Attributes:
-        connect_s: for a connection with its handshake.
-        answer_s: for the answer to a request, with the connection if there is none yet.
+        connect_s: for a link with its handshake.
+        data_s: for a data connection with its handshake.
+        answer_s: for the answer to a request, with the link if there is none yet.
+        part_s: for a part of a snapshot, which no load waits for.
         idle_s: how long a link stays open that nobody uses.
     """
 
     connect_s: float = 3.0
+    data_s: float = 3.0
     answer_s: float = 5.0
+    part_s: float = 5.0
     idle_s: float = 60.0
 
 
@@ -147,7 +151,7 @@ class Peer:
         try:
             answer = await wants.want(wish, self._shared.identity.generation(), left_s)
         except TimeoutError:
-            raise self._unanswered() from None
+            raise self._unanswered(self._shared.times.answer_s) from None
         self._breaker.answered()
         if isinstance(answer, Busy):
             self._busy_until_s = asyncio.get_running_loop().time() + answer.after_ms / 1000
@@ -164,17 +168,17 @@ class Peer:
         wants = await self._connected()
         generation = self._shared.identity.generation()
         try:
-            async with aclosing(wants.parts(generation, self._shared.times.answer_s)) as parts:
+            async with aclosing(wants.parts(generation, self._shared.times.part_s)) as parts:
                 async for part in parts:
                     yield part
         except TimeoutError:
-            raise self._unanswered() from None
+            raise self._unanswered(self._shared.times.part_s) from None
 
     async def data_socket(self) -> socket.socket:
         """Return a new data connection; see `Peers.data_socket`."""
         self._check_up()
         try:
-            async with asyncio.timeout(self._shared.times.connect_s):
+            async with asyncio.timeout(self._shared.times.data_s):
                 return await self._greeted("data")
         except _FAULTS as error:
             raise self._error("connecting", _reason(error)) from error
@@ -316,11 +320,11 @@ class Peer:
         if not self.is_up:
             raise self._error("asking", self._why)
 
-    def _unanswered(self) -> PeerError:
+    def _unanswered(self, within_s: float) -> PeerError:
         """Return the error of a request without an answer; close the link if there were several."""
         if self._breaker.unanswered():
             self._close("it does not answer")
-        return self._error("asking", f"no answer in {self._shared.times.answer_s:g} s")
+        return self._error("asking", f"no answer in {within_s:g} s")
 
     def _busy(self) -> PeerError:
         return PeerError(self._node.address, "asking", "it is busy", is_busy=True)

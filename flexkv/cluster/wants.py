@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 
 from flexkv.cluster.records import SpanTags
 from flexkv.cluster.wire import (
+    WITHIN_MS_MAX,
     Busy,
     FromOwner,
     Grant,
@@ -78,7 +79,8 @@ class Wants:
         number = next(self._numbers)
         try:
             keys, first, last, group, with_places = wish
-            want = Want(number, keys, first, last, group, generation, with_places)
+            within_ms = min(WITHIN_MS_MAX, int(1000 * within_s))
+            want = Want(number, keys, first, last, group, generation, with_places, within_ms)
             answer = await self._ask(want, within_s)
         except (asyncio.CancelledError, TimeoutError):
             self._send(Release(number))

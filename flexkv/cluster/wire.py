@@ -39,6 +39,8 @@ FRAME_BYTES_MAX = KEYS_BYTES_MAX + 4096
 INTRODUCTION_BYTES_MAX = 64 << 10
 TEXT_MAX = 512
 NODE_ID_BYTES = 16
+WITHIN_MS_MAX = 60_000
+"""The longest that a reader says that it waits."""
 
 Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Position: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=WANT_BLOCKS_MAX)]
@@ -98,6 +100,8 @@ class Want(Message, tag="want", frozen=True):
     """That of the reader; an owner of another one refuses."""
     with_places: bool = False
     """Whether the reader can use `Grant.places`."""
+    within_ms: Annotated[int, msgspec.Meta(ge=0, le=WITHIN_MS_MAX)] = WITHIN_MS_MAX
+    """How long the reader waits for the answer."""
 
 
 class Release(Message, tag="release", frozen=True):

@@ -25,7 +25,7 @@ from flexkv.cluster.grants import GrantLimits, Grants, ReadStatus
 from flexkv.cluster.handshake import Identity
 from flexkv.cluster.listener import BACKLOG, Listener, ListenerHooks
 from flexkv.cluster.membership import Membership
-from flexkv.cluster.peer import Node, PeerTimes
+from flexkv.cluster.peer import Node
 from flexkv.cluster.peers import PeerHooks, Peers
 from flexkv.cluster.plane import MetadataPlane
 from flexkv.cluster.publisher import SpanStep
@@ -64,8 +64,6 @@ log = get_logger(__name__)
 
 SOCKETS_MAX = 4096
 """Data connections of one node, in both directions."""
-PATIENCE_SHARE = 0.4
-"""The share of `io_deadline_s` for which a peer may be too busy to lend anything."""
 BLOCKS_LENT = 256
 """At least so many blocks are lent to peers at once, if they are no more than half of all."""
 CHANGES_MAX = 1 << 14
@@ -209,7 +207,7 @@ class _Node:
             self,
             self._host,
             ratios,
-            PATIENCE_SHARE * cache.io_deadline_s,
+            transports.times.asking_s,
         )
         self._peers: Peers | None = None
         self._hooks: TierHooks | None = None
@@ -238,7 +236,7 @@ class _Node:
             self._identity,
             PeerHooks(self._membership.node, self._peer_changed, hooks.spawn),
             Random(own.life),
-            PeerTimes(connect_s=min(PeerTimes().connect_s, self.transports.stall_s)),
+            self.transports.times.links,
         )
         changes = SpanChanges(hooks.changes, self._hints.span_blocks, CHANGES_MAX)
         self._spans = _Spans(changes, cache, self.generation)
@@ -407,7 +405,7 @@ class _Node:
         with connection:  # the ring has a descriptor of its own
             index = self._ring.add(connection)
         try:
-            await Sender(self._ring, self.transports.stall_s).serve(index, lookup)
+            await Sender(self._ring, self.transports.times.stall_s).serve(index, lookup)
         except (OSError, StreamEndedError, MalformedError, TimeoutError) as error:
             log.warning("peer_data_ended", peer=str(peer), reason=str(error) or "too slow")
         finally:
@@ -422,7 +420,8 @@ class _Node:
             why = f"a prompt of {wish.last} blocks is too long: {WANT_BLOCKS_MAX} can be asked for"
             raise PeerError(str(holder), "asking", why)
         grant = await self._peers.want(holder, *wish)
-        return Allowed(grant.number, grant.count, grant.is_cut, places_of(grant))
+        places = places_of(grant, self.transports.times.places_s)
+        return Allowed(grant.number, grant.count, grant.is_cut, places)
 
     def release(self, holder: int, number: int) -> None:
         """End a grant."""

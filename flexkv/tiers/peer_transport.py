@@ -30,16 +30,9 @@ from flexkv.mover.life import MoverSizes
 from flexkv.mover.mover import Mover
 from flexkv.mover.wire import Lent
 from flexkv.tiers.parts import Work
+from flexkv.tiers.peer_times import reader_times
 
 COPY_THREADS = 2
-STALL_SHARE = 0.25
-"""The share of `io_deadline_s` for which a peer may send nothing in the middle of an answer, or may
-not let us connect: a load may try several times."""
-MOONCAKE_READ_S = 5.0
-"""The longest time that a read by Mooncake may take."""
-PLACES_S = 15.0
-"""How long the places of a grant are used. The grant ends after 30 s without a read by TCP, and
-has been on its way for up to 5 s; a read that begins at the last moment takes 5 s."""
 HUNG_S = 60.0
 """A mover whose engine has not ended a read for so long hangs. Until then, its slot is lost."""
 
@@ -55,7 +48,7 @@ class PeerTransport:
     Attributes:
         transport: the one that its port uses.
         copier: the threads that sum what arrives.
-        stall_s: how long the next bytes of an answer may take to arrive.
+        times: how long its reads may take.
     """
 
     def __init__(
@@ -67,15 +60,15 @@ class PeerTransport:
             ConfigError: the configuration of Mooncake cannot be read, or a field is wrong.
             BackendUnavailableError: Mooncake is configured, and not installed.
         """
-        self.stall_s = STALL_SHARE * cache.io_deadline_s
+        times = self.times = reader_times(cache.io_deadline_s)
         self._host = host
         self._mover = _mover(cache, host)
         self.copier = Copier(COPY_THREADS)
-        tcp = TcpTransport(ring, connect, host, self.copier, self.stall_s)
+        tcp = TcpTransport(ring, connect, host, self.copier, times.stall_s)
         self.transport: Transport = tcp
         self._mooncake: MooncakeTransport | None = None
         if self._mover is not None:
-            limit_s = min(MOONCAKE_READ_S, self.stall_s)
+            limit_s = times.mooncake_s
             self._mooncake = MooncakeTransport(self._mover, host, self.copier, limit_s)
             self.transport = PreferredTransport(self._mooncake, tcp)
 
@@ -110,12 +103,12 @@ def located(
     return GrantedPlaces(endpoint, addresses.astype("<i8").tobytes(), sums)
 
 
-def places_of(grant: Grant) -> Places | None:
-    """Return where the blocks of a grant are, which has just arrived."""
+def places_of(grant: Grant, within_s: float) -> Places | None:
+    """Return where the blocks of a grant are, which has just arrived; they are used for a time."""
     if grant.places is None:
         return None
     endpoint, addresses, sums = grant.places.endpoint, grant.places.addresses, grant.places.sums
-    until_s = asyncio.get_running_loop().time() + PLACES_S
+    until_s = asyncio.get_running_loop().time() + within_s
     return Places(
         endpoint,
         np.frombuffer(addresses, "<i8").astype(np.int64),
@@ -132,7 +125,7 @@ def _mover(cache: CacheConfig, host: HostBlocks) -> Mover | None:
     slot_bytes = max(read_blocks(size) * size for size in host.block_bytes)
     slots = -(-int(cache.p2p_read_window_mb * MB) // slot_bytes)
     hung_s = max(HUNG_S, 2 * cache.io_deadline_s)
-    peer_s = min(MOONCAKE_READ_S, STALL_SHARE * cache.io_deadline_s)
+    peer_s = reader_times(cache.io_deadline_s).mooncake_s
     sizes = MoverSizes(slots + max(4, slots // 4), slot_bytes, hung_s, peer_s)
     return Mover(config, sizes, _lent(host.arena))
 

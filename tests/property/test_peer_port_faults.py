@@ -76,7 +76,7 @@ class Chaos:
 async def play(seed: int) -> None:
     """Read while things go wrong, and compare every byte."""
     before = open_descriptors()
-    async with reading() as own:
+    async with reading(patience_s=0.1) as own:
         chaos = Chaos(seed, own)
         own.holders.owner.host.sums[list(chaos.wrong)] ^= 1
         expected = own.node.arena.array.copy()

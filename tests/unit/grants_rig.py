@@ -13,7 +13,7 @@ from flexkv.cluster.grants import (
     Lent,
     ReadStatus,
 )
-from flexkv.cluster.wire import Busy, Grant, PeerId, Want
+from flexkv.cluster.wire import WITHIN_MS_MAX, Busy, Grant, PeerId, Want
 from flexkv.testing.virtual_time import run_virtual
 from tests.cluster_rigs import FakeOwner, keys_of, tasks_of, turns
 
@@ -22,7 +22,11 @@ LIMITS = GrantLimits(100)
 
 
 class Rig:
-    """Grants over a fake engine, and every answer that they gave."""
+    """Grants over a fake engine, and every answer that they gave.
+
+    Attributes:
+        within_ms: how long readers wait for an answer.
+    """
 
     def __init__(self, limits: GrantLimits) -> None:
         self.owner = FakeOwner()
@@ -30,12 +34,13 @@ class Rig:
         self.supervisor = Supervisor(self.failures.append)
         self.grants = Grants(self.owner, limits, self.supervisor.spawn)
         self.answers: list[Grant | Busy] = []
+        self.within_ms = WITHIN_MS_MAX
         self._number = 0
 
     def want(self, peer: PeerId, keys: bytes, first: int, last: int, group: int = 0) -> int:
         """Ask for blocks, and return the number."""
         self._number += 1
-        want = Want(self._number, keys, first, last, group)
+        want = Want(self._number, keys, first, last, group, within_ms=self.within_ms)
         self.grants.want(peer, want, self.answers.append)
         return self._number
 

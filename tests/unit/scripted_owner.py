@@ -39,7 +39,7 @@ from tests.cluster_rigs import (
     turns,
 )
 
-TIMES = PeerTimes()
+TIMES = PeerTimes(data_s=2.0, part_s=4.0)
 KEYS = keys_of(1, 4)
 ADDRESS = "192.0.2.9:1"
 

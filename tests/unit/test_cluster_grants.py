@@ -216,6 +216,21 @@ def test_a_disk_that_fails_or_is_slow_makes_a_grant_shorter(error: Exception | N
     with_grants(work)
 
 
+def test_a_reader_that_waits_for_a_short_time_is_answered_in_it() -> None:
+    """The disk is not waited for until the reader has given up."""
+
+    async def work(rig: Rig) -> None:
+        keys = keys_of(1, 4)
+        rig.owner.put(keys, 0, 1)
+        rig.owner.put_on_disk(keys)
+        rig.owner.prefetch_s, rig.within_ms = 60.0, 400
+        rig.want(A, keys, 0, 4)
+        await asyncio.sleep(0.399)
+        assert rig.answers == [Grant(1, 0, 1, True)]
+
+    with_grants(work)
+
+
 @pytest.mark.parametrize("by_release", [True, False])
 def test_a_want_that_is_given_up_waits_for_no_disk(by_release: bool) -> None:
     """A Release, or the end of the link, ends a Want before its answer."""

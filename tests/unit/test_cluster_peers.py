@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
@@ -13,6 +14,7 @@ import pytest
 from flexkv.cluster.breaker import PAUSE_MAX_S, PAUSE_MIN_S, STEADY_S, PeerBreaker
 from flexkv.cluster.link import PING_S, SILENCE_S
 from flexkv.cluster.wire import (
+    WITHIN_MS_MAX,
     Busy,
     Grant,
     Message,
@@ -21,6 +23,7 @@ from flexkv.cluster.wire import (
     Refused,
     SnapshotPart,
     ToOwner,
+    Want,
 )
 from flexkv.common.errors import ClosedError, PeerError
 from tests.cluster_rigs import (
@@ -175,11 +178,14 @@ def test_a_peer_that_accepts_and_says_nothing_is_given_up() -> None:
 
     async def work(rig: Reading) -> None:
         rig.owner.is_silent = True
-        for ask in (lambda: rig.peers.data_socket(1), rig.want):
+        for ask, limit_s in (
+            (lambda: rig.peers.data_socket(1), TIMES.data_s),
+            (rig.want, TIMES.connect_s),
+        ):
             begin_s = rig.now_s
             with pytest.raises(PeerError, match="no answer in time"):
                 await ask()
-            assert rig.now_s - begin_s == pytest.approx(TIMES.connect_s)
+            assert rig.now_s - begin_s == pytest.approx(limit_s)
 
     reading(work)
 
@@ -211,6 +217,29 @@ def test_requests_without_an_answer_fail_in_time_and_take_the_peer_down() -> Non
         _, *failed, answered_one, fourth, fifth, _ = rig.owner.wanted()
         assert rig.owner.released() == [*failed, fourth, fifth]
         assert answered_one not in rig.owner.released()
+
+    reading(work)
+
+
+def test_a_want_says_how_long_its_reader_waits() -> None:
+    """The time is what is left of that for the answer, and never more than a message may say."""
+
+    async def work(rig: Reading) -> None:
+        dial = rig.owner.dial
+
+        async def slowly(address: str) -> socket.socket:
+            await asyncio.sleep(1.5)
+            return await dial(address)
+
+        shared = rig.peers._shared
+        rig.peers._shared = shared._replace(dial=slowly)
+        await rig.want()
+        times = shared.times._replace(answer_s=1000.0)
+        rig.peers._shared = shared._replace(times=times)
+        rig.peers.left(rig.owner.node)
+        await rig.want()
+        wants = [message for _, message in rig.owner.heard if isinstance(message, Want)]
+        assert [want.within_ms for want in wants] == [3500, WITHIN_MS_MAX]
 
     reading(work)
 
@@ -420,10 +449,10 @@ def test_a_snapshot_without_an_answer_fails_in_time() -> None:
 
     async def work(rig: Reading) -> None:
         rig.owner.answer = pongs
-        with pytest.raises(PeerError, match="no answer in 5 s"):
+        with pytest.raises(PeerError, match="no answer in 4 s"):
             async for _ in rig.peers.parts(rig.owner.node):
                 pass
-        assert rig.now_s == pytest.approx(TIMES.answer_s)
+        assert rig.now_s == pytest.approx(TIMES.part_s)
         await turns()
         assert len(rig.owner.released()) == 1
 

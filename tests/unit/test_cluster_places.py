@@ -19,7 +19,7 @@ from flexkv.cluster.wire import (
 from flexkv.common.errors import PeerError
 from flexkv.common.terms import BlockIds
 from flexkv.links.framing import LENGTH_BYTES
-from flexkv.tiers.peer_transport import PLACES_S, places_of
+from flexkv.tiers.peer_transport import places_of
 from tests.unit.grants_rig import A, Rig, with_grants
 from tests.unit.scripted_owner import KEYS, Reading, reading
 
@@ -76,13 +76,13 @@ def test_places_are_read_as_they_were_sent() -> None:
         grant = Grant((1 << 63) - 1, 0, WANT_BLOCKS_MAX, True, places)
         told = FROM_OWNER.decode(framed(grant)[LENGTH_BYTES:])
         assert told == grant
-        found = places_of(grant)
+        found = places_of(grant, 15.0)
         assert found is not None
-        assert found.until_s == rig.now_s + PLACES_S
+        assert found.until_s == rig.now_s + 15.0
         some = found.at(4, 3, 2)
         assert some.addresses.tolist() == [3, 5, 7]
         assert some.sums.tolist() == [12, 18, 24]
-        assert places_of(Grant(1, 0, 4)) is None
+        assert places_of(Grant(1, 0, 4), 15.0) is None
 
     reading(work)
 

@@ -157,7 +157,8 @@ class PeerPort:
             holders: whom to ask.
             host: the blocks in host memory, and their sums; they must outlive the port.
             ratios: for each KV group, how many blocks of the chain one of its blocks covers.
-            patience_s: how long a holder may be too busy to lend anything.
+            patience_s: how long a holder is asked that lends nothing, since it is busy or does not
+                answer.
         """
         self.spawn: Spawn | None = None
         self.block_bytes = host.arena.block_stride_bytes
@@ -219,17 +220,17 @@ class PeerPort:
     async def _bring_all(self, run: _Run, transfer: Transfer) -> Fetched:
         """Read the blocks of one holder; ask again, for a while, if it lends us fewer at once."""
         loop, filled = asyncio.get_running_loop(), 0
-        moved_s = loop.time()
+        until_s = loop.time() + self._patience_s
         while True:
-            brought = await self._bring(run, transfer)
+            brought = await self._bring(run, transfer, until_s)
             self._count(run, brought)
             filled += brought.filled
             error = brought.error
             if error is None or not (isinstance(error, PeerError) and error.is_busy):
                 return Fetched(filled, error)
             if brought.filled:
-                run, moved_s = run.behind(brought.filled), loop.time()
-            elif loop.time() - moved_s >= self._patience_s:
+                run, until_s = run.behind(brought.filled), loop.time() + self._patience_s
+            elif loop.time() + BUSY_S >= until_s:
                 return Fetched(filled, error)
             else:
                 await asyncio.sleep(BUSY_S)
@@ -245,15 +246,19 @@ class PeerPort:
         elif error is not None:
             counts["missing" if isinstance(error, MissingBlockError) else "wrong"] += 1
 
-    async def _bring(self, run: _Run, transfer: Transfer) -> Fetched:
-        """Read the blocks that one holder lends us now."""
+    async def _bring(self, run: _Run, transfer: Transfer, until_s: float) -> Fetched:
+        """Read the blocks that one holder lends us now; it is asked until a time of the loop."""
         try:
             self._check_may_ask(transfer)
             with_places = self._transport.wants_places(run.holder)
             wish = run.wish._replace(with_places=with_places)
-            allowed = await self._holders.want(run.holder, wish)
+            async with asyncio.timeout_at(until_s):
+                allowed = await self._holders.want(run.holder, wish)
         except PeerError as error:
             return Fetched(0, error)
+        except TimeoutError:
+            why = f"it has lent nothing in {self._patience_s:g} s"
+            return Fetched(0, PeerError(str(run.holder), "asking", why))
         except ClosedError as error:
             return Fetched(0, PeerError(str(run.holder), "asking", str(error)))
         try:
