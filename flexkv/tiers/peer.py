@@ -25,7 +25,6 @@ from flexkv.cluster.grants import GrantLimits, Grants, ReadStatus
 from flexkv.cluster.handshake import Identity
 from flexkv.cluster.listener import BACKLOG, Listener, ListenerHooks
 from flexkv.cluster.membership import Membership
-from flexkv.cluster.peer import Node
 from flexkv.cluster.peers import PeerHooks, Peers
 from flexkv.cluster.plane import MetadataPlane
 from flexkv.cluster.publisher import SpanStep
@@ -34,9 +33,9 @@ from flexkv.cluster.redis_commands import RedisCommands
 from flexkv.cluster.redis_store import RedisStore
 from flexkv.cluster.secret import cluster_key
 from flexkv.cluster.sessions import Sessions
-from flexkv.cluster.wire import WANT_BLOCKS_MAX, Introduction, PeerId
+from flexkv.cluster.wire import Introduction, PeerId
 from flexkv.common.config import MB, CacheConfig, CacheSizes
-from flexkv.common.errors import ClosedError, MalformedError, PeerError, TransferError
+from flexkv.common.errors import ClosedError, MalformedError, TransferError
 from flexkv.common.space import rules_of
 from flexkv.common.terms import Tier, Transfer
 from flexkv.index.hints import Hints, holders_of
@@ -45,7 +44,7 @@ from flexkv.index.span_changes import SpanChange, SpanChanges
 from flexkv.io.memory.arena import Arena
 from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.peer.frames import Read, Status
-from flexkv.io.peer.port import Allowed, PeerPort, PeerReads, Wish
+from flexkv.io.peer.port import PeerPort, PeerReads
 from flexkv.io.peer.sender import Granted, Sender
 from flexkv.io.peer.sockets import SocketRing, StreamEndedError
 from flexkv.io.ports import Sums
@@ -56,7 +55,9 @@ from flexkv.process.stoppable import run_stoppable
 from flexkv.tiers.far import keep_time
 from flexkv.tiers.generation import Generation
 from flexkv.tiers.parts import ClusterStatistics, TierHooks, TierParts, Work
-from flexkv.tiers.peer_transport import PeerTransport, places_of
+from flexkv.tiers.peer_reader import PeerReader
+from flexkv.tiers.peer_times import reader_times
+from flexkv.tiers.peer_transport import PeerTransport
 from flexkv.tiers.remote import RemoteTier
 from flexkv.tiers.unavailable import Unavailable
 
@@ -155,7 +156,7 @@ def _holder_of(transfer: Transfer, block: int) -> int:
 
 
 class _Node:
-    """This node: it is the `Holders` of its port, and the listener of its membership.
+    """This node: it is the listener of its membership.
 
     Attributes:
         port: reads blocks of others.
@@ -197,19 +198,21 @@ class _Node:
             _facts(sizes, hints),
             lambda: generation.shared,
         )
+        times = reader_times(cache.io_deadline_s)
+        reader = PeerReader(self._membership, hints, lambda: generation.is_apart, times)
+        self._reader = reader
         transports = self.transports = PeerTransport(
-            cache, self._ring, self._host, self._data_connection
+            cache, self._ring, self._host, reader.data_connection
         )
         ratios = [1, *(rule.ratio for rule in rules_of(sizes.spaces))]
         self.port = PeerPort(
             transports.transport,
             transports.copier,
-            self,
+            reader,
             self._host,
             ratios,
-            transports.times.asking_s,
+            times.asking_s,
         )
-        self._peers: Peers | None = None
         self._hooks: TierHooks | None = None
         self._read_of_gone: Counter[str] = Counter()
         self._lent_bytes = 0
@@ -231,10 +234,10 @@ class _Node:
             hooks.spawn,
             self.transports.locate,
         )
-        self._peers = Peers(
+        peers = self._reader.peers = Peers(
             self._key,
             self._identity,
-            PeerHooks(self._membership.node, self._peer_changed, hooks.spawn),
+            PeerHooks(self._membership.node, self._reader.link_changed, hooks.spawn),
             Random(own.life),
             self.transports.times.links,
         )
@@ -247,7 +250,7 @@ class _Node:
             self._membership,
             self._hints,
             self._spans,
-            self._peers,
+            peers,
             blocks // self._hints.span_blocks + 1,
         )
         self.plane.follower.generation = self.generation.number
@@ -270,13 +273,6 @@ class _Node:
         tasks = {**self.plane.work(hooks.spawn), **self.transports.work(), **noting, **time}
         return {"peers": self._share(), **tasks}
 
-    def _avoid_peers(self) -> None:
-        """Leave peers out of runs that are down, or all of them while this node is apart."""
-        assert self._peers is not None
-        for member in self._membership.members():
-            is_up = self._peers.is_up(member.holder)
-            self._hints.avoid(member.holder, self.generation.is_apart or not is_up)
-
     def _is_apart(self) -> None:
         """Take note that this node is cleared alone, and shares nothing any more.
 
@@ -284,7 +280,7 @@ class _Node:
         know of: a clear of one namespace leaves the blocks of the others.
         """
         self._end_before_clear()
-        self._avoid_peers()
+        self._reader.avoid_some()
         self._sessions.close()
 
     def _end_before_clear(self) -> None:
@@ -303,7 +299,7 @@ class _Node:
             self.generation.is_adopting = False
         self.generation.adopt(number)
         self._end_before_clear()
-        self._avoid_peers()
+        self._reader.avoid_some()
         if self.remote is not None:
             self.remote.follow(number)
         self.plane.follower.resync()
@@ -338,8 +334,7 @@ class _Node:
             self._sessions.close()
             await self._listener.wait_closed()
             self._grants.close()
-            assert self._peers is not None
-            await self._peers.close()
+            await self._reader.links.close()
             await self.plane.leave()
             await self._commands.close()
             self._spans.close()
@@ -347,9 +342,7 @@ class _Node:
     def stop(self) -> None:
         """End what is being read from others soon: the engine is being closed."""
         self.port.stop()
-        if self._peers is not None:
-            for member in self._membership.members():
-                self._peers.left(member.node)
+        self._reader.stop()
 
     # -- cluster --------------------------------------------------------------------------------
 
@@ -359,13 +352,11 @@ class _Node:
 
     def address_of(self, holder: int) -> str:
         """Return the address of the node of a number: see `Cluster`."""
-        node = self._membership.node(holder)
-        return str(holder) if node is None else node.address
+        return self._reader.address_of(holder)
 
     def statistics(self) -> ClusterStatistics:
         """Return what is known of the cluster now."""
-        generation, peers = self.generation, self._peers
-        assert peers is not None
+        generation, peers = self.generation, self._reader.links
         members = list(self._membership.members())
         read, in_all = {}, Counter(self._read_of_gone)
         for holder, counts in list(self.port.counts.items()):
@@ -411,47 +402,18 @@ class _Node:
         finally:
             await self._ring.remove(index)
 
-    # -- reader ---------------------------------------------------------------------------------
-
-    async def want(self, holder: int, wish: Wish) -> Allowed:
-        """Ask a holder for blocks: see `Holders`."""
-        assert self._peers is not None
-        if wish.last > WANT_BLOCKS_MAX:
-            why = f"a prompt of {wish.last} blocks is too long: {WANT_BLOCKS_MAX} can be asked for"
-            raise PeerError(str(holder), "asking", why)
-        grant = await self._peers.want(holder, *wish)
-        places = places_of(grant, self.transports.times.places_s)
-        return Allowed(grant.number, grant.count, grant.is_cut, places)
-
-    def release(self, holder: int, number: int) -> None:
-        """End a grant."""
-        assert self._peers is not None
-        self._peers.release(holder, number)
-
-    def blame(self, holder: int, error: PeerError) -> None:
-        """Take note that a holder did not send what it had granted."""
-        log.warning("peer_read_failed", peer=error.peer, reason=error.why)
-
-    async def _data_connection(self, holder: int) -> tuple[socket, str]:
-        assert self._peers is not None
-        return await self._peers.data_socket(holder), self.address_of(holder)
-
-    def _peer_changed(self, node: Node, is_up: bool) -> None:
-        member = self._membership.member_of(node.life)
-        if member is not None:
-            self._hints.avoid(member.holder, self.generation.is_apart or not is_up)
+    # -- members --------------------------------------------------------------------------------
 
     def joined(self, holder: int, node: NodeRecord) -> None:
         """Use a number for a node that has joined."""
-        self._hints.avoid(holder, self.generation.is_apart)
+        self._reader.joined(holder)
 
     def left(self, holder: int, node: NodeRecord) -> None:
         """Close the connections to a node that has left."""
         self._read_of_gone.update(self.port.counts.pop(holder, {}))
         transport = self.transports.transport
         transport.stop(holder)
-        if self._peers is not None:
-            self._peers.left(node)
+        self._reader.left(node)
         if self._hooks is not None:
             self._hooks.spawn("peer lanes", transport.forget(holder))
 
