@@ -191,7 +191,13 @@ class Rig:
         """End a grant."""
         self.grants.release(READER, number)
 
+    def begin(self, holder: int, request: int) -> None:
+        """Take note of nothing."""
+
     def blame(self, holder: int, error: PeerError) -> None:
+        """Take note of nothing."""
+
+    def arrived(self, holder: int) -> None:
         """Take note of nothing."""
 
     async def _connect(self, holder: int) -> tuple[socket.socket, str]:

@@ -21,7 +21,7 @@ from flexkv.io.ports import Completion
 from tests.cluster_rigs import keys_of
 from tests.peer_rig import BLOCKS, NUMBER, Node, connected, nodes
 
-HOLDER = 5
+HOLDER, OWNER = 5, 3
 BLOCKS_READ = 6
 BEHIND = 50
 Answer = Callable[[Wish], Allowed]
@@ -44,6 +44,9 @@ class Holders:
         may_connect: a data connection waits for it.
         connecting: set when one is wanted.
         on_connect: called before one is made; may raise.
+        on_begin: called when a request begins to read; may raise.
+        requests: who began to read.
+        told: what was said of the holder.
         sockets: the numbers of the connections' other ends.
     """
 
@@ -58,6 +61,9 @@ class Holders:
     wishes: list[Wish] = field(default_factory=list)
     sockets: list[int] = field(default_factory=list)
     on_connect: Callable[[], None] = lambda: None
+    on_begin: Callable[[], None] = lambda: None
+    requests: list[int] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.may_answer.set()
@@ -78,8 +84,18 @@ class Holders:
         assert (holder, number) == (HOLDER, NUMBER)
         self.granted -= 1
 
+    def begin(self, holder: int, request: int) -> None:
+        """Take note of the request; fail if the test says so."""
+        self.requests.append(request)
+        self.on_begin()
+
     def blame(self, holder: int, error: PeerError) -> None:
-        """Do nothing."""
+        """Take note of it."""
+        self.told.append(error.why)
+
+    def arrived(self, holder: int) -> None:
+        """Take note of it."""
+        self.told.append("arrived")
 
     async def connect(self, holder: int) -> tuple[socket.socket, str]:
         """Return a data connection, at whose other end blocks are sent."""
@@ -115,7 +131,7 @@ class Reader:
         names = BlockNames(keys_of(1, BLOCKS), Positions(first, blocks))
         route, ids = Route(Tier.PEER, Tier.HOST), np.full(blocks, HOLDER)
         targets = (np.arange(first, first + blocks) + BEHIND) % BLOCKS
-        self.port.submit(Transfer(self._op_id, 1, route, ids, targets, names=names))
+        self.port.submit(Transfer(self._op_id, OWNER, route, ids, targets, names=names))
 
     async def completion(self) -> Completion:
         """Return the next end of a transfer."""

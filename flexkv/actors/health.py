@@ -28,13 +28,27 @@ class Health(Enum):
 
 
 class Breaker:
-    """The breaker of one direction of one tier."""
+    """The breaker of one direction of one tier, or of one of many sources of a tier.
 
-    def __init__(self) -> None:
+    Attributes:
+        health: its state.
+        down_until_s: until when it is DOWN, but for a trial before that.
+    """
+
+    def __init__(
+        self, failures_max: int = FAILURES_MAX, backoff_max_s: float = BACKOFF_MAX_S
+    ) -> None:
+        """Be UP.
+
+        Args:
+            failures_max: failures in a row after which it is DOWN.
+            backoff_max_s: the longest time for which it is DOWN without a trial.
+        """
         self.health = Health.UP
+        self._failures_max, self._backoff_max_s = failures_max, backoff_max_s
         self._failures = 0
         self._backoff_s = BACKOFF_MIN_S
-        self._down_until_s = 0.0
+        self.down_until_s = 0.0
         self._on_trial = False
         self._is_lost = False
 
@@ -47,7 +61,7 @@ class Breaker:
         if self._is_lost:
             return False
         if self.health is Health.DOWN:
-            return now_s >= self._down_until_s
+            return now_s >= self.down_until_s
         return self.health is Health.UP
 
     @property
@@ -57,13 +71,13 @@ class Breaker:
 
     def try_now(self, now_s: float) -> None:
         """Make a direction that is DOWN due for a trial, since it seems to work again."""
-        self._down_until_s = min(self._down_until_s, now_s)
+        self.down_until_s = min(self.down_until_s, now_s)
 
     def begun(self, now_s: float) -> None:
         """Record that an op begins; in a direction that is DOWN, this op alone is the trial."""
         if self.health is Health.DOWN:
             self._on_trial = True
-            self._down_until_s = now_s + self._backoff_s
+            self.down_until_s = now_s + self._backoff_s
 
     def succeeded(self) -> bool:
         """Record a success; return whether the state changed.
@@ -82,14 +96,14 @@ class Breaker:
         if self._is_lost or self.health is Health.HUNG:
             return False
         self._failures += 1
-        if self.health is Health.UP and self._failures < FAILURES_MAX:
+        if self.health is Health.UP and self._failures < self._failures_max:
             return False
         if self.health is Health.DOWN and not self._on_trial:
             return False  # the op began before the direction went down
         if self._on_trial:
-            self._backoff_s = min(self._backoff_s * 2, BACKOFF_MAX_S)
+            self._backoff_s = min(self._backoff_s * 2, self._backoff_max_s)
         self.health, self._on_trial = Health.DOWN, False
-        self._down_until_s = now_s + self._backoff_s
+        self.down_until_s = now_s + self._backoff_s
         return True
 
     def hung(self) -> bool:
@@ -104,5 +118,5 @@ class Breaker:
         """Put a HUNG direction on trial, since its I/O has ended; return whether it was HUNG."""
         if self.health is not Health.HUNG:
             return False
-        self.health, self._down_until_s, self._on_trial = Health.DOWN, now_s, False
+        self.health, self.down_until_s, self._on_trial = Health.DOWN, now_s, False
         return True

@@ -36,6 +36,8 @@ STORE: Final = 0
 HOLDERS_MAX: Final = 4096
 SCRUB_LINES: Final = 1 << 14
 """How many lines one step of scrubbing searches for dead pairs: about a millisecond."""
+PEER_TICKS = 1
+"""For how long the spans are doubted that a peer did not send."""
 
 _USE_STORE, _USE_NODES = 1, 2
 
@@ -259,6 +261,8 @@ class HintedCatalogue:
     def doubt(self, transfer: Transfer, error: TransferError) -> None:
         """Drop the span that is missing or has wrong bytes; doubt all if the holder is to blame.
 
+        The spans of a peer are doubted only until the request is planned again.
+
         Args:
             transfer: the rest of one, from the first block that did not arrive on.
             error: why the transfer ended.
@@ -267,8 +271,10 @@ class HintedCatalogue:
             for holder, keys in self._spans(transfer.part(0, 1)):
                 self._hints.drop(holder, keys)
         elif error.blames_tier or isinstance(error, PeerError):
+            # A peer that fails is left out as a whole, for as long as its breaker says.
+            ticks = self._doubt_ticks if error.blames_tier else PEER_TICKS
             for holder, keys in self._spans(transfer):
-                self._hints.doubt(holder, keys, self._doubt_ticks)
+                self._hints.doubt(holder, keys, ticks)
 
     def _spans(self, transfer: Transfer) -> Iterator[tuple[int, bytes]]:
         """Yield the holders of a transfer's blocks, each with the keys of the spans."""

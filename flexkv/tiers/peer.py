@@ -299,7 +299,7 @@ class _Node:
             self.generation.is_adopting = False
         self.generation.adopt(number)
         self._end_before_clear()
-        self._reader.avoid_some()
+        self._reader.forget_failures()
         if self.remote is not None:
             self.remote.follow(number)
         self.plane.follower.resync()
@@ -334,7 +334,7 @@ class _Node:
             self._sessions.close()
             await self._listener.wait_closed()
             self._grants.close()
-            await self._reader.links.close()
+            await self._reader.close()
             await self.plane.leave()
             await self._commands.close()
             self._spans.close()
@@ -356,7 +356,7 @@ class _Node:
 
     def statistics(self) -> ClusterStatistics:
         """Return what is known of the cluster now."""
-        generation, peers = self.generation, self._reader.links
+        generation, is_up = self.generation, self._reader.is_up
         members = list(self._membership.members())
         read, in_all = {}, Counter(self._read_of_gone)
         for holder, counts in list(self.port.counts.items()):
@@ -370,7 +370,7 @@ class _Node:
             self._grants.counts,
             len(self._listener),
             self._lent_bytes,
-            tuple(each.node.address for each in members if not peers.is_up(each.holder)),
+            tuple(each.node.address for each in members if not is_up(each.holder)),
             read,
             PeerReads(**in_all),
             self.transports.counts,
@@ -413,7 +413,7 @@ class _Node:
         self._read_of_gone.update(self.port.counts.pop(holder, {}))
         transport = self.transports.transport
         transport.stop(holder)
-        self._reader.left(node)
+        self._reader.left(holder, node)
         if self._hooks is not None:
             self._hooks.spawn("peer lanes", transport.forget(holder))
 

@@ -19,6 +19,7 @@ from flexkv.common.errors import PeerError
 from flexkv.index.hints import Hints
 from flexkv.io.peer.port import Allowed, Wish
 from flexkv.observe.logs import get_logger
+from flexkv.tiers.peer_health import HolderHealth
 from flexkv.tiers.peer_times import ReaderTimes
 from flexkv.tiers.peer_transport import places_of
 
@@ -50,6 +51,7 @@ class PeerReader:
         self._membership, self._hints = membership, hints
         self._is_apart, self._times = is_apart, times
         self.peers: Peers | None = None
+        self._health = HolderHealth(self._update)
 
     @property
     def links(self) -> Peers:
@@ -64,37 +66,63 @@ class PeerReader:
         for member in self._membership.members():
             self._update(member.holder)
 
-    def link_changed(self, node: Node, is_up: bool) -> None:
+    def forget_failures(self) -> None:
+        """Try all holders again: what they have refused before, they may grant now."""
+        self._health.clear()
+        self.avoid_some()
+
+    def link_changed(self, node: Node, _: bool) -> None:
         """Take note that the link to a node has failed, or is there again."""
         member = self._membership.member_of(node.life)
         if member is not None:
-            self._hints.avoid(member.holder, self._is_apart() or not is_up)
+            self._update(member.holder)
 
     def joined(self, holder: int) -> None:
         """Use a number for a node that has joined."""
+        self._health.forget(holder)
         self._hints.avoid(holder, self._is_apart())
 
-    def left(self, node: NodeRecord) -> None:
-        """End the link to a node that has left."""
+    def left(self, holder: int, node: NodeRecord) -> None:
+        """End the link to a node that has left; its number may be another node's later."""
+        self._health.forget(holder)
         if self.peers is not None:
             self.peers.left(node)
 
+    def is_up(self, holder: int) -> bool:
+        """Return whether a holder may be read from now."""
+        return self.links.is_up(holder) and self._health.is_usable(holder)
+
     def _update(self, holder: int) -> None:
-        self._hints.avoid(holder, self._is_apart() or not self.links.is_up(holder))
+        self._hints.avoid(holder, self._is_apart() or not self.is_up(holder))
 
     def stop(self) -> None:
         """End the links to all nodes; what waits for them fails at once."""
         for member in self._membership.members():
-            self.left(member.node)
+            self.left(member.holder, member.node)
+
+    async def close(self) -> None:
+        """End everything."""
+        self._health.close()
+        await self.links.close()
 
     # -- asking ---------------------------------------------------------------------------------
+
+    def begin(self, holder: int, request: int) -> None:
+        """Take note that a request reads from a holder: see `Holders`."""
+        self._health.begin(holder, request)
 
     async def want(self, holder: int, wish: Wish) -> Allowed:
         """Ask a holder for blocks: see `Holders`."""
         if wish.last > WANT_BLOCKS_MAX:
             why = f"a prompt of {wish.last} blocks is too long: {WANT_BLOCKS_MAX} can be asked for"
             raise PeerError(str(holder), "asking", why)
-        grant = await self.links.want(holder, *wish)
+        try:
+            grant = await self.links.want(holder, *wish)
+        except PeerError as error:
+            # A link that is down has a breaker of its own.
+            if not error.is_busy and self.links.is_up(holder):
+                self._health.failed(holder)
+            raise
         places = places_of(grant, self._times.places_s)
         return Allowed(grant.number, grant.count, grant.is_cut, places)
 
@@ -103,8 +131,13 @@ class PeerReader:
         self.links.release(holder, number)
 
     def blame(self, holder: int, error: PeerError) -> None:
-        """Take note that a holder did not send what it had granted."""
+        """Take note that a holder did not lend or send anything: see `Holders`."""
         log.warning("peer_read_failed", peer=error.peer, reason=error.why)
+        self._health.failed(holder)
+
+    def arrived(self, holder: int) -> None:
+        """Take note that a holder has sent blocks."""
+        self._health.arrived(holder)
 
     async def data_connection(self, holder: int) -> tuple[socket, str]:
         """Return a new data connection to a holder, and its address: see `Connect`."""

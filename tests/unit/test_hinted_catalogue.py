@@ -18,6 +18,7 @@ from flexkv.common.terms import BlockIds, BlockNames, Positions, Route, Tier, Tr
 from flexkv.index.catalogue import NOT_FAR, FarRun
 from flexkv.index.hints import (
     HOLDERS_MAX,
+    PEER_TICKS,
     STORE,
     HintCounts,
     HintedCatalogue,
@@ -267,7 +268,10 @@ def test_leaves_of_nodes_are_asked_of_one_that_may_be_asked() -> None:
 
 
 def test_blocks_that_a_peer_did_not_send_are_doubted_of_that_peer_alone() -> None:
-    """After an error of a peer others are asked, and that one again after a while."""
+    """After an error of a peer others are asked, and that one again soon.
+
+    How long the peer itself is left out, its breaker decides.
+    """
     hints = hints_of(node=(0, 12), other=(0, 12))
     catalogue = HintedCatalogue(hints, 5)
     (run,) = catalogue.far(KEYS, 0, BLOCKS, NOBODY)
@@ -285,7 +289,7 @@ def test_blocks_that_a_peer_did_not_send_are_doubted_of_that_peer_alone() -> Non
     other = fetch_of(again.block_ids)
     catalogue.doubt(other, PeerError("10.0.0.3:1", "asking", "its link has ended"))
     assert catalogue.far(KEYS, 0, BLOCKS, NOBODY) == ()
-    hints.tick(6)
+    hints.tick(PEER_TICKS)
     assert len(catalogue.far(KEYS, 0, BLOCKS, NOBODY)[0].block_ids) == 12
 
 

@@ -12,7 +12,7 @@ from flexkv.common.errors import PeerError
 from flexkv.io.peer.port import Allowed, Wish
 from flexkv.io.ports import Completion
 from tests.cluster_rigs import open_descriptors, turns
-from tests.peer_port_rig import BEHIND, BLOCKS_READ, HOLDER, reading
+from tests.peer_port_rig import BEHIND, BLOCKS_READ, HOLDER, OWNER, reading
 from tests.peer_rig import NUMBER
 
 
@@ -74,6 +74,54 @@ async def test_a_port_that_is_stopped_reads_nothing_over_a_new_connection() -> N
         ended = await own.completion()
         assert (type(ended.error), ended.filled) == (PeerError, 0)
         assert np.array_equal(own.node.arena.array, before)
+
+
+async def test_the_port_says_who_reads_and_how_that_ended() -> None:
+    """Each part that arrives is told, and each that fails, so that a holder is judged by them."""
+    async with reading() as own:
+        own.submit()
+        await own.completion()
+        assert own.holders.requests == [OWNER]
+        assert own.holders.told == ["arrived"]
+        own.holders.owner.ring.stop(own.holders.sockets[0])
+        own.holders.on_connect = refuse
+        own.submit()
+        ended = await own.completion()
+        assert type(ended.error) is PeerError
+        assert own.holders.told[1:] == [ended.error.why]
+
+
+async def test_a_holder_that_is_left_out_is_not_asked() -> None:
+    """A transfer that may not read from its holder ends at once; that is no failure of it."""
+    async with reading() as own:
+        own.holders.on_begin = refuse
+        own.submit()
+        ended = await own.completion()
+        assert (type(ended.error), ended.filled) == (PeerError, 0)
+        assert (own.holders.wishes, own.holders.told) == ([], [])
+
+
+@pytest.mark.parametrize("is_silent", [True, False])
+async def test_a_holder_that_lends_nothing_for_a_while_is_to_blame(is_silent: bool) -> None:
+    """It is, whether it says that it is busy, or says nothing."""
+    async with reading(patience_s=0.05) as own:
+
+        def busy(wish: Wish) -> Allowed:
+            raise PeerError("it", "asking", "it is busy", is_busy=True)
+
+        own.holders.answer = busy
+        if is_silent:
+            own.holders.may_answer.clear()
+        own.submit()
+        ended = await own.completion()
+        assert isinstance(ended.error, PeerError)
+        assert ended.error.is_busy == (not is_silent)
+        assert own.holders.told == [ended.error.why]
+
+
+def refuse() -> None:
+    """Fail as a peer does."""
+    raise PeerError("it", "connecting", "no")
 
 
 async def test_a_connection_to_a_holder_takes_one_descriptor() -> None:

@@ -82,7 +82,13 @@ class SlowHolders:
         """End a grant."""
         self._rig.peers.release(holder, number)
 
+    def begin(self, holder: int, request: int) -> None:
+        """Do nothing."""
+
     def blame(self, holder: int, error: PeerError) -> None:
+        """Do nothing."""
+
+    def arrived(self, holder: int) -> None:
         """Do nothing."""
 
     async def connect(self, holder: int) -> tuple[socket.socket, str]:

@@ -101,6 +101,14 @@ class PeerReads(msgspec.Struct, frozen=True):
 class Holders(Protocol):
     """The nodes from which blocks are read, by the numbers that hints have for them."""
 
+    def begin(self, holder: int, request: int) -> None:
+        """Take note that a request reads from a holder.
+
+        Raises:
+            PeerError: the holder has failed, and is not asked by this request.
+        """
+        ...
+
     async def want(self, holder: int, wish: Wish) -> Allowed:
         """Ask a holder to keep blocks in place until `release`.
 
@@ -114,7 +122,11 @@ class Holders(Protocol):
         ...
 
     def blame(self, holder: int, error: PeerError) -> None:
-        """Take note that a holder did not send what it had granted."""
+        """Take note that a holder did not lend or send anything, though it was asked."""
+        ...
+
+    def arrived(self, holder: int) -> None:
+        """Take note that a holder has sent blocks."""
         ...
 
 
@@ -231,6 +243,7 @@ class PeerPort:
             if brought.filled:
                 run, until_s = run.behind(brought.filled), loop.time() + self._patience_s
             elif loop.time() + BUSY_S >= until_s:
+                self._holders.blame(run.holder, error)
                 return Fetched(filled, error)
             else:
                 await asyncio.sleep(BUSY_S)
@@ -250,6 +263,7 @@ class PeerPort:
         """Read the blocks that one holder lends us now; it is asked until a time of the loop."""
         try:
             self._check_may_ask(transfer)
+            self._holders.begin(run.holder, transfer.owner)
             with_places = self._transport.wants_places(run.holder)
             wish = run.wish._replace(with_places=with_places)
             async with asyncio.timeout_at(until_s):
@@ -258,7 +272,9 @@ class PeerPort:
             return Fetched(0, error)
         except TimeoutError:
             why = f"it has lent nothing in {self._patience_s:g} s"
-            return Fetched(0, PeerError(str(run.holder), "asking", why))
+            silent = PeerError(str(run.holder), "asking", why)
+            self._holders.blame(run.holder, silent)
+            return Fetched(0, silent)
         except ClosedError as error:
             return Fetched(0, PeerError(str(run.holder), "asking", str(error)))
         try:
@@ -313,6 +329,8 @@ class PeerPort:
             brought = Fetched(0, PeerError(str(part.holder), "connecting", str(error)))
         if isinstance(brought.error, PeerError):
             self._holders.blame(part.holder, brought.error)
+        elif brought.error is None:
+            self._holders.arrived(part.holder)
         ended.set_result(brought)
 
     # -- the end --------------------------------------------------------------------------------
