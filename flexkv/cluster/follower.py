@@ -12,6 +12,7 @@ is there, a round of the holder notes it, and what the round did not see is forg
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -51,7 +52,9 @@ SPREAD_S, SPREAD_MAX_S = 0.01, 10.0
 SNAPSHOT_RETRY_S, SNAPSHOT_RETRY_MAX_S = 0.5, 30.0
 KEPT_SPANS_MAX = 1 << 17
 """How many spans the entries may tell of that are kept for a node that is behind."""
-NOTED_AT_ONCE = 4096
+SPANS_A_TURN, ENTRY_SPANS = 2048, 16
+"""How many spans a task takes in one turn of the loop, about half a millisecond, and how many spans
+an entry costs as much as, however few it tells of."""
 
 
 class Snapshots(Protocol):
@@ -76,7 +79,7 @@ class Feed:
         behind_since_s: since when entries are missing; None if none is.
         due_s: when to ask for the next snapshot; None while one is under way, or none is needed.
         attempts: how many snapshots did not end this.
-        kept: entries that came meanwhile.
+        kept: entries that came meanwhile, in order.
         kept_spans: of how many spans they tell.
         is_cleared: whether the hints were cleared while a snapshot was under way.
     """
@@ -86,7 +89,7 @@ class Feed:
     behind_since_s: float | None = None
     due_s: float | None = None
     attempts: int = 0
-    kept: list[Entry] = field(default_factory=list)
+    kept: deque[Entry] = field(default_factory=deque)
     kept_spans: int = 0
     is_cleared: bool = False
 
@@ -214,10 +217,9 @@ class Follower:
         if self.positions is before:
             self.positions = page.positions
         self._take_generation(page.generation)
+        turn = _Turn()
         for entries in page.entries:
-            self._take(entries)
-            if len(entries) > 1:
-                await asyncio.sleep(0)
+            await self._take(entries, turn)
         is_at_end = all(page.is_at_end)
         if is_at_end and self._check_from is not None and number >= self._check_from:
             self._check()
@@ -229,13 +231,14 @@ class Follower:
             self.generation = generation
             self.on_generation(generation)
 
-    def _take(self, entries: Sequence[bytes]) -> None:
-        """Take some entries of a stream."""
-        now_s, own = asyncio.get_running_loop().time(), self._membership.own.life
+    async def _take(self, entries: Sequence[bytes], turn: _Turn) -> None:
+        """Take some entries of a stream; other tasks run in between."""
+        loop, own = asyncio.get_running_loop(), self._membership.own.life
         for data in entries:
             if not data:
                 continue  # it only woke us
             self.entries += 1
+            await turn.take(ENTRY_SPANS + len(data) // TAG_BYTES)
             try:
                 entry = entry_from(data)
             except MalformedError:
@@ -249,7 +252,7 @@ class Follower:
             elif feed is None:
                 self.on_stranger()
             else:
-                feed.member.heard_s = now_s
+                feed.member.heard_s = loop.time()
                 self._follow(feed, entry)
 
     def _follow(self, feed: Feed, entry: Entry) -> None:
@@ -258,23 +261,27 @@ class Follower:
             self._fall_behind(feed)
         if feed.behind_since_s is not None:
             self._keep(feed, entry)
-        elif entry.seq == feed.seq + 1:  # else it was sent twice
-            holder, hints = feed.member.holder, self._hints
-            if entry.added:
-                hints.note(holder, entry.added, False, TAG_BYTES)
-            if entry.moved:
-                hints.note(holder, entry.moved, True, TAG_BYTES)
-            if entry.dropped:
-                hints.drop(holder, entry.dropped, TAG_BYTES)
-            feed.seq = entry.seq
+        else:
+            self._apply(feed, entry)
+
+    def _apply(self, feed: Feed, entry: Entry) -> None:
+        if entry.seq != feed.seq + 1:
+            return  # it was sent twice
+        holder, hints = feed.member.holder, self._hints
+        if entry.added:
+            hints.note(holder, entry.added, False, TAG_BYTES)
+        if entry.moved:
+            hints.note(holder, entry.moved, True, TAG_BYTES)
+        if entry.dropped:
+            hints.drop(holder, entry.dropped, TAG_BYTES)
+        feed.seq = entry.seq
 
     def _keep(self, feed: Feed, entry: Entry) -> None:
         feed.kept.append(entry)
         feed.kept_spans += 1 + entry.spans
-        if (
-            feed.kept_spans > KEPT_SPANS_MAX
-        ):  # the next entry, or a beat, shows that they are missing
-            feed.kept, feed.kept_spans = [], 0
+        if feed.kept_spans > KEPT_SPANS_MAX:  # the next entry, or a beat, shows what is missing
+            feed.kept.clear()
+            feed.kept_spans = 0
 
     def _check(self) -> None:
         """Find the nodes whose latest entry, as registered, was not in the log."""
@@ -353,7 +360,7 @@ class Follower:
         if not await self._note(feed.member, on_host, on_disk):
             return
         self.snapshots_taken += 1
-        self._catch_up(feed, seq)
+        await self._catch_up(feed, seq)
 
     async def _fetch(self, node: NodeRecord) -> tuple[int, bytearray, bytearray]:
         """Return a snapshot's seq and tags.
@@ -382,26 +389,48 @@ class Follower:
         if member.is_gone:
             return False
         hints.begin_round(holder)
+        turn = _Turn()
         for tags, is_on_disk in ((on_host, False), (on_disk, True)):
-            for begin in range(0, len(tags), NOTED_AT_ONCE * TAG_BYTES):
-                some = bytes(tags[begin : begin + NOTED_AT_ONCE * TAG_BYTES])
-                hints.note(holder, some, is_on_disk, TAG_BYTES)
-                await asyncio.sleep(0)
+            for begin in range(0, len(tags), SPANS_A_TURN * TAG_BYTES):
+                some = bytes(tags[begin : begin + SPANS_A_TURN * TAG_BYTES])
+                await turn.take(len(some) // TAG_BYTES)
                 if member.is_gone:  # its number may be another node's by now
                     return False
+                hints.note(holder, some, is_on_disk, TAG_BYTES)
         hints.end_round(holder)
         return True
 
-    def _catch_up(self, feed: Feed, seq: int) -> None:
-        """Go on behind a snapshot with what came meanwhile."""
-        kept, feed.kept, feed.kept_spans = feed.kept, [], 0
-        feed.seq, feed.behind_since_s = seq, None
-        for entry in kept:
-            self._follow(feed, entry)
-        if feed.is_cleared:
+    async def _catch_up(self, feed: Feed, seq: int) -> None:
+        """Go on behind a snapshot with what came meanwhile, and what still comes."""
+        feed.seq, turn = seq, _Turn()
+        while feed.kept and feed.kept[0].seq <= feed.seq + 1:
+            entry = feed.kept[0]
+            await turn.take(ENTRY_SPANS + entry.spans)
+            if feed.member.is_gone:
+                return
+            if feed.kept and feed.kept[0] is entry:  # else they have become too many meanwhile
+                feed.kept.popleft()
+                feed.kept_spans -= 1 + entry.spans
+                self._apply(feed, entry)
+        feed.behind_since_s = None
+        if feed.is_cleared or feed.kept:
             self._fall_behind(feed)
         if feed.behind_since_s is None:
             feed.attempts = 0
+
+
+class _Turn:
+    """What a task has done since it last let the others run."""
+
+    def __init__(self) -> None:
+        self._spans = 0
+
+    async def take(self, spans: int) -> None:
+        """Let other tasks run first, if these spans are too many for this turn."""
+        if self._spans and self._spans + spans > SPANS_A_TURN:
+            self._spans = 0
+            await asyncio.sleep(0)
+        self._spans += spans
 
 
 async def scrub(hints: Hints) -> None:
