@@ -263,7 +263,7 @@ class Peer:
         Raises:
             PeerProtocolError: the peer sent something that the protocol does not allow.
         """
-        while (message := await link.receive()) is not None and link.is_open:
+        while (message := await link.receive()) is not None:
             if isinstance(message, Refused) and not message.number:
                 self._close(f"it refuses {message.field}={message.value}: {message.why}")
             wants.handle(message)

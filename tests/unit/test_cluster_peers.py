@@ -213,9 +213,10 @@ def test_requests_without_an_answer_fail_in_time_and_take_the_peer_down() -> Non
         assert not rig.peers.is_up(1)
         with pytest.raises(PeerError, match="does not answer"):
             await rig.want()
-        # The last one ends with the link.
-        _, *failed, answered_one, fourth, fifth, _ = rig.owner.wanted()
-        assert rig.owner.released() == [*failed, fourth, fifth]
+        _, *failed, answered_one, fourth, fifth, last = rig.owner.wanted()
+        given_up = [*failed, fourth, fifth]
+        # The last one ends with the link, whether or not its release still arrives.
+        assert rig.owner.released() in (given_up, [*given_up, last])
         assert answered_one not in rig.owner.released()
 
     reading(work)

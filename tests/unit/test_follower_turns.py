@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +19,6 @@ from flexkv.cluster.records import (
     Beat,
     Entry,
     NodeRecord,
-    SnapshotPart,
     SpanTags,
     encoded,
 )
@@ -71,6 +70,10 @@ class CountedHints:
         """Retire a holder."""
         self.hints.retire(holder)
 
+    def scrubbing(self) -> Iterator[None]:
+        """Remove dead pairs, in steps."""
+        return self.hints.scrubbing()
+
     def counts(self) -> HintCounts:
         """Return how many pairs there are."""
         return self.hints.counts()
@@ -103,7 +106,7 @@ class Rig:
 
     def __init__(self) -> None:
         self.counted, self.log = CountedHints(), Log()
-        self.snapshot: list[SnapshotPart] = []
+        self.snapshot: list[SpanTags] = []
         hints = cast("Hints", self.counted)
         self.membership = Membership(hints, OWN, 30.0)
         self.follower = Follower(cast("ClusterStore", self.log), self.membership, hints, self)
@@ -169,8 +172,8 @@ def test_a_snapshot_is_noted_in_many_turns() -> None:
     async def work(rig: Rig) -> None:
         half = SPANS // 2
         rig.snapshot = [
-            SnapshotPart(7, tags(0, half), b"", False),
-            SnapshotPart(7, b"", tags(half, SPANS), True),
+            SpanTags(7, tags(0, half), b"", False),
+            SpanTags(7, b"", tags(half, SPANS), True),
         ]
         rig.follower._fall_behind(rig.feed)
         await rig.follower._snapshot(rig.feed)
@@ -182,7 +185,7 @@ def test_a_snapshot_is_noted_in_many_turns() -> None:
 
 def kept(rig: Rig, seq: int, spans: int) -> list[Entry]:
     """Let a snapshot be the first span alone; return what is read of the log before it is there."""
-    rig.snapshot = [SnapshotPart(seq, tags(SPANS - 1, SPANS), b"", True)]
+    rig.snapshot = [SpanTags(seq, tags(SPANS - 1, SPANS), b"", True)]
     rig.follower._fall_behind(rig.feed)
     told = entries(seq - 1, spans)
     for entry in told:
@@ -259,7 +262,7 @@ def test_a_node_that_leaves_meanwhile_is_not_noted_any_more(is_noting: bool) -> 
     async def work(rig: Rig) -> None:
         kept(rig, 7, SPANS)
         if is_noting:
-            rig.snapshot = [SnapshotPart(7, TAGS, b"", True)]
+            rig.snapshot = [SpanTags(7, TAGS, b"", True)]
         taking = asyncio.ensure_future(rig.follower._snapshot(rig.feed))
         before = sum(rig.counted.turns)
         while sum(rig.counted.turns) < before + 3 * SPANS_A_TURN:
