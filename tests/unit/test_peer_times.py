@@ -17,7 +17,7 @@ from flexkv.common.errors import PeerError
 from flexkv.common.terms import BlockNames, Positions, Route, Tier, Transfer
 from flexkv.io.memory.arena import Arena
 from flexkv.io.peer.mooncake import MooncakeTransport
-from flexkv.io.peer.port import Allowed, PeerPort, Wish
+from flexkv.io.peer.port import BUSY_S, Allowed, PeerPort, Wish
 from flexkv.io.peer.preferred import PreferredTransport
 from flexkv.io.peer.sockets import SocketRing
 from flexkv.io.peer.tcp_transport import TcpTransport
@@ -126,7 +126,7 @@ Script = Callable[[Reading, float, ToOwner], list[Message]]
 
 
 @pytest.mark.parametrize("script", [busy_until, busy_then_silent, late])
-@pytest.mark.parametrize("deadline_s", DEADLINES_S)
+@pytest.mark.parametrize("deadline_s", [1.0, 10.0, 60.0])
 def test_a_load_is_answered_within_the_deadline_and_a_second(
     deadline_s: float, script: Script
 ) -> None:
@@ -135,7 +135,7 @@ def test_a_load_is_answered_within_the_deadline_and_a_second(
 
     async def work(rig: Reading) -> None:
         rig.peers._shared = rig.peers._shared._replace(times=times.links)
-        rig.owner.answer = partial(script, rig, 0.95 * times.asking_s)
+        rig.owner.answer = partial(script, rig, times.asking_s - 2.2 * BUSY_S)
         arena, copier = Arena.open(4, BLOCK_BYTES), Copier(1)
         host = HostBlocks(arena, np.zeros(4, np.uint64), (BLOCK_BYTES,))
         ring = SocketRing([arena.buffer], 4, in_background=False)
