@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import cast
+from collections.abc import Callable, Coroutine
+from itertools import count
+from typing import Any, Literal, cast
 
 import pytest
 
 from flexkv.common.errors import PeerError
-from flexkv.io.peer.lanes import Lanes
+from flexkv.io.peer.lanes import IDLE_S, Lanes
+from flexkv.io.peer.receiver import Receiver
 from flexkv.io.peer.sockets import SocketRing
 from flexkv.testing.virtual_time import run_virtual
 
@@ -17,11 +20,24 @@ CONNECT_S = 2.0
 
 
 class Ring:
-    """Stands for a ring, which these tests need to take sockets only."""
+    """Stands for a ring, which these tests need to take sockets only.
+
+    Attributes:
+        dropped: the indices of sockets that were closed.
+    """
+
+    def __init__(self) -> None:
+        self.dropped: list[int] = []
+        self._indices = count()
 
     def add(self, connection: socket.socket) -> int:
         """Return an index."""
-        return connection.fileno()
+        return next(self._indices)
+
+    def drop(self, index: int) -> None:
+        """Take note of it."""
+        assert index not in self.dropped
+        self.dropped.append(index)
 
 
 class Connecting:
@@ -41,7 +57,7 @@ class Connecting:
         if not self.works:
             await asyncio.sleep(CONNECT_S)
             raise PeerError("a peer", "connecting", "no answer")
-        return self._ends[0], "a peer"
+        return self._ends[0].dup(), "a peer"
 
     def close(self) -> None:
         """Close both ends."""
@@ -59,7 +75,7 @@ def test_a_connection_that_does_not_come_is_waited_for_once() -> None:
 
         async def fail() -> None:
             with pytest.raises(PeerError, match="a peer: connecting failed: no answer"):
-                await lanes.lane(1, 0)
+                await borrow(lanes)
             ends_s.append(loop.time())
 
         begin_s = loop.time()
@@ -71,9 +87,133 @@ def test_a_connection_that_does_not_come_is_waited_for_once() -> None:
         await fail()
         assert connecting.attempts == 2
         connecting.works = True
-        receiver = await lanes.lane(1, 0)
-        assert await lanes.lane(1, 0) is receiver
+        receiver = await borrow(lanes)
+        assert await borrow(lanes) is receiver
         assert (receiver.peer, connecting.attempts) == ("a peer", 3)
+        lanes.close()
         connecting.close()
 
     run_virtual(main())
+
+
+async def borrow(lanes: Lanes, lane: int = 0) -> Receiver:
+    """Use a lane to holder 1 for a moment, and return its connection."""
+    async with lanes.borrowed(1, lane) as receiver:
+        return receiver
+
+
+class Idle:
+    """Lanes, and what was closed of them."""
+
+    def __init__(self) -> None:
+        self.ring, self.connecting = Ring(), Connecting()
+        self.connecting.works = True
+        self.lanes = Lanes(cast("SocketRing", self.ring), self.connecting, 1.0)
+
+
+def idle(work: Callable[[Idle], Coroutine[Any, Any, None]]) -> None:
+    """Run a test on a virtual clock; afterwards no timer may be left."""
+
+    async def main() -> None:
+        own = Idle()
+        await work(own)
+        own.lanes.close()
+        await borrow(own.lanes)
+        timers = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]
+        assert all(timer.cancelled() for timer in timers)
+        own.connecting.close()
+
+    run_virtual(main())
+
+
+def test_a_connection_that_nobody_uses_is_closed_and_made_again_when_needed() -> None:
+    """Each lane has a time of its own, which every use starts anew."""
+
+    async def work(own: Idle) -> None:
+        first = await borrow(own.lanes)
+        await asyncio.sleep(IDLE_S / 2)
+        other = await borrow(own.lanes, 1)
+        await asyncio.sleep(0.4 * IDLE_S)
+        assert await borrow(own.lanes) is first
+        await asyncio.sleep(0.5 * IDLE_S)
+        assert own.ring.dropped == []
+        await asyncio.sleep(0.2 * IDLE_S)
+        assert own.ring.dropped == [other.index]
+        await asyncio.sleep(0.4 * IDLE_S)
+        assert own.ring.dropped == [other.index, first.index]
+        await asyncio.sleep(9 * IDLE_S)
+        assert len(own.ring.dropped) == 2
+        assert await borrow(own.lanes) is not first
+        assert own.connecting.attempts == 3
+
+    idle(work)
+
+
+def test_a_connection_that_is_used_stays_open() -> None:
+    """A read may take long; the time begins at its end, and with several at that of the last."""
+
+    async def work(own: Idle) -> None:
+        await borrow(own.lanes)
+        async with own.lanes.borrowed(1, 0) as receiver:
+            async with own.lanes.borrowed(1, 0):
+                await asyncio.sleep(2 * IDLE_S)
+            await asyncio.sleep(2 * IDLE_S)
+            assert own.ring.dropped == []
+        await asyncio.sleep(0.9 * IDLE_S)
+        assert own.ring.dropped == []
+        await asyncio.sleep(0.2 * IDLE_S)
+        assert own.ring.dropped == [receiver.index]
+
+    idle(work)
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_a_read_that_begins_as_its_connection_is_closed_has_an_open_one(is_before: bool) -> None:
+    """It keeps the one that was about to be closed, or gets a new one."""
+
+    async def work(own: Idle) -> None:
+        first = await borrow(own.lanes)
+        if is_before:
+            own.lanes._lanes[1][0].lock = Suspending()
+        loop, reading = asyncio.get_running_loop(), asyncio.Event()
+
+        async def read() -> None:
+            async with own.lanes.borrowed(1, 0) as receiver:
+                assert (receiver is first) == is_before
+                assert receiver.index not in own.ring.dropped
+                reading.set()
+                await asyncio.sleep(2 * IDLE_S)
+                assert receiver.index not in own.ring.dropped
+
+        await asyncio.sleep(IDLE_S - 1)
+        tasks: list[asyncio.Task[None]] = []
+        # It waits for the lock when the time is over, or begins right after that.
+        delay_s = 0.5 if is_before else 1.0
+        loop.call_later(delay_s, lambda: tasks.append(loop.create_task(read())))
+        await reading.wait()
+        await tasks[0]
+        assert (first.index in own.ring.dropped) != is_before
+
+    idle(work)
+
+
+class Suspending(asyncio.Lock):
+    """A lock that is held for a second before its holder goes on."""
+
+    async def acquire(self) -> Literal[True]:
+        """Acquire it, and wait."""
+        await super().acquire()
+        await asyncio.sleep(1.0)
+        return True
+
+
+def test_a_broken_connection_is_closed_too() -> None:
+    """One that broke, and was not used since, keeps no descriptor for ever."""
+
+    async def work(own: Idle) -> None:
+        receiver = await borrow(own.lanes)
+        receiver.is_broken = True
+        await asyncio.sleep(1.1 * IDLE_S)
+        assert own.ring.dropped == [receiver.index]
+
+    idle(work)

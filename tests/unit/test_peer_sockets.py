@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv.common.errors import ClosedError
+from flexkv.common.errors import ClosedError, InvariantError
 from flexkv.io.peer.fence import Fence
 from flexkv.io.peer.sockets import (
     NO_EXTENTS,
@@ -23,6 +23,7 @@ from flexkv.io.peer.sockets import (
     StreamEndedError,
 )
 from flexkv.testing.virtual_time import run_virtual
+from tests.cluster_rigs import open_descriptors
 from tests.peer_rig import connected, flood, nodes
 
 BYTES = 4 << 20
@@ -65,6 +66,27 @@ async def turns(count: int = 20) -> None:
     """Let the loop run what is ready."""
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+async def test_a_socket_with_nothing_in_flight_is_dropped_at_once(
+    memory: Memory, ends: Ends
+) -> None:
+    """Its other end sees the end of the stream, its room is free; one that moves bytes is not."""
+    before = open_descriptors()
+    one, other = (memory.ring.add(end) for end in ends)
+    for end in ends:
+        end.close()
+    receiving = asyncio.ensure_future(memory.ring.receive(other, NO_EXTENTS, 4))
+    await turns()
+    with pytest.raises(InvariantError, match="1 moves are in flight"):
+        memory.ring.drop(other)
+    memory.ring.drop(one)
+    with pytest.raises(StreamEndedError):
+        await receiving
+    memory.ring.drop(other)
+    memory.ring.stop(one)
+    assert open_descriptors() == before - 2
+    assert len(memory.ring._free) == 3
 
 
 async def test_heads_and_extents_arrive_in_order(memory: Memory, ends: Ends) -> None:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 from flexkv._ext import Ring
-from flexkv.common.errors import ClosedError
+from flexkv.common.errors import ClosedError, InvariantError
 from flexkv.io.peer.fence import Fence
 from flexkv.io.ssd.uring import try_nothing
 from flexkv.process import forks
@@ -239,13 +239,30 @@ class SocketRing:
                 await place.moves[0].fence.passed()
             except asyncio.CancelledError as error:
                 cancelled = error
+        self._let_go(place)
+        if cancelled is not None:
+            raise cancelled
+
+    def drop(self, index: int) -> None:
+        """Remove a socket on which nothing is in flight.
+
+        Raises:
+            InvariantError: something is.
+        """
+        place = self._places[index]
+        if place.moves:
+            raise InvariantError(f"{len(place.moves)} moves are in flight on a socket")
+        del self._places[index]
+        place.stop()
+        self._let_go(place)
+
+    def _let_go(self, place: _Place) -> None:
+        """Free the room of a socket on which nothing is in flight any more."""
         if not self._is_closed:
             with suppress(OSError):  # then the kernel keeps it until its slot is used again
                 self._ring.set_socket(place.slot, -1)
         place.socket.close()
         self._free.append(place.slot)
-        if cancelled is not None:
-            raise cancelled
 
     async def receive(
         self, index: int, extents: Extents, head_bytes: int = 0, due_bytes: int = 0

@@ -43,10 +43,12 @@ class TcpTransport:
     async def fetch(self, part: Part) -> Fetched:
         """Read blocks into host blocks; see `Transport`."""
         try:
-            receiver = await self._lanes.lane(part.holder, part.lane)
+            async with self._lanes.borrowed(part.holder, part.lane) as receiver:
+                return await self._reads.fetch(
+                    receiver, part.number, part.first, part.host_ids, part.group
+                )
         except PeerError as error:
             return Fetched(0, error)
-        return await self._reads.fetch(receiver, part.number, part.first, part.host_ids, part.group)
 
     def stop(self, holder: int | None = None) -> None:
         """Break the connections to a holder, or to all."""
@@ -58,5 +60,6 @@ class TcpTransport:
 
     def close(self) -> None:
         """End everything. The arena is released once the copier is closed, too. Idempotent."""
+        self._lanes.close()
         self._ring.close()
         self._reads.close()
