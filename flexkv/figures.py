@@ -116,6 +116,20 @@ def _of_cluster(field: str) -> Reader:
     return lambda now: [] if now.cluster is None else [((), of(now.cluster))]
 
 
+def _of_mooncake(field: str) -> Reader:
+    """Return a reader of one number of Mooncake's reads; of none if it is not configured."""
+    of = attrgetter(field)
+    return lambda now: (
+        []
+        if now.cluster is None or now.cluster.mooncake is None
+        else [((), of(now.cluster.mooncake))]
+    )
+
+
+def _mooncake_up(now: Statistics) -> Values:
+    return [((), bool(endpoint)) for _, endpoint in _of_mooncake("endpoint")(now)]
+
+
 def _outcomes_of(part: str, outcomes: Iterable[str]) -> Reader:
     """Return a reader of some counts of a part of that knowledge, by their names."""
     of = attrgetter(part)
@@ -292,5 +306,18 @@ FIGURES: tuple[tuple[Kind, str, str, Labels, Reader], ...] = (
     (COUNTER, "flexkv_peer_read_bytes", "Bytes of these.", (), _of_cluster("read_in_all.bytes")),
     (COUNTER, "flexkv_peer_failures", "Reads from other nodes that brought less, by reason.",
      ("reason",), _outcomes_of("read_in_all", ("failed", "busy", "missing", "wrong"))),
+    (GAUGE, "flexkv_mooncake_up", "Whether this node's engine of Mooncake runs.",
+     (), _mooncake_up),
+    (COUNTER, "flexkv_mooncake_starts", "How often it was started.", (), _of_mooncake("lives")),
+    (COUNTER, "flexkv_mooncake_reads", "Reads from other nodes that it was asked for.",
+     (), _of_mooncake("reads")),
+    (COUNTER, "flexkv_mooncake_read_blocks", "Blocks it read, with the right checksums.",
+     (), _of_mooncake("blocks")),
+    (COUNTER, "flexkv_mooncake_failed_reads", "Reads by it that failed, or brought other bytes.",
+     (), _of_mooncake("failed")),
+    (COUNTER, "flexkv_mooncake_fallbacks", "Reads made over TCP, though Mooncake is configured.",
+     (), _of_mooncake("fallbacks")),
+    (GAUGE, "flexkv_mooncake_spoiled_bytes", "Bytes of its window that it may still write to.",
+     (), _of_mooncake("spoiled_bytes")),
 )  # fmt: skip
 """The metrics that the statistics have: kind, name, description, labels, and what reads them."""

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from flexkv.cli.server import Address, address_of
 from flexkv.common.errors import ConfigError
+from flexkv.io.peer.mooncake import MooncakeCounts
 from flexkv.io.peer.port import PeerReads
 from flexkv.server.operator import command
 from flexkv.tiers.parts import ClusterStatistics
@@ -94,6 +95,16 @@ def _show(known: ClusterStatistics) -> None:
     console.print(table)
 
 
+def _mooncake(counts: MooncakeCounts) -> str:
+    """Return what is shown of Mooncake."""
+    runs = f"at {counts.endpoint}" if counts.endpoint else "[bold red]does not run[/]"
+    return (
+        f"{runs}, started {counts.lives} times; {counts.reads} reads, {counts.failed} failed, "
+        f"{counts.blocks} blocks; {counts.fallbacks} reads over TCP instead; "
+        f"{counts.spoiled_bytes / 1e6:.1f} MB in {counts.spoiled} slots spoiled"
+    )
+
+
 def _facts(known: ClusterStatistics) -> dict[str, str]:
     """Return what is shown of this node, by name."""
     state, grants = known.state, known.grants
@@ -105,6 +116,7 @@ def _facts(known: ClusterStatistics) -> dict[str, str]:
             generation += f" (the cluster's: {state.generation})"
     up = "up" if state.is_store_up else f"[bold red]down[/]: {escape(state.store_error)}"
     registered = "" if state.is_registered else ", [bold red]not registered[/]"
+    mooncake = {} if known.mooncake is None else {"Mooncake": _mooncake(known.mooncake)}
     return {
         "this node": f"{known.address}, life {state.life[:SHOWN_OF_LIFE]}, "
         f"zone {state.zone}{registered}",
@@ -118,6 +130,7 @@ def _facts(known: ClusterStatistics) -> dict[str, str]:
         f"connections; {known.lent_bytes / 1e6:.1f} MB in all",
         "was asked": f"{grants.granted} granted, {grants.missed} had gone, {grants.busy} put off, "
         f"{grants.prefetched} from SSD, {grants.expired} expired",
+        **mooncake,
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import numpy as np
 
 from flexkv.cluster.wire import Grant, GrantedPlaces
@@ -67,15 +68,20 @@ class PeerTransport:
         tcp = TcpTransport(ring, connect, host, self.copier, times.stall_s)
         self.transport: Transport = tcp
         self._mooncake: MooncakeTransport | None = None
+        self._preferred: PreferredTransport | None = None
         if self._mover is not None:
             limit_s = times.mooncake_s
             self._mooncake = MooncakeTransport(self._mover, host, self.copier, limit_s)
-            self.transport = PreferredTransport(self._mooncake, tcp)
+            self.transport = self._preferred = PreferredTransport(self._mooncake, tcp)
 
     @property
     def counts(self) -> MooncakeCounts | None:
         """Return what was read by Mooncake; None if it is not configured."""
-        return None if self._mooncake is None else self._mooncake.counts
+        if self._mooncake is None or self._preferred is None:
+            return None
+        return msgspec.structs.replace(
+            self._mooncake.counts, fallbacks=self._preferred.fallbacks
+        )
 
     def locate(self, block_ids: BlockIds) -> GrantedPlaces | None:
         """Return where other engines find host blocks, if ours runs; -1 stands for no block."""

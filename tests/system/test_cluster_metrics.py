@@ -15,6 +15,7 @@ from flexkv.cli.top import scrape
 from flexkv.cluster.grants import GrantCounts
 from flexkv.cluster.plane import ClusterState, NodeState
 from flexkv.engine.statistics import Statistics
+from flexkv.io.peer.mooncake import MooncakeCounts
 from flexkv.io.peer.port import PeerReads
 from flexkv.kvmanager import KVManager
 from flexkv.metrics import MetricsServer
@@ -43,6 +44,7 @@ CLUSTER = ClusterStatistics(
     down=("node-2",),
     read={"node-1": PeerReads(1, 2, 3, 4, 5, 6)},
     read_in_all=PeerReads(41, 42_000_000, 43, 44, 45, 46),
+    mooncake=MooncakeCounts("there", 51, 52, 53, 54, 55, 56, 57_000_000),
 )  # fmt: skip
 """A cluster in which no two numbers are equal."""
 
@@ -78,7 +80,8 @@ def test_every_number_of_a_cluster_is_a_metric(served: tuple[str, list[Any]]) ->
     found = {
         name.removeprefix("flexkv_cluster_"): of.get((), of)
         for name, of in samples.items()
-        if name.startswith(("flexkv_cluster_", "flexkv_peer_")) and not name.endswith("_created")
+        if name.startswith(("flexkv_cluster_", "flexkv_peer_", "flexkv_mooncake_"))
+        and not name.endswith("_created")
     }
     assert found == {
         "peers": {("up",): 2, ("down",): 1}, "peers_behind": 1, "stale_seconds": 1.5,
@@ -92,7 +95,25 @@ def test_every_number_of_a_cluster_is_a_metric(served: tuple[str, list[Any]]) ->
         "flexkv_peer_failures_total": {
             ("failed",): 43, ("busy",): 44, ("missing",): 45, ("wrong",): 46,
         },
+        "flexkv_mooncake_up": 1, "flexkv_mooncake_starts_total": 51,
+        "flexkv_mooncake_reads_total": 52, "flexkv_mooncake_read_blocks_total": 53,
+        "flexkv_mooncake_failed_reads_total": 54, "flexkv_mooncake_fallbacks_total": 55,
+        "flexkv_mooncake_spoiled_bytes": 57_000_000,
     }  # fmt: skip
+
+
+def test_an_engine_of_mooncake_that_does_not_run_is_seen(served: tuple[str, list[Any]]) -> None:
+    """Its metrics go on with 0 for up; a node without Mooncake has none of them."""
+    url, told = served
+    assert CLUSTER.mooncake is not None
+    away = structs.replace(CLUSTER.mooncake, endpoint="")
+    told[0] = structs.replace(CLUSTER, mooncake=away)
+    samples = scrape(url)
+    assert samples["flexkv_mooncake_up"][()] == 0
+    assert samples["flexkv_mooncake_reads_total"][()] == 52
+    for without in (structs.replace(CLUSTER, mooncake=None), None):
+        told[0] = without
+        assert not [name for name in scrape(url) if name.startswith("flexkv_mooncake_")]
 
 
 def test_the_peers_are_watched_in_the_terminal(served: tuple[str, list[Any]]) -> None:

@@ -50,16 +50,24 @@ class MooncakeCounts(msgspec.Struct, frozen=True):
     Attributes:
         endpoint: where other nodes reach this node's engine; empty while it does not run.
         lives: how often its mover was started.
+        reads: how many reads its engine was asked for.
         blocks: how many blocks arrived with the right checksums.
-        failed: how many reads have failed.
-        spoiled: slots of the window that are not used again in this life.
+        failed: how many reads have failed, or brought other bytes.
+        fallbacks: how many reads were made over connections of our own instead: those that failed,
+            and those of a node whose engine does not run, or is left out since it has failed.
+        spoiled: slots of the window that are not used again in this life, since Mooncake may still
+            write to them.
+        spoiled_bytes: how many bytes these have.
     """
 
     endpoint: str
     lives: int
+    reads: int
     blocks: int
     failed: int
+    fallbacks: int
     spoiled: int
+    spoiled_bytes: int
 
 
 class _Failing(NamedTuple):
@@ -88,15 +96,23 @@ class MooncakeTransport:
         self._failing: dict[int, _Failing] = {}
         self._waiting: dict[Future[Any], int] = {}
         """What reads wait for, with their holders."""
-        self._blocks = self._failed = 0
+        self._reads = self._blocks = self._failed = 0
 
     @property
     def counts(self) -> MooncakeCounts:
-        """Return what was read."""
+        """Return what was read; nothing falls back to another transport here."""
         life, mover = self._mover.ready, self._mover
-        endpoint = "" if life is None or life.ready is None else life.ready.endpoint
         spoiled = 0 if life is None else life.spoiled
-        return MooncakeCounts(endpoint, mover.lives, self._blocks, self._failed, spoiled)
+        return MooncakeCounts(
+            endpoint="" if life is None or life.ready is None else life.ready.endpoint,
+            lives=mover.lives,
+            reads=self._reads,
+            blocks=self._blocks,
+            failed=self._failed,
+            fallbacks=0,
+            spoiled=spoiled,
+            spoiled_bytes=spoiled * mover.sizes.slot_bytes,
+        )
 
     def places(self, addresses: NDArray[np.int64]) -> tuple[str, NDArray[np.int64]] | None:
         """Return where others find our blocks: the endpoint, and addresses in its memory.
@@ -184,6 +200,7 @@ class MooncakeTransport:
         """
         asked = partial(Read, endpoint=places.endpoint, addresses=places.addresses.tolist(),
                         at=slot.at, block_bytes=block_bytes)  # fmt: skip
+        self._reads += 1
         with self._stoppable(holder, life.ask(asked, slot)) as reply:
             try:
                 done = await reply

@@ -14,7 +14,11 @@ from flexkv.io.peer.transport import Fetched, Part
 
 
 class PreferredTransport:
-    """A transport by Mooncake, with another one for what Mooncake does not bring."""
+    """A transport by Mooncake, with another one for what Mooncake does not bring.
+
+    Attributes:
+        fallbacks: how many reads were made by the other one.
+    """
 
     name = "mooncake"
 
@@ -22,6 +26,7 @@ class PreferredTransport:
         """Take both; they are closed with this."""
         self._mooncake, self._tcp = mooncake, tcp
         self._is_stopped = False
+        self.fallbacks = 0
 
     def connect(self) -> None:
         """Attach to the running loop."""
@@ -42,6 +47,7 @@ class PreferredTransport:
             brought = await self._mooncake.fetch(part)
             if brought.error is None or self._is_stopped:
                 return brought
+        self.fallbacks += 1
         return await self._tcp.fetch(part)
 
     def stop(self, holder: int | None = None) -> None:
