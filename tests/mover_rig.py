@@ -40,6 +40,11 @@ class Played:
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.ours.setblocking(False)
         self.is_killed = False
+        self.is_terminated = False
+
+    def terminate(self) -> None:
+        """Note it."""
+        self.is_terminated = True
 
     def kill(self) -> None:
         """Note it."""

@@ -49,8 +49,9 @@ from flexkv.process import forks
 
 READY_S = 120.0
 """How long a mover may take to connect; it waits for a master that is away."""
-END_S = 5.0
-"""How long a mover may take to leave the store before it is killed."""
+END_S, TERMINATE_S = 5.0, 1.0
+"""How long a mover may take to leave by itself before it is terminated, and to end then before it
+is killed."""
 NAMES_AT_ONCE = 2
 """How many requests without a slot the mover has at once. It answers one after the other, so those
 that are given up would keep others waiting; where they wait here, they are not sent."""
@@ -338,7 +339,7 @@ class MoverLife:
             await left.wait()
 
     def close(self) -> None:
-        """Let the process leave the store; kill it if that takes too long, or if it still connects.
+        """Let the process leave, after what it moves; kill it if it still connects.
 
         A process that connects hears nothing, since Mooncake holds its GIL meanwhile.
         """
@@ -356,12 +357,16 @@ class MoverLife:
         return True
 
     def _wait(self) -> None:
-        """Wait for a process that leaves the store, and kill it if that takes too long."""
-        try:
-            self._process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._reap()
+        """Wait for a process that leaves; terminate it if that takes too long, then kill it."""
+        process = self._process
+        for limit_s, then in ((END_S, process.terminate), (TERMINATE_S, process.kill)):
+            try:
+                process.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                then()
+            else:
+                return
+        self._reap()
 
     def _release(self) -> None:
         self._late.cancel()

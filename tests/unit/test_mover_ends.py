@@ -21,7 +21,7 @@ from flexkv.common.errors import RemoteError
 from flexkv.mover import life as lives
 from flexkv.mover import mover as movers
 from flexkv.mover.codes import NOT_FOUND
-from flexkv.mover.life import END_S
+from flexkv.mover.life import END_S, TERMINATE_S
 from flexkv.mover.window import Window
 from flexkv.mover.wire import (
     Begin,
@@ -83,7 +83,9 @@ async def test_a_mover_that_does_not_end_holds_nobody_up(rig: Rig, is_ready: boo
         await settled()
     rig.store.close()
     assert process.is_killed
-    assert [each for each in process.waited if each is not None] == [END_S] * is_ready
+    limits_s = [END_S, TERMINATE_S] if is_ready else []
+    assert [each for each in process.waited if each is not None] == limits_s
+    assert process.is_terminated == is_ready
     process.can_end.set()
 
 
@@ -126,8 +128,34 @@ async def test_a_mover_that_does_not_leave_is_killed(rig: Rig) -> None:
     await settled()
     await rig.store.leave()
     assert process.is_killed
-    assert process.waited[0] == END_S
+    assert process.waited[:2] == [END_S, TERMINATE_S]
     process.can_end.set()
+
+
+class Stubborn(Played):
+    """A process that does not leave by itself, and ends when it is terminated."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit status, once it is terminated."""
+        if not self.is_terminated:
+            raise TimeoutExpired("mover", timeout or 0.0)
+        return 0
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+async def test_a_mover_that_does_not_leave_is_terminated_before_it_is_killed(
+    rig: Rig, is_closed: bool
+) -> None:
+    """A process that ends then is not killed."""
+    rig.kind = Stubborn
+    process = await rig.begun()
+    await settled()
+    if is_closed:
+        rig.store.close()
+    else:
+        await rig.store.leave()
+    assert process.is_terminated
+    assert not process.is_killed
 
 
 async def test_a_mover_can_end_when_no_thread_can_start(
