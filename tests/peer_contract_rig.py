@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from itertools import count
 
@@ -93,6 +93,7 @@ class Rig:
         is_gone: whether the owner answers nothing any more.
         busy: how many more Wants it puts off.
         is_cut: whether it ends our connections at once.
+        on_grant: called when it has granted something, before we hear of it.
     """
 
     def __init__(self, kind: str) -> None:
@@ -102,6 +103,7 @@ class Rig:
         self.owner = FakeOwner()
         self.is_gone = self.is_cut = False
         self.busy = 0
+        self.on_grant: Callable[[], None] = lambda: None
         self._numbers, self._ops = count(1), count(1)
         self._ended = asyncio.Event()
         self._servers: list[socket.socket] = []
@@ -184,6 +186,7 @@ class Rig:
         want = Want(next(self._numbers), keys, first, last, group, 0, with_places)
         self.grants.want(READER, want, answers.append)
         (grant,) = answers
+        self.on_grant()
         assert isinstance(grant, Grant)
         return Allowed(grant.number, grant.count, grant.is_cut, places_of(grant, 15.0))
 
@@ -298,6 +301,17 @@ class Rig:
                 self._ended.clear()
                 ended += self.port.reap()
         return sorted(ended)
+
+    async def until_reading(self, before: int) -> None:
+        """Wait until more reads have begun than before."""
+        async with asyncio.timeout(PATIENCE_S):
+            while self.reads <= before:  # noqa: ASYNC110 -- what other processes and threads do
+                await asyncio.sleep(0.001)
+
+    @property
+    def reads(self) -> int:
+        """Return how many reads have begun, as the side sees it that knows."""
+        return self.mooncake.counts.reads if self.has_movers else self.grants.counts.reads
 
     async def until_ended(self) -> None:
         """Wait until the port has something to reap."""

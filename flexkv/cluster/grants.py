@@ -11,7 +11,8 @@ half of the bound, more peers share it, and there is always something left for a
 that such a limit cuts says so (`Grant.is_cut`).
 
 The pins outlive the grant until the read that is under way has ended: no block is reused while it
-is being sent.
+is being sent. Reads by Mooncake are not seen here, so a block may be reused under one of them: its
+reader compares what has arrived with the sums that came with the grant.
 """
 
 from __future__ import annotations

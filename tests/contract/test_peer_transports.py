@@ -109,6 +109,53 @@ async def test_blocks_with_other_sums_are_not_believed(rig: Rig) -> None:
     assert rig.port.counts[HOLDER]["wrong"] == 1
 
 
+INTACT, WANTED = 3, 8
+"""How many of the blocks that are read stay as they are, and how many are read."""
+
+
+def reuse(rig: Rig) -> None:
+    """Clear the owner, and fill the places of most blocks with others, unless they are held."""
+    rig.grants.clear()
+    free = [at for at in range(INTACT, LEAVES) if not rig.owner.holds[at]]
+    rig.theirs.arena.array[free] ^= 0x5A
+    rig.theirs.host.sums[free] ^= 1
+
+
+@pytest.mark.parametrize("is_reading", [False, True])
+async def test_blocks_whose_places_are_used_again_are_not_believed(
+    rig: Rig, is_reading: bool
+) -> None:
+    """A clear of the owner ends its grants, and places may have other blocks at any moment then.
+
+    Mooncake's owner does not know who reads its memory: the sums that came with the grant decide.
+    Over own connections, the blocks of a read that is under way stay in their places.
+    """
+    rig.owner.put(KEYS)
+    await rig.run(rig.transfer(KEYS, 20, TARGETS[20:21]))  # their connection is open
+    old, before, reads = rig.theirs.arena.array.copy(), rig.ours.arena.array.copy(), rig.reads
+    if is_reading:
+        rig.hush()
+        rig.port.submit(rig.transfer(KEYS, 0, TARGETS[:WANTED]))
+        await rig.until_reading(reads)
+        reuse(rig)
+        rig.speak()
+        (end,) = await rig.ends(1)
+    else:
+        rig.on_grant = lambda: reuse(rig)
+        (end,) = await rig.run(rig.transfer(KEYS, 0, TARGETS[:WANTED]))
+    came = rig.ours.arena.array[TARGETS[: end.filled], :BLOCK_BYTES]
+    assert np.array_equal(came, old[: end.filled, :BLOCK_BYTES])
+    if rig.kind == "tcp" and is_reading:
+        assert (end.error, end.filled) == (None, WANTED)
+    else:
+        assert isinstance(end.error, CorruptBlockError | PeerError)
+        assert end.filled <= INTACT
+    if rig.kind == "mooncake" and not is_reading:
+        assert (type(end.error), end.filled) == (CorruptBlockError, INTACT)
+    assert untouched(rig, before, TARGETS[:WANTED])
+    assert not rig.owner.holds
+
+
 async def test_a_holder_that_is_gone_fails_at_once(rig: Rig) -> None:
     """A holder that cannot be asked is the reason of the failure, and nothing changes."""
     rig.owner.put(KEYS)
