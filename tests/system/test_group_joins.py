@@ -141,7 +141,10 @@ async def test_gets_through_a_server_join(tmp_path: Path) -> None:
     """Gets of a client in another process join, too."""
     cache = cache_config(tmp_path)
     address = f"ipc://{tmp_path}/socket"
-    settings = Settings(server_recv_port=address, server_client_mode=True, cache_config=cache)
+    settings = Settings(
+        server_recv_port=address, server_client_mode=True, server_answer_ms=60_000,
+        cache_config=cache,
+    )  # fmt: skip
     server = forked_server(settings, MODEL)
     async with KVManager(MODEL, cache, settings=settings) as manager:
         rig = GroupRig(manager)

@@ -185,7 +185,7 @@ async def test_a_block_that_is_there_no_more_cuts_the_prefix(
         (read,) = cluster(second).read.values()
         missing = 1 if group else len(GROUPS)  # its leaves went with it
         assert (read.missing, read.wrong, read.failed) == (missing, 0, 0)
-        assert first.manager.statistics().claims == 0
+        await until(lambda: first.manager.statistics().claims == 0)
 
 
 async def test_leaves_on_the_ssd_of_a_node_are_shared(tmp_path: Path, zone: dict[str, Any]) -> None:

@@ -43,7 +43,10 @@ async def _rig(folder: Path, form: str) -> AsyncIterator[GroupRig]:
     settings = server = None
     if form in CLIENT_FORMS:
         address = f"ipc://{folder}/socket"
-        settings = Settings(server_recv_port=address, server_client_mode=True, cache_config=cache)
+        settings = Settings(
+            server_recv_port=address, server_client_mode=True, server_answer_ms=60_000,
+            cache_config=cache,
+        )  # fmt: skip
         server = forked_server(settings, MODEL)
     manager = KVManager(MODEL, cache, settings=settings)
     if "loop" in form:

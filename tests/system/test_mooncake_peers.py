@@ -91,8 +91,8 @@ async def test_a_node_gets_what_another_one_has(keys: dict[str, Any]) -> None:
         assert (found.spoiled, found.spoiled_bytes) == (0, 0)
         (read,) = second.cluster.read.values()
         assert (read.blocks, read.failed, read.wrong) == (WHOLE, 0, 0)
-        assert first.manager.statistics().claims == 0
         await until(lambda: first.cluster.grants.grants == 0)
+        assert first.manager.statistics().claims == 0
 
 
 async def test_a_node_without_mooncake_uses_connections_of_its_own(
@@ -129,9 +129,9 @@ async def test_a_mover_that_is_killed_is_replaced(
             assert await reader.get(seed) == WHOLE
             await until_read_by_mooncake(owner, reader, seeds)
         assert counts(killed).lives == 4
+        await until(lambda: owner.cluster.grants.grants == 0)
         for node in (owner, reader):
             assert node.manager.statistics().claims == 0
-        await until(lambda: owner.cluster.grants.grants == 0)
 
 
 async def test_a_mover_that_is_stopped_costs_a_bounded_time(keys: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ async def test_a_node_gets_what_another_one_has(keys: dict[str, Any]) -> None:
         assert second.manager.statistics().hit_blocks == {"peer": WHOLE, "host": WHOLE}
         (read,) = second.cluster.read.values()
         assert (read.blocks, read.failed, read.wrong) == (WHOLE, 0, 0)
-        assert first.manager.statistics().claims == 0
+        await until(lambda: first.manager.statistics().claims == 0)
 
 
 async def test_a_node_that_comes_later_learns_what_the_others_have(keys: dict[str, Any]) -> None:
