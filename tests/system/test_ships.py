@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from flexkv.actors.actor import Window
-from flexkv.actors.write_behind import ShipLimits
+from flexkv.actors.health import BACKOFF_MIN_S
+from flexkv.actors.write_behind import ATTEMPTS_MAX, ShipLimits
 from flexkv.common.config import CacheConfig
 from flexkv.common.errors import TransferError
 from flexkv.common.request import KVResponseStatus, Operation
@@ -184,7 +185,42 @@ def test_a_flush_names_a_store_that_hangs() -> None:
     on_bench(work, new_far(), ship=SHIP._replace(where="a far store"))
 
 
-@pytest.mark.parametrize(("host", "spans"), [(24, 1), (32, 2)])
+def test_a_write_that_is_recalled_is_no_attempt() -> None:
+    """A span that never got to the store, however often it was recalled, is not given up."""
+    far = new_far()
+
+    async def work(bench: Bench) -> None:
+        bench.faults.delay_min_s = bench.faults.delay_max_s = 0.1
+        await bench.perform(Operation.PUT)
+        actor = bench.engine._actors[Tier.REMOTE]
+        for _ in range(2 * ATTEMPTS_MAX):
+            await asyncio.sleep(0.001)  # virtual time: the actor has its turn
+            assert (len(bench.port.storing), actor.depth) == (1, 2)
+            actor.recall_queued()
+        await bench.engine.flush()
+        assert far.held == set(bench.keys()[: 2 * SPAN])
+        assert bench.engine.statistics().write_behind["remote"].given_up_blocks == {}
+
+    on_bench(work, far, window_spans=1)
+
+
+def test_a_store_that_was_down_is_written_to_again_by_itself() -> None:
+    """Once a store that failed is due for a trial, it is tried at once, though nobody asks."""
+    far = new_far()
+
+    async def work(bench: Bench) -> None:
+        bench.faults.failure_probability = 1.0
+        await bench.perform(Operation.PUT)
+        await asyncio.sleep(BACKOFF_MIN_S / 2)  # virtual time
+        assert bench.engine.statistics().tiers["remote"].writes == "down"
+        bench.faults.failure_probability = 0.0
+        await asyncio.sleep(BACKOFF_MIN_S)
+        assert far.held == set(bench.keys()[: 2 * SPAN])
+
+    on_bench(work, far)
+
+
+@pytest.mark.parametrize(("host", "spans"), [(15, 1), (24, 1), (32, 2)])
 def test_writes_in_flight_are_bounded_and_keep_nobody_waiting(host: int, spans: int) -> None:
     """At most two spans are on their way; they take a quarter of host memory, or there is one.
 
