@@ -9,14 +9,13 @@ secret. Without any secret the key is the same for everybody, so that is allowed
 
 from __future__ import annotations
 
-import hashlib
 from functools import lru_cache
+
+from flexkv.index.secret import stretched
 
 KEY_BYTES = 32
 _SALT = b"flexkv cluster"
 """The same everywhere: nodes must derive the same key from the secrets alone."""
-_SCRYPT_N, _SCRYPT_R = 1 << 14, 8
-_SCRYPT_BYTES_MAX = 32 << 20
 
 
 @lru_cache(maxsize=16)
@@ -26,12 +25,5 @@ def cluster_key(cluster_secret: str, key_secret: str = "", redis_password: str =
     if not cluster_secret:
         purpose, secrets = b"derived", [key_secret, redis_password]
     told = [purpose, *(secret.encode() for secret in secrets)]
-    return hashlib.scrypt(
-        b"".join(len(each).to_bytes(4, "little") + each for each in told),
-        salt=_SALT,
-        n=_SCRYPT_N,
-        r=_SCRYPT_R,
-        p=1,
-        maxmem=_SCRYPT_BYTES_MAX,
-        dklen=KEY_BYTES,
-    )
+    joined = b"".join(len(each).to_bytes(4, "little") + each for each in told)
+    return stretched(joined, _SALT, KEY_BYTES)

@@ -37,20 +37,18 @@ class DerivedSecrets(NamedTuple):
     """Equal in two processes if they have the same secret."""
 
 
+def stretched(secret: bytes, salt: bytes, length: int) -> bytes:
+    """Return bytes that are made from a secret; it takes a tenth of a second."""
+    limits = {"n": _SCRYPT_N, "r": _SCRYPT_R, "p": 1, "maxmem": _SCRYPT_BYTES_MAX}
+    return hashlib.scrypt(secret, salt=salt, dklen=length, **limits)
+
+
 @lru_cache(maxsize=16)
 def derived(secret: str) -> DerivedSecrets:
     """Return what is derived from a secret; the first call for it takes a tenth of a second."""
     master = bytes(_MASTER_BYTES)
     if secret:
-        master = hashlib.scrypt(
-            secret.encode(),
-            salt=_SALT,
-            n=_SCRYPT_N,
-            r=_SCRYPT_R,
-            p=1,
-            maxmem=_SCRYPT_BYTES_MAX,
-            dklen=_MASTER_BYTES,
-        )
+        master = stretched(secret.encode(), _SALT, _MASTER_BYTES)
 
     def expand(purpose: bytes, length: int) -> bytes:
         return hashlib.shake_256(b"flexkv " + purpose + b"\0" + master).digest(length)
