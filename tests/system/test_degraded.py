@@ -24,7 +24,7 @@ from flexkv.testing.faults import FaultPlan
 from flexkv.testing.simulated_groups import TOKENS_PER_BLOCK
 from flexkv.testing.virtual_time import VirtualTimeLoop
 from tests.system.conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches, slots_of
-from tests.system.test_keeping import A, B, on_engine, put, resident
+from tests.system.test_keeping import A, B, on_engine, perform, put, resident
 
 C = A + 5000
 QUICK = FaultPlan(1, 0.0, 0.0001, 0.001)
@@ -39,12 +39,8 @@ def disk_of(engine: Engine) -> FakePort:
 
 async def get(engine: Engine, tokens: Any, seconds: float = 5.0) -> tuple[KVResponseStatus, int]:
     """Get a prompt within some seconds; return the status, and how many blocks came."""
-    request = engine.requests.intake(Operation.GET, tokens, None)
-    request = engine.requests.with_slots(request, np.arange(len(tokens)))
-    assert request is not None
     async with asyncio.timeout(seconds):
-        response = (await engine.requests.perform(request)).response
-    assert response is not None
+        response = await perform(engine, Operation.GET, tokens)
     return response.status, int(response.return_mask.sum()) // TOKENS_PER_BLOCK
 
 
@@ -354,10 +350,7 @@ def test_a_write_that_hung_is_told_by_one_flush_only(
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = FaultPlan(1, 0.0, 30.0, 30.0)
-        request = engine.requests.intake(Operation.PUT, A)
-        request = engine.requests.with_slots(request, np.arange(len(A)))
-        assert request is not None
-        await engine.requests.perform(request)
+        await perform(engine, Operation.PUT, A)
         await asyncio.sleep(0.1)
         disk_of(engine)._faults = QUICK
         with pytest.raises(DeadlineError):

@@ -11,7 +11,7 @@ import pytest
 
 from flexkv.common.config import CacheConfig
 from flexkv.common.errors import ConfigError
-from flexkv.common.request import Operation
+from flexkv.common.request import KVResponse, Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine.engine import Engine
 from flexkv.testing.fake_backend import FakeBackend, empty
@@ -48,12 +48,21 @@ def on_engine(
     run_virtual(run())
 
 
-async def put(engine: Engine, tokens: Any, namespace: Any = None) -> None:
-    """Store a prompt and wait for its write-behind."""
-    request = engine.requests.intake(Operation.PUT, tokens, None, namespace)
+async def perform(
+    engine: Engine, operation: Operation, tokens: Any, namespace: Any = None
+) -> KVResponse:
+    """Perform a get or put of a prompt, without waiting for its write-behind."""
+    request = engine.requests.intake(operation, tokens, None, namespace)
     ready = engine.requests.with_slots(request, np.arange(len(tokens)))
     assert ready is not None
-    await engine.requests.perform(ready)
+    response = (await engine.requests.perform(ready)).response
+    assert response is not None
+    return response
+
+
+async def put(engine: Engine, tokens: Any, namespace: Any = None) -> None:
+    """Store a prompt and wait for its write-behind."""
+    await perform(engine, Operation.PUT, tokens, namespace)
     await engine.flush()
 
 

@@ -16,20 +16,10 @@ from flexkv.index.residency import NO_QUOTA
 from flexkv.io.ports import Completion
 from flexkv.testing.simulated_groups import TOKENS_PER_BLOCK
 from tests.system.test_degraded import disk_of
-from tests.system.test_keeping import A, B, on_engine, put, resident
+from tests.system.test_keeping import A, B, on_engine, perform, put, resident
 
 CHUNK_MB = 2 * 4096 / 2**20
 LONG = np.arange(8 * TOKENS_PER_BLOCK) + 5000
-
-
-async def perform(engine: Engine, operation: Operation, tokens: np.ndarray) -> KVResponse:
-    """Perform an operation on a prompt."""
-    request = engine.requests.intake(operation, tokens)
-    ready = engine.requests.with_slots(request, np.arange(len(tokens)))
-    assert ready is not None
-    response = (await engine.requests.perform(ready)).response
-    assert response is not None
-    return response
 
 
 def moved(response: KVResponse) -> list[bool]:

@@ -10,25 +10,15 @@ import pytest
 from structlog.testing import capture_logs
 
 from flexkv.common.errors import UnfilledError
-from flexkv.common.request import KVResponse, KVResponseStatus, Operation
+from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine.engine import Engine
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.simulated_groups import TOKENS_PER_BLOCK
 from tests.system.test_degraded import disk_of, fail_with
-from tests.system.test_keeping import A, B, on_engine, put
+from tests.system.test_keeping import A, B, on_engine, perform, put
 
 LONG = np.arange(8 * TOKENS_PER_BLOCK) + 5000
-
-
-async def perform(engine: Engine, operation: Operation, tokens: np.ndarray) -> KVResponse:
-    """Perform an operation on a prompt."""
-    request = engine.requests.intake(operation, tokens)
-    ready = engine.requests.with_slots(request, np.arange(len(tokens)))
-    assert ready is not None
-    response = (await engine.requests.perform(ready)).response
-    assert response is not None
-    return response
 
 
 def blocks(count: int, of: np.ndarray = LONG) -> np.ndarray:

@@ -23,6 +23,7 @@ from flexkv.testing.virtual_time import run_virtual
 from flexkv.tiers.backend import Progress
 from flexkv.tiers.limits import disk_windows
 from flexkv.tiers.parts import TierParts
+from tests.system.test_keeping import perform
 
 BLOCK_MB = BLOCK_KEY_BYTES / 2**20
 STRIDE_MB = 4096 / 2**20
@@ -88,11 +89,7 @@ class MeteredBackend(FakeBackend):
 
 async def put(engine: Engine, number: int) -> None:
     """Store a prompt from the first blocks of the device."""
-    tokens = prompt(number)
-    request = engine.requests.intake(Operation.PUT, tokens)
-    request = engine.requests.with_slots(request, np.arange(len(tokens)))
-    assert request is not None
-    assert (await engine.requests.perform(request)).response is not None
+    await perform(engine, Operation.PUT, prompt(number))
 
 
 async def prefetch(engine: Engine, number: int) -> None:

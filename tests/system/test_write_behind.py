@@ -20,7 +20,7 @@ from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.simulated_groups import TOKENS_PER_BLOCK
 from tests.system.test_degraded import disk_of
-from tests.system.test_keeping import on_engine
+from tests.system.test_keeping import on_engine, perform
 
 BLOCKS = 4
 QUICK = FaultPlan(1, 0.0, 0.0001, 0.001)
@@ -36,13 +36,7 @@ def prompt(number: int, blocks: int = BLOCKS) -> np.ndarray[Any, np.dtype[np.int
 
 async def put(engine: Engine, number: int, blocks: int = BLOCKS) -> KVResponse:
     """Put a prompt, without waiting for its write-behind."""
-    tokens = prompt(number, blocks)
-    request = engine.requests.intake(Operation.PUT, tokens)
-    request = engine.requests.with_slots(request, np.arange(len(tokens)))
-    assert request is not None
-    response = (await engine.requests.perform(request)).response
-    assert response is not None
-    return response
+    return await perform(engine, Operation.PUT, prompt(number, blocks))
 
 
 def failing(disk: FakePort) -> Callable[[], list[Completion]]:
