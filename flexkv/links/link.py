@@ -39,7 +39,7 @@ class Link(Generic[T]):
         self._taken, self._framing = 0, framing
         self._heard_s = asyncio.get_running_loop().time()
         self._reader, self._writer, self._decoder = reader, writer, decoder
-        self._ended = self._closed = False
+        self._ended = self._aborted = False
         self._poll = select.poll()
         self._poll.register(writer.get_extra_info("socket").fileno(), select.POLLRDHUP)
         forks.on_fork(self._let_go_in_child)
@@ -104,18 +104,18 @@ class Link(Generic[T]):
 
     def abort(self) -> None:
         """Close the connection at once; queued messages are lost, and nothing more is received."""
-        self._closed = True
+        self._aborted = True
         self._writer.transport.abort()
 
     async def receive(self) -> T | None:
-        """Return the next message; None once the connection has ended, or was closed here.
+        """Return the next message; None once the connection has ended, or was aborted.
 
         Raises the protocol's error if the peer sends something else, or too long a message.
         """
         self._taken += 1
         if not self._taken % MESSAGES_A_TURN:
             await asyncio.sleep(0)
-        if self._closed:
+        if self._aborted:
             return None
         try:
             head = await self._reader.readexactly(LENGTH_BYTES)
@@ -132,8 +132,7 @@ class Link(Generic[T]):
             await self._writer.drain()
 
     def close(self) -> None:
-        """Send what is queued, then close the socket; nothing more is sent or received."""
-        self._closed = True
+        """Send what is queued, then close the socket; nothing more is sent."""
         with suppress(OSError):
             self._writer.close()
 
