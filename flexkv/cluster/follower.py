@@ -53,8 +53,8 @@ SNAPSHOT_RETRY_S, SNAPSHOT_RETRY_MAX_S = 0.5, 30.0
 KEPT_SPANS_MAX = 1 << 17
 """How many spans the entries may tell of that are kept for a node that is behind."""
 SPANS_A_TURN, ENTRY_SPANS = 2048, 16
-"""How many spans a task takes in one turn of the loop, about half a millisecond, and how many spans
-an entry costs as much as, however few it tells of."""
+"""How many spans a task takes in one turn of the loop, some 0.2 ms, and as how many spans an
+entry counts besides, however few it tells of."""
 
 
 class Snapshots(Protocol):

@@ -146,12 +146,40 @@ async def test_a_mover_that_is_stopped_costs_a_bounded_time(keys: dict[str, Any]
         try:
             async with asyncio.timeout(keys["io_deadline_s"]):
                 assert await reader.get(1) == WHOLE
-            failed = counts(reader).failed
-            assert failed > 0
+            before = counts(reader)
+            assert before.failed > 0
+            assert before.fallbacks >= before.failed
             assert await reader.get(2) == WHOLE
-            assert counts(reader).failed == failed
+            assert counts(reader).failed == before.failed
+            assert counts(reader).fallbacks > before.fallbacks
         finally:
             os.kill(stopped, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("is_reading", [False, True])
+async def test_a_mover_ends_by_itself_and_leaves_nothing(
+    keys: dict[str, Any], is_reading: bool
+) -> None:
+    """No mover has to be killed at a close, not even while it reads from a node that hangs."""
+    async with Node(keys) as owner:
+        async with Node(keys) as reader:
+            await until_lent(owner, reader)
+            lending, reading = life(owner), life(reader)
+            await owner.put(1)
+            await until(lambda: peer_tokens(reader, 1) > 0)
+            getting = None
+            if is_reading:
+                os.kill(lending.pid, signal.SIGSTOP)
+                getting = asyncio.ensure_future(reader.get(1))
+                await until(lambda: counts(reader).reads > 0)
+        if getting is not None:
+            await asyncio.wait([getting])
+            os.kill(lending.pid, signal.SIGCONT)
+        assert reading._process.returncode == 0
+    assert lending._process.returncode == 0
+    for each in (lending, reading):
+        with pytest.raises(ProcessLookupError):
+            os.kill(each.pid, 0)
 
 
 async def test_a_wrong_configuration_is_named(own: dict[str, Any], tmp_path: Path) -> None:
