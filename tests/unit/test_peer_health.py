@@ -122,6 +122,9 @@ def test_one_request_at_a_time_tries_a_holder() -> None:
         await asyncio.sleep(BACKOFF_MIN_S)  # the trial has no outcome: it was cancelled
         assert own.health.is_usable(HOLDER)
         own.health.begin(HOLDER, 4)
+        own.health.failed(HOLDER)
+        with pytest.raises(PeerError, match="failed a moment ago"):
+            own.health.begin(HOLDER, 4)
 
     with_health(work)
 
@@ -214,7 +217,7 @@ def test_a_question_without_an_answer_is_a_failure_and_a_busy_answer_is_none() -
         with pytest.raises(PeerError):
             await reader.want(HOLDER, WISH)
         assert not is_asked(hints)
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(BACKOFF_MIN_S / 2)
         assert rig.peers.is_up(HOLDER)
         assert is_asked(hints)
         await reader.close()
