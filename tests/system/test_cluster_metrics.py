@@ -10,6 +10,7 @@ import pytest
 from msgspec import structs
 from typer.testing import CliRunner
 
+from flexkv.cli.cluster import _facts
 from flexkv.cli.main import commands
 from flexkv.cli.top import scrape
 from flexkv.cluster.grants import GrantCounts
@@ -100,6 +101,18 @@ def test_every_number_of_a_cluster_is_a_metric(served: tuple[str, list[Any]]) ->
         "flexkv_mooncake_failed_reads_total": 54, "flexkv_mooncake_fallbacks_total": 55,
         "flexkv_mooncake_spoiled_bytes": 57_000_000,
     }  # fmt: skip
+
+
+def test_the_status_of_a_cluster_says_what_mooncake_does() -> None:
+    """One line has all its numbers; a node without Mooncake has no such line."""
+    assert _facts(CLUSTER)["Mooncake"] == (
+        "at there, started 51 times; 52 reads, 54 failed, 53 blocks; 55 reads over TCP instead; "
+        "57.0 MB in 56 slots spoiled"
+    )
+    assert CLUSTER.mooncake is not None
+    away = structs.replace(CLUSTER.mooncake, endpoint="")
+    assert "does not run" in _facts(structs.replace(CLUSTER, mooncake=away))["Mooncake"]
+    assert "Mooncake" not in _facts(structs.replace(CLUSTER, mooncake=None))
 
 
 def test_an_engine_of_mooncake_that_does_not_run_is_seen(served: tuple[str, list[Any]]) -> None:
