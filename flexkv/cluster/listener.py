@@ -4,6 +4,8 @@ accept ──▶ unproved ──proofs──▶ unknown ──introductions─�
               │                    │                     ╲
               │ 64 at most,        │ 5 s                  ▶ data: handed over as a bare socket
               │ 5 s each
+              ▼
+   too many prove nothing: the kernel drops what comes from there, for a while (`strangers`)
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-from flexkv.cluster import tcp
+from flexkv.cluster import syn_filter, tcp
 from flexkv.cluster.handshake import (
     HANDSHAKE_S,
     Identity,
@@ -23,6 +25,7 @@ from flexkv.cluster.handshake import (
     introduce_to_reader,
     prove_to_reader,
 )
+from flexkv.cluster.strangers import Arrival, ShutOut, Strangers, source_of
 from flexkv.cluster.wire import Introduction, PeerId, PeerProtocolError, framed, refused
 from flexkv.common.errors import ConfigError, MalformedError
 from flexkv.observe.logs import get_logger
@@ -70,21 +73,21 @@ class _Refusals:
     def __init__(self) -> None:
         self._logged_s, self._unlogged = -math.inf, 0
 
-    def log(self, connection: _Connection, reason: str) -> None:
-        """Log that a connection was refused, unless there was a line just now."""
+    def log(self, address: str, reason: str) -> None:
+        """Log that an address was refused, unless there was a line just now."""
         now_s = asyncio.get_running_loop().time()
         if now_s - self._logged_s < LOGGED_S:
             self._unlogged += 1
             return
         others, self._logged_s, self._unlogged = self._unlogged, now_s, 0
-        log.warning("peer_refused", address=connection.name, reason=reason, others_before=others)
+        log.warning("peer_refused", address=address, reason=reason, others_before=others)
 
 
 class _Connection:
     """One connection, and the task that serves it."""
 
-    def __init__(self, accepted: socket.socket, name: str) -> None:
-        self.socket, self.name = accepted, name
+    def __init__(self, accepted: socket.socket, name: str, arrival: Arrival | None) -> None:
+        self.socket, self.name, self.arrival = accepted, name, arrival
         self.is_proved = self.is_dismissed = False
         self.data_of: PeerId | None = None
         self.task: asyncio.Task[None] | None = None
@@ -105,7 +108,9 @@ class Listener:
         self._connections: dict[_Connection, None] = {}
         self._idle = asyncio.Event()
         self._is_closed = False
-        self._of_strangers, self._of_nodes = _Refusals(), _Refusals()
+        self._of_strangers, self._of_nodes, self._shutting = _Refusals(), _Refusals(), _Refusals()
+        self._strangers, self._shut_out, self._can_filter = Strangers(), ShutOut(), True
+        self._opening: asyncio.TimerHandle | None = None
         self.address = ""
         if listening.family in (socket.AF_INET, socket.AF_INET6):
             self.address = tcp.address_of(*listening.getsockname()[:2])
@@ -120,34 +125,68 @@ class Listener:
             asyncio.get_running_loop().add_reader(self._listening, self._accept)
 
     def _accept(self) -> None:
-        """Accept a few of the connections that have arrived."""
+        """Accept a few of the connections that have arrived, and close those of who is shut out."""
         loop = asyncio.get_running_loop()
         for _ in range(ACCEPTS_A_TURN):
             try:
                 accepted, address = self._listening.accept()
             except BlockingIOError:
-                return
+                break
             except OSError as error:
                 if error.errno in _OUT_OF_RESOURCES:
                     log.warning("peer_not_accepted", reason=str(error))
                     loop.remove_reader(self._listening)
                     loop.call_later(ACCEPT_PAUSE_S, self.listen)
-                return
+                break
+            arrival = self._strangers.arrived(source_of(address[0]), loop.time())
             try:
+                if arrival is None:
+                    accepted.close()
+                    continue
                 accepted.setblocking(False)
                 tcp.set_options(accepted)
             except OSError:  # it has ended already
                 accepted.close()
             else:
-                self.arrived(accepted, tcp.address_of(*address[:2]))
+                self.arrived(accepted, tcp.address_of(*address[:2]), arrival)
+        self._filter()
 
-    def arrived(self, accepted: socket.socket, name: str) -> None:
-        """Serve a connection, which does not block; `name` says in logs where it comes from."""
+    def _filter(self) -> None:
+        """Have the kernel drop what comes from those that are shut out now."""
+        loop = asyncio.get_running_loop()
+        shut_out, lasts_s = self._strangers.shut_out(loop.time())
+        if self._opening is not None:
+            self._opening.cancel()
+            self._opening = None
+        if lasts_s:
+            self._opening = loop.call_later(lasts_s, self._filter)
+        if shut_out == self._shut_out or self._is_closed:
+            return
+        self._shut_out = shut_out
+        if shut_out != ShutOut():
+            self._shutting.log(shut_out.named(), "too many connections from there prove nothing")
+        if not self._can_filter:
+            return
+        try:
+            syn_filter.apply(self._listening, shut_out)
+        except OSError as error:  # then they are accepted, and closed at once
+            self._can_filter = False
+            syn_filter.remove(self._listening)
+            log.warning("peer_filter_refused", reason=str(error))
+
+    def arrived(self, accepted: socket.socket, name: str, arrival: Arrival | None = None) -> None:
+        """Serve a connection, which does not block.
+
+        Args:
+            accepted: its socket.
+            name: says in logs where it comes from.
+            arrival: how it was counted as a stranger's; None if it was not.
+        """
         most = min(CONNECTIONS_MAX, int(DESCRIPTORS_SHARE * limit()))
         if self._is_closed or len(self._connections) >= most:
             accepted.close()
             return
-        connection = _Connection(accepted, name)
+        connection = _Connection(accepted, name, arrival)
         self._connections[connection] = None
         connection.task = self._hooks.spawn("peer connection", self._serve(connection))
         connection.task.add_done_callback(lambda _: self._gone(connection))
@@ -155,7 +194,7 @@ class Listener:
             each for each in self._connections if not each.is_proved and not each.is_dismissed
         ]
         if len(unproved) > UNPROVED_MAX:
-            self._of_strangers.log(unproved[0], f"{len(unproved)} connections are unproved")
+            self._of_strangers.log(unproved[0].name, f"{len(unproved)} connections are unproved")
             self._dismiss(unproved[0])
 
     def close(self) -> None:
@@ -165,6 +204,8 @@ class Listener:
         self._is_closed = True
         asyncio.get_running_loop().remove_reader(self._listening)
         self._listening.close()
+        if self._opening is not None:
+            self._opening.cancel()
         for connection in list(self._connections):
             self._dismiss(connection)
 
@@ -182,7 +223,7 @@ class Listener:
         except (OSError, TimeoutError, PeerProtocolError, ConfigError) as error:
             reason = str(error) or "too slow"
             refusals = self._of_nodes if connection.is_proved else self._of_strangers
-            refusals.log(connection, reason)
+            refusals.log(connection.name, reason)
             return
         log.debug(
             "peer_accepted",
@@ -209,6 +250,10 @@ class Listener:
         async with asyncio.timeout(HANDSHAKE_S):
             await prove_to_reader(peer, self._key)
         connection.is_proved = True
+        if connection.arrival is not None:
+            self._strangers.proved(connection.arrival, asyncio.get_running_loop().time())
+            if self._shut_out != ShutOut():
+                self._filter()
         ours = self._identity.introduction("control")
         async with asyncio.timeout(HANDSHAKE_S):
             theirs = await introduce_to_reader(peer, ours)

@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from psutil import Process
 
+from flexkv.cluster import strangers
+from flexkv.cluster.allowance import Allowance
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import FlexKVError
 from flexkv.common.terms import Tier
@@ -132,7 +134,6 @@ class SharingNode:
         assert isinstance(backend, LocalBackend)
         return {"digest": hashlib.blake2b(backend.arena.buffer).hexdigest()}
 
-
     async def window(self) -> dict[str, Any]:
         """Return a digest of the window that Mooncake writes to, and in which life that is."""
         tiers = self.manager.engine._backend.tiers()
@@ -173,6 +174,8 @@ def main() -> None:
     os.dup2(os.open(sys.argv[3], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
     logging.basicConfig(level=logging.INFO)
     mooncake.PAUSE_S = mooncake.PAUSE_MAX_S = 0.1  # an engine that has failed is tried at once
+    everything = Allowance(1 << 30, 1e9)  # a stranger is to be heard, not shut out
+    strangers.LIMITS = strangers.StrangerLimits(everything, everything, everything)
     asyncio.run(serve(json.loads(sys.argv[2])))
 
 
