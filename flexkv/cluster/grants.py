@@ -156,12 +156,13 @@ class _Grant:
     """
 
     __slots__ = (
-        "answer", "first", "held", "is_over", "is_waiting", "number", "peer", "reads", "reserved",
-        "task", "used_s",
+        "answer", "first", "group", "held", "is_over", "is_waiting", "number", "peer", "reads",
+        "reserved", "task", "used_s",
     )  # fmt: skip
 
     def __init__(self, peer: PeerId, want: Want, held: Held) -> None:
         self.peer, self.number, self.first, self.held = peer, want.number, want.first, held
+        self.group = want.group
         self.reserved = self.reads = 0
         self.is_waiting = self.is_over = False
         self.task: asyncio.Task[None] | None = None
@@ -281,6 +282,11 @@ class Grants:
         self._told["reads"] += 1
         self._use(grant)
         return Lent(ids, partial(self._end_read, grant))
+
+    def group_of(self, peer: PeerId, number: int) -> int | None:
+        """Return the KV group of a grant; None if there is none."""
+        grant = self._grants.get(peer, {}).get(number)
+        return None if grant is None or grant.is_waiting else grant.group
 
     def _end_read(self, grant: _Grant) -> None:
         grant.reads -= 1

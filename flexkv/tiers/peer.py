@@ -21,7 +21,7 @@ from flexkv.actors.actor import Window
 from flexkv.actors.shares import Shares
 from flexkv.actors.supervisor import Bell
 from flexkv.cluster import tcp
-from flexkv.cluster.grants import GrantLimits, Grants, ReadStatus
+from flexkv.cluster.grants import GrantLimits, Grants
 from flexkv.cluster.handshake import Identity
 from flexkv.cluster.listener import BACKLOG, Listener, ListenerHooks
 from flexkv.cluster.membership import Membership
@@ -33,9 +33,9 @@ from flexkv.cluster.redis_commands import RedisCommands
 from flexkv.cluster.redis_store import RedisStore
 from flexkv.cluster.secret import cluster_key
 from flexkv.cluster.sessions import Sessions
-from flexkv.cluster.wire import Introduction, PeerId
+from flexkv.cluster.wire import PeerId
 from flexkv.common.config import MB, CacheConfig, CacheSizes
-from flexkv.common.errors import ClosedError, MalformedError, TransferError
+from flexkv.common.errors import ClosedError, TransferError
 from flexkv.common.space import rules_of
 from flexkv.common.terms import Tier, Transfer
 from flexkv.index.hints import Hints, holders_of
@@ -43,10 +43,8 @@ from flexkv.index.keys import block_identity
 from flexkv.index.span_changes import SpanChange, SpanChanges
 from flexkv.io.memory.arena import Arena
 from flexkv.io.memory.host_blocks import HostBlocks
-from flexkv.io.peer.frames import Read, Status
 from flexkv.io.peer.port import PeerPort, PeerReads
-from flexkv.io.peer.sender import Granted, Sender
-from flexkv.io.peer.sockets import SocketRing, StreamEndedError
+from flexkv.io.peer.sockets import SocketRing
 from flexkv.io.ports import Sums
 from flexkv.io.remote.names import Pool, PoolDescription
 from flexkv.observe.logs import get_logger
@@ -56,6 +54,7 @@ from flexkv.tiers.far import keep_time
 from flexkv.tiers.generation import Generation
 from flexkv.tiers.parts import ClusterStatistics, TierHooks, TierParts, Work
 from flexkv.tiers.peer_reader import PeerReader
+from flexkv.tiers.peer_sending import BlockSending
 from flexkv.tiers.peer_times import reader_times
 from flexkv.tiers.peer_transport import PeerTransport
 from flexkv.tiers.remote import RemoteTier
@@ -215,7 +214,6 @@ class _Node:
         )
         self._hooks: TierHooks | None = None
         self._read_of_gone: Counter[str] = Counter()
-        self._lent_bytes = 0
         self._adopted = Bell()
 
     # -- work -----------------------------------------------------------------------------------
@@ -233,6 +231,9 @@ class _Node:
             GrantLimits(pinned_blocks, prefetches=fetches, prefetches_per_peer=PREFETCHES_EACH),
             hooks.spawn,
             self.transports.locate,
+        )
+        self._sending = BlockSending(
+            self._ring, self._host, self._grants, self.transports.times.stall_s
         )
         peers = self._reader.peers = Peers(
             self._key,
@@ -266,7 +267,7 @@ class _Node:
             self._listening,
             self._key,
             self._identity,
-            ListenerHooks(self._sessions.serve, self._serve_data, hooks.spawn_session),
+            ListenerHooks(self._sessions.serve, self._sending.serve, hooks.spawn_session),
         )
         time = {} if cache.has_remote else {"hints": keep_time(self._hints)}
         noting = {"cluster generation": self._note_generations(hooks)}
@@ -369,38 +370,12 @@ class _Node:
             self.plane.state(),
             self._grants.counts,
             len(self._listener),
-            self._lent_bytes,
+            self._sending.lent_bytes,
             tuple(each.node.address for each in members if not is_up(each.holder)),
             read,
             PeerReads(**in_all),
             self.transports.counts,
         )
-
-    # -- owner ----------------------------------------------------------------------------------
-
-    async def _serve_data(self, connection: socket, introduction: Introduction) -> None:
-        """Send blocks over a data connection until its reader closes it."""
-        peer = introduction.peer_id
-        arena = self._host.arena
-
-        def lookup(read: Read) -> Granted | Status:
-            if read.block_bytes not in self._host.block_bytes:
-                return Status.OTHER_SIZE
-            found = self._grants.blocks(peer, read.number, read.first, read.blocks)
-            if isinstance(found, ReadStatus):
-                return Status(int(found))
-            addresses = arena.address + found.block_ids * arena.block_stride_bytes
-            self._lent_bytes += len(addresses) * read.block_bytes
-            return Granted(addresses, self._host.sums[found.block_ids], found.ended)
-
-        with connection:  # the ring has a descriptor of its own
-            index = self._ring.add(connection)
-        try:
-            await Sender(self._ring, self.transports.times.stall_s).serve(index, lookup)
-        except (OSError, StreamEndedError, MalformedError, TimeoutError) as error:
-            log.warning("peer_data_ended", peer=str(peer), reason=str(error) or "too slow")
-        finally:
-            await self._ring.remove(index)
 
     # -- members --------------------------------------------------------------------------------
 
