@@ -220,7 +220,7 @@ class Grants:
             raise PeerProtocolError(f"the number {want.number} is in use")
         limits = self._limits
         if self._number >= limits.grants or len(of_peer) >= limits.grants_per_peer:
-            self._busy(want, answer)
+            self.put_off(want, answer)
             return
         held, is_cut = self._hold(peer, want)
         last = want.first + len(held.block_ids)
@@ -233,6 +233,11 @@ class Grants:
             grant.task = self._spawn("peer prefetch", fetching)
         else:
             self._decide(peer, want, (held, is_cut), answer)
+
+    def put_off(self, want: Want, answer: Reply, after_ms: int = BUSY_MS) -> None:
+        """Answer that the reader should ask again later."""
+        self._told["busy"] += 1
+        answer(Busy(want.number, after_ms))
 
     def release(self, peer: PeerId, number: int) -> None:
         """End a grant or an unanswered Want; it may have ended already."""
@@ -349,14 +354,10 @@ class Grants:
             return
         self._owner.release(held)
         if is_cut:
-            self._busy(want, answer)
+            self.put_off(want, answer)
         else:
             self._told["missed"] += 1
             answer(Grant(want.number, want.first, 0))
-
-    def _busy(self, want: Want, answer: Reply) -> None:
-        self._told["busy"] += 1
-        answer(Busy(want.number, BUSY_MS))
 
     # -- accounts -------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ from flexkv.io.ports import Sums
 
 MESSAGE_BYTES = 32 << 20
 """What is handed to the kernel at once: large, since each message costs CPU time."""
+REFUSED_S = 0.01
+"""The pause after a READ that is refused: an honest reader has few, and a faulty one must not take
+up the owner's loop."""
 
 
 class Granted(NamedTuple):
@@ -80,6 +84,7 @@ class Sender:
             if found is Status.OK:
                 raise InvariantError("blocks are needed for this status")
             await self._send(index, NO_EXTENTS, read.answer(found))
+            await asyncio.sleep(REFUSED_S)
             return
         try:
             if not len(found.addresses) == len(found.sums) == read.blocks:
