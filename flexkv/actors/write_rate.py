@@ -2,7 +2,8 @@
 
     ship ──span──▶ the next one begins once the span's bytes could have passed at the rate
 
-In any interval of T seconds, ships of at most `rate x T` blocks and one span more begin.
+In any interval of T seconds, ships of at most `rate x T` blocks and one span more begin. What is
+sent to other nodes is bounded in the same way, in bytes.
 """
 
 from __future__ import annotations

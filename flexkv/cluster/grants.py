@@ -27,7 +27,15 @@ import msgspec
 import numpy as np
 
 from flexkv import _ext
-from flexkv.cluster.wire import Busy, Grant, GrantedPlaces, PeerId, PeerProtocolError, Want
+from flexkv.cluster.wire import (
+    WANT_BLOCKS_MAX,
+    Busy,
+    Grant,
+    GrantedPlaces,
+    PeerId,
+    PeerProtocolError,
+    Want,
+)
 from flexkv.common.errors import FlexKVError
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 from flexkv.observe.logs import get_logger
@@ -77,6 +85,18 @@ class Owner(Protocol):
 
     async def prefetch(self, keys: bytes, first: int, last: int, group: int) -> None:
         """Bring blocks from disk to host memory; return when they are there, or will not come."""
+        ...
+
+
+class Pace(Protocol):
+    """Bounds what is granted by what can be sent."""
+
+    def room(self, group: int) -> int | None:
+        """Return how many blocks of a KV group may be granted now; None: any number."""
+        ...
+
+    def granted(self, group: int, blocks: int) -> None:
+        """Count blocks that are granted."""
         ...
 
 
@@ -183,10 +203,23 @@ class Grants:
     """All grants of an owner."""
 
     def __init__(
-        self, owner: Owner, limits: GrantLimits, spawn: Spawn, locate: Locate = nowhere
+        self,
+        owner: Owner,
+        limits: GrantLimits,
+        spawn: Spawn,
+        locate: Locate = nowhere,
+        pace: Pace | None = None,
     ) -> None:
-        """Grant nothing yet."""
-        self._locate = locate
+        """Grant nothing yet.
+
+        Args:
+            owner: the engine.
+            limits: what it does for others at most.
+            spawn: starts tasks.
+            locate: says where a TransferEngine has blocks.
+            pace: bounds what is granted in time; None if nothing does.
+        """
+        self._locate, self._pace = locate, pace
         self._owner, self._limits, self._spawn = owner, limits, spawn
         self._grants: dict[PeerId, dict[int, _Grant]] = {}
         self._by_use: dict[_Grant, None] = {}
@@ -219,12 +252,13 @@ class Grants:
         if want.number in of_peer:
             raise PeerProtocolError(f"the number {want.number} is in use")
         limits = self._limits
-        if self._number >= limits.grants or len(of_peer) >= limits.grants_per_peer:
+        is_full = self._number >= limits.grants or len(of_peer) >= limits.grants_per_peer
+        if is_full or not self._sendable(want.group):
             self.put_off(want, answer)
             return
         held, is_cut = self._hold(peer, want)
         last = want.first + len(held.block_ids)
-        further = 0 if is_cut else min(held.on_disk, self._room(peer))
+        further = 0 if is_cut else min(held.on_disk, self._room(peer), self._sendable(want.group))
         if further and self._may_prefetch(of_peer):
             grant = _Grant(peer, want, held)
             grant.answer = answer
@@ -307,6 +341,11 @@ class Grants:
         free = self._limits.pinned_blocks - self._pinned - self._reserved
         return max(0, (free - self._kept_by.get(peer, 0) + 1) // 2)
 
+    def _sendable(self, group: int) -> int:
+        """Return how many blocks of a KV group can be sent soon."""
+        room = None if self._pace is None else self._pace.room(group)
+        return WANT_BLOCKS_MAX if room is None else room
+
     def _hold(self, peer: PeerId, want: Want) -> tuple[Held, bool]:
         """Hold what is in host memory, as far as limits allow; return whether they cut it."""
         last = min(want.last, want.first + self._limits.pinned_blocks)
@@ -315,7 +354,10 @@ class Grants:
         if len(ids) and (most := int(ids.max())) >= len(self._keepers):
             self._keepers = np.concatenate([self._keepers, np.zeros(most + 1, np.uint32)])
         is_new = (ids >= 0) & (self._keepers[ids] == 0)
-        fits = int(np.searchsorted(np.cumsum(is_new), self._room(peer), side="right"))
+        fits = min(
+            int(np.searchsorted(np.cumsum(is_new), self._room(peer), side="right")),
+            int(np.searchsorted(np.cumsum(ids >= 0), self._sendable(want.group), side="right")),
+        )
         if fits >= len(ids):
             return held, want.first + len(ids) == last < want.last
         self._owner.release(held)
@@ -349,6 +391,8 @@ class Grants:
             self._add(grant)
             self._use(grant)
             self._told["granted"] += 1
+            if self._pace is not None:
+                self._pace.granted(want.group, len(_there(held)))
             places = self._locate(held.block_ids) if want.with_places else None
             answer(Grant(want.number, want.first, count, is_cut, places))
             return

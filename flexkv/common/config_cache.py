@@ -362,6 +362,13 @@ class CacheConfig(ConfigModel):
     p2p_read_window_mb: float = key(
         128.0, "Most bytes being read from other nodes at once.", unit="MB", gt=0
     )
+    p2p_out_mb_per_s: float | None = key(
+        None,
+        "How fast to send blocks to other nodes at most, all of them together. Unset = as fast as "
+        "it can.",
+        unit="MB/s",
+        gt=0,
+    )
     p2p_admit: Literal["always", "second_use", "policy"] = key(
         "second_use",
         "How blocks fetched from other nodes stay in host memory: like all others, shortly unless "

@@ -52,6 +52,7 @@ from flexkv.process.descriptors import raise_limit
 from flexkv.process.stoppable import run_stoppable
 from flexkv.tiers.far import keep_time
 from flexkv.tiers.generation import Generation
+from flexkv.tiers.out_rate import OutRate
 from flexkv.tiers.parts import ClusterStatistics, TierHooks, TierParts, Work
 from flexkv.tiers.peer_reader import PeerReader
 from flexkv.tiers.peer_sending import BlockSending
@@ -226,14 +227,17 @@ class _Node:
         least = min(BLOCKS_LENT, blocks // 2)
         pinned_blocks = max(1, least, int(cache.p2p_pinned_max * blocks))
         fetches = PREFETCHES if cache.enable_p2p_ssd else 0
+        limit, clock = cache.p2p_out_mb_per_s, asyncio.get_running_loop().time
+        rate = OutRate(None if limit is None else limit * MB, self._host.block_bytes, clock)
         self._grants = Grants(
             hooks.owner,
             GrantLimits(pinned_blocks, prefetches=fetches, prefetches_per_peer=PREFETCHES_EACH),
             hooks.spawn,
             self.transports.locate,
+            rate,
         )
         self._sending = BlockSending(
-            self._ring, self._host, self._grants, self.transports.times.stall_s
+            self._ring, self._host, self._grants, self.transports.times.stall_s, rate
         )
         peers = self._reader.peers = Peers(
             self._key,

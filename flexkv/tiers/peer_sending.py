@@ -13,6 +13,7 @@ from flexkv.io.peer.frames import Read, Status
 from flexkv.io.peer.sender import Granted, Sender
 from flexkv.io.peer.sockets import SocketRing, StreamEndedError
 from flexkv.observe.logs import get_logger
+from flexkv.tiers.out_rate import OutRate
 
 log = get_logger(__name__)
 
@@ -25,7 +26,7 @@ class BlockSending:
     """
 
     def __init__(
-        self, ring: SocketRing, host: HostBlocks, grants: Grants, stall_s: float
+        self, ring: SocketRing, host: HostBlocks, grants: Grants, stall_s: float, rate: OutRate
     ) -> None:
         """Serve nobody yet.
 
@@ -34,9 +35,10 @@ class BlockSending:
             host: the blocks in host memory, and their sums.
             grants: say which blocks may be read by whom.
             stall_s: a reader that takes nothing for so long loses its connection.
+            rate: bounds what is sent.
         """
         self._ring, self._host, self._grants, self._stall_s = ring, host, grants, stall_s
-        self.lent_bytes = 0
+        self._rate, self.lent_bytes = rate, 0
 
     async def serve(self, connection: socket, introduction: Introduction) -> None:
         """Send blocks over a data connection until its reader closes it."""
@@ -44,7 +46,7 @@ class BlockSending:
         with connection:  # the ring has a descriptor of its own
             index = self._ring.add(connection)
         try:
-            sender = Sender(self._ring, self._stall_s)
+            sender = Sender(self._ring, self._stall_s, self._rate.turn_s)
             await sender.serve(index, partial(self.lookup, peer))
         except (OSError, StreamEndedError, MalformedError, TimeoutError) as error:
             log.warning("peer_data_ended", peer=str(peer), reason=str(error) or "too slow")

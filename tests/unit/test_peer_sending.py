@@ -13,6 +13,7 @@ from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.peer.frames import Read, Status
 from flexkv.io.peer.sender import Granted
 from flexkv.io.peer.sockets import SocketRing
+from flexkv.tiers.out_rate import OutRate
 from flexkv.tiers.peer_sending import BlockSending
 from tests.unit.grants_rig import A, B, Rig, with_grants
 
@@ -20,6 +21,7 @@ BLOCKS, STRIDE_BYTES = 16, 8192
 SIZES = 8192, 4096, 6000
 """The bytes of a block of each KV group."""
 NO_RING = cast("SocketRing", None)
+UNBOUNDED = OutRate(None, SIZES, lambda: 0.0)
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def test_a_read_gets_blocks_of_its_grants_group_and_of_no_other_size(host: HostB
     """A read that names the size of another group's blocks, or a wrong one, is refused."""
 
     async def work(rig: Rig) -> None:
-        sending = BlockSending(NO_RING, host, rig.grants, 1.0)
+        sending = BlockSending(NO_RING, host, rig.grants, 1.0, UNBOUNDED)
         keys = rig.stored(1, 8)
         for group, size in enumerate(SIZES):
             number = rig.want(A, keys, 0, 4, group)
@@ -61,7 +63,7 @@ def test_nothing_is_read_of_a_want_that_waits_for_the_disk(host: HostBlocks) -> 
     """A want that is not granted yet has no blocks, whatever size a read names."""
 
     async def work(rig: Rig) -> None:
-        sending = BlockSending(NO_RING, host, rig.grants, 1.0)
+        sending = BlockSending(NO_RING, host, rig.grants, 1.0, UNBOUNDED)
         keys = rig.stored(1, 8)
         rig.owner.host.popitem()
         rig.owner.put_on_disk(keys)

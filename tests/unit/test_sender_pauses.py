@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flexkv.io.peer import sender
 from flexkv.io.peer.frames import Read, Status
 from flexkv.io.peer.sender import REFUSED_S, Sender
 from tests.peer_rig import BLOCK_BYTES, NUMBER, PATIENCE_S, Node, connected, nodes
@@ -50,3 +51,21 @@ async def test_a_refused_read_is_followed_by_a_pause(slept: list[float]) -> None
         read = Read(NUMBER, 3, 5, BLOCK_BYTES)
         assert await sent(owner, read) == owner.answer(read)
     assert slept == [REFUSED_S]
+
+
+async def test_a_sender_waits_for_its_turn(
+    slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each message asks for its turn with its bytes, and is sent after the wait."""
+    monkeypatch.setattr(sender, "MESSAGE_BYTES", 2 * BLOCK_BYTES)
+    asked = list[int]()
+
+    def turn_s(nbytes: int) -> float:
+        asked.append(nbytes)
+        return 7.0 if len(asked) == 2 else 0.0
+
+    async with nodes() as (owner, _):
+        read = Read(NUMBER, 3, 5, BLOCK_BYTES)
+        assert await sent(owner, read, turn_s) == owner.answer(read)
+    assert asked == [2 * BLOCK_BYTES, 2 * BLOCK_BYTES, BLOCK_BYTES]
+    assert slept == [7.0]

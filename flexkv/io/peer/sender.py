@@ -40,17 +40,25 @@ Lookup = Callable[[Read], Granted | Status]
 """Returns the blocks that a reader asks for, or why it does not get them."""
 
 
+def _at_once(nbytes: int) -> float:
+    """Return that these bytes need not wait."""
+    return 0.0
+
+
 class Sender:
     """Sends blocks to readers."""
 
-    def __init__(self, ring: SocketRing, stall_s: float) -> None:
+    def __init__(
+        self, ring: SocketRing, stall_s: float, turn_s: Callable[[int], float] = _at_once
+    ) -> None:
         """Take the ring, to which the blocks' memory is lent.
 
         Args:
             ring: moves the bytes.
             stall_s: a reader that takes nothing for so long loses its connection.
+            turn_s: returns how long a message of so many bytes has to wait for its turn.
         """
-        self._ring, self._stall_s = ring, stall_s
+        self._ring, self._stall_s, self._turn_s = ring, stall_s, turn_s
 
     async def serve(self, index: int, lookup: Lookup) -> None:
         """Answer the READs of one socket until its reader closes it; it is shut down then.
@@ -91,6 +99,8 @@ class Sender:
                 raise InvariantError(f"{len(found.addresses)} blocks were found for {read}")
             head = read.answer(Status.OK) + found.sums.astype("<u8").tobytes()
             for extents in messages(found.addresses, read.block_bytes, MESSAGE_BYTES):
+                if (wait_s := self._turn_s(int(extents[:, 1].sum()))) > 0:
+                    await asyncio.sleep(wait_s)
                 await self._send(index, extents, head)
                 head = b""
         finally:
