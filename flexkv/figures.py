@@ -269,7 +269,7 @@ FIGURES: tuple[tuple[Kind, str, str, Labels, Reader], ...] = (
      (), _peer_spans),
     (GAUGE, "flexkv_cluster_generation", "Latest generation of the cluster; a reset begins it.",
      (), _of_cluster("state.generation")),
-    (GAUGE, "flexkv_cluster_apart", "Whether this node shares nothing, since it was cleared alone.",
+    (GAUGE, "flexkv_cluster_apart", "Whether this node is apart: it shares nothing until a reset.",
      (), _apart),
     (GAUGE, "flexkv_cluster_redis_up", "Whether Redis has answered last.",
      (), _of_cluster("state.is_store_up")),

@@ -27,7 +27,10 @@ cluster = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SHOWN_OF_LIFE = 8
 """Characters of a life in tables, which have to fit into a terminal; JSON has all."""
-APART = "apart: it was cleared alone, and shares nothing until `flexkv cluster reset` or a restart"
+APART = (
+    "apart: it was cleared alone, or started after another node was; it shares nothing until "
+    "`flexkv cluster reset`"
+)
 
 
 @cluster.command()

@@ -162,6 +162,7 @@ def _trials(base: str) -> Sequence[Command]:
         ("XREAD", "COUNT", 1, "STREAMS", log, "0-0"),
         ("ZADD", generation, "GT", 1, b"now"),
         ("PEXPIRE", generation, 10_000),
+        ("ZMSCORE", generation, b"now"),
         ("MEMORY", "USAGE", log),
         ("DEL", node, log, generation),
     )

@@ -20,6 +20,7 @@ from random import Random
 from typing import Protocol
 
 from flexkv.actors.supervisor import Bell
+from flexkv.cluster.generations import Generations, Heard
 from flexkv.cluster.membership import Member, Membership
 from flexkv.cluster.records import (
     FAREWELL,
@@ -98,15 +99,14 @@ class Follower:
     """The follower of all other nodes.
 
     Attributes:
-        generation: the latest that was seen.
-        is_generation_lost: whether the store has an older one.
+        generations: the cluster's generation, as this node knows it.
         positions: up to which the log was read; None before the registry was.
         entries: how many were read since the start.
         malformed: how many of them cannot be decoded.
         snapshots_taken: how many snapshots were noted.
         on_failure: is told what the store did not do.
         on_success: is called whenever the store has answered.
-        on_generation: is told of a new generation.
+        on_need: is called when the store has not what it should have of the generation.
         on_stranger: is called when an entry is of a life that is not registered.
         may_ask: returns whether other nodes may be asked for snapshots; `resync` follows once they
             may be asked again.
@@ -116,12 +116,12 @@ class Follower:
         self, store: ClusterStore, membership: Membership, hints: Hints, snapshots: Snapshots
     ) -> None:
         """Follow the nodes that join from now on."""
-        self.generation = self.entries = self.malformed = self.snapshots_taken = 0
-        self.is_generation_lost = False
+        self.entries = self.malformed = self.snapshots_taken = 0
+        self.generations = Generations()
         self.positions: Positions | None = None
         self.on_failure: Callable[[ClusterStoreError], None] = lambda _: None
         self.on_success: Callable[[], None] = lambda: None
-        self.on_generation: Callable[[int], None] = lambda _: None
+        self.on_need: Callable[[], None] = lambda: None
         self.on_stranger: Callable[[], None] = lambda: None
         self.may_ask: Callable[[], bool] = lambda: True
         self._store, self._membership, self._hints = store, membership, hints
@@ -216,7 +216,7 @@ class Follower:
         page = await self._store.read(before, WAIT_S)
         if self.positions is before:
             self.positions = page.positions
-        self._take_generation(page.generation)
+        self._take_generation(page.heard)
         turn = _Turn()
         for entries in page.entries:
             await self._take(entries, turn)
@@ -225,11 +225,11 @@ class Follower:
             self._check()
         return is_at_end
 
-    def _take_generation(self, generation: int) -> None:
-        self.is_generation_lost = generation < self.generation
-        if generation > self.generation:
-            self.generation = generation
-            self.on_generation(generation)
+    def _take_generation(self, heard: Heard) -> None:
+        before = self.generations.is_settled
+        self.generations.take(heard)
+        if before and not self.generations.is_settled:
+            self.on_need()
 
     async def _take(self, entries: Sequence[bytes], turn: _Turn) -> None:
         """Take some entries of a stream; other tasks run in between."""

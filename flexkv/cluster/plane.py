@@ -132,8 +132,9 @@ class MetadataPlane:
         self._is_up = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._counted = (0.0, 0)
-        self.publisher.may_send = lambda: self.registration.is_registered
-        self.follower.on_stranger = self.registration.look_soon
+        generations = self.follower.generations
+        self.publisher.may_send = lambda: self.registration.is_registered and generations.is_known
+        self.follower.on_stranger = self.follower.on_need = self.registration.look_soon
         for task in (self.follower, self.registration):
             task.on_failure, task.on_success = self._failed, self._answered
 
@@ -158,13 +159,16 @@ class MetadataPlane:
             self.registration.look_soon()  # it may have lost everything
         self._error, self._is_up = None, True
 
-    async def advance(self) -> int:
+    async def advance(self, known: int = 0) -> int:
         """Begin a new generation of the whole cluster; return its number.
+
+        Args:
+            known: what it must be later than, besides what this node has heard of.
 
         Raises:
             ClusterStoreError: the store did not do it, or it is not known whether it did.
         """
-        return await self._store.advance(self.follower.generation)
+        return await self._store.advance(max(known, self.follower.generations.number))
 
     async def leave(self) -> None:
         """Leave the cluster, for a bounded time; call it once the tasks have ended."""
@@ -185,7 +189,7 @@ class MetadataPlane:
             id=own.id.hex(),
             life=f"{own.life:016x}",
             zone=own.zone,
-            generation=self.follower.generation,
+            generation=self.follower.generations.number,
             published_seq=self.publisher.sent_seq,
             pending_spans=self.publisher.pending_spans,
             gaps=self.publisher.gaps,

@@ -3,13 +3,14 @@
     flexkv:{<pool>}:nodes         set: the ids of nodes that were registered
     flexkv:{<pool>}:node:<id>     string: the node's beat, with a TTL
     flexkv:{<pool>}:log:<0 … 7>   stream: entries, each in one field
-    flexkv:{<pool>}:generation    sorted set: its only score is the generation
+    flexkv:{<pool>}:generation    sorted set: what the cluster's generation is, as scores
 
 So there are ten keys besides one for each node. The braces make a Redis Cluster keep them all in
-one place. A sorted set has an atomic maximum (`ZADD GT`), which a number has not.
+one place. A sorted set has an atomic maximum (`ZADD GT`), which a number has not. What is in the
+last key is in `generations.py`.
 
 All but the generation are removed some time after the last node has left, since blocks of another
-model are another pool. Generations of a pool must never repeat: nodes keep them beside their SSD.
+model are another pool. Nodes keep the generation beside their SSD.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from flexkv.cluster.generations import GENERATION_MAX, Heard, new_book, step
 from flexkv.cluster.records import STREAMS, Beat, NodeRecord, beat_from, encoded
 from flexkv.cluster.store import BEGIN, ClusterStoreError, LogPage, Positions, Registry
 from flexkv.common.errors import MalformedError
@@ -29,10 +31,11 @@ ENTRY_OVERHEAD_BYTES = 24
 STREAM_ENTRIES_MIN = 1000
 READ_ENTRIES_MAX = 256
 """How many entries of each stream one read returns at most."""
-FIELD, NOW = b"e", b"now"
+FIELD = b"e"
+NOW, MADE, BOOK, CLOSED = b"now", b"made", b"book", b"closed"
+"""What the sorted set of the generation has: see `Heard`."""
 KEPT_MS = 24 * 3600 * 1000
 """How long the log and the set of nodes outlive the last entry and the last beat."""
-GENERATION_MAX = 1 << 40
 
 Command = tuple[bytes | str | int, ...]
 
@@ -151,8 +154,8 @@ class RedisStore:
         block: Command = ("BLOCK", max(1, round(1000 * wait_s))) if wait_s else ()
         read: Command = ("XREAD", "COUNT", READ_ENTRIES_MAX, *block)
         streams: Command = ("STREAMS", *self._streams, *positions)
-        found, score = await self._redis.run(
-            [(*read, *streams), ("ZSCORE", self._generation, NOW)], wait_s
+        found, scores = await self._redis.run(
+            [(*read, *streams), ("ZMSCORE", self._generation, NOW, MADE, BOOK, CLOSED)], wait_s
         )
         entries: list[Sequence[bytes]] = [()] * STREAMS
         behind = list(positions)
@@ -161,27 +164,41 @@ class RedisStore:
                 stream = self._stream_of[name]
                 entries[stream] = [fields[1] for _, fields in rows if len(fields) == 2]
                 behind[stream] = _checked_id(rows[-1][0])
-            generation = _generation(score)
+            now, made, book, closed = map(_number, scores)
         at_end = [len(each) < READ_ENTRIES_MAX for each in entries]
-        return LogPage(entries, tuple(behind), at_end, generation)
+        return LogPage(entries, tuple(behind), at_end, Heard(now, made, book, closed))
 
     # -- generation -----------------------------------------------------------------------------
 
-    async def restore_generation(self, known: int) -> None:
-        """Make the generation at least this one."""
-        await self._redis.run([("ZADD", self._generation, "GT", known, NOW)])
+    async def put_back(self, generation: int) -> None:
+        """Give the store what it has lost: see `ClusterStore.put_back`."""
+        known: Command = ("ZADD", self._generation, "NX", generation, NOW)
+        book: Command = ("ZADD", self._generation, "NX", new_book(), BOOK)
+        await self._redis.run([known, book] if generation else [book])
+
+    async def close_generation(self, name: int) -> None:
+        """Record that a node was cleared alone in this generation: see `ClusterStore`."""
+        await self._redis.run([("ZADD", self._generation, name, CLOSED)])
+
+    async def begin(self, generation: int) -> None:
+        """Begin a generation, unless a later one has begun."""
+        new: Command = ("ZADD", self._generation, "GT", generation, NOW)
+        await self._redis.run([new, ("ZADD", self._generation, "GT", 1, MADE)])
+        await self.append(0, [b""])
 
     async def advance(self, known: int) -> int:
         """Begin another generation; an entry that says nothing wakes those who read the log."""
-        *_, score = await self._redis.run(
+        *_, score, _ = await self._redis.run(
             [
+                ("ZADD", self._generation, "NX", new_book(), BOOK),
                 ("ZADD", self._generation, "GT", known, NOW),
-                ("ZINCRBY", self._generation, 1, NOW),
+                ("ZINCRBY", self._generation, step(), NOW),
+                ("ZADD", self._generation, "GT", 1, MADE),  # last: what is known may be outdated
             ]
         )
         await self.append(0, [b""])
         with self._understood("the generation"):
-            return _generation(score)
+            return _number(score)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -212,11 +229,11 @@ def _checked_id(entry_id: bytes) -> bytes:
     return entry_id
 
 
-def _generation(score: bytes | None) -> int:
-    generation = int(float(score or 0))
-    if not 0 <= generation <= GENERATION_MAX:
-        raise ValueError(generation)
-    return generation
+def _number(score: bytes | None) -> int:
+    number = int(float(score or 0))
+    if not 0 <= number <= GENERATION_MAX:
+        raise ValueError(number)
+    return number
 
 
 def _decoded(value: bytes | None) -> Beat | None:

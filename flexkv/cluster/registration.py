@@ -41,6 +41,7 @@ class Registration:
         on_failure: is told what the store did not do.
         on_success: is called whenever the store has answered.
         on_refused: is told that another node has the same id.
+        is_apart: returns whether this node was cleared alone.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Registration:
         self.on_failure: Callable[[ClusterStoreError], None] = lambda _: None
         self.on_success: Callable[[], None] = lambda: None
         self.on_refused: Callable[[ConfigError], None] = lambda _: None
+        self.is_apart: Callable[[], bool] = lambda: False
         self._store, self._membership, self._hints = store, membership, hints
         self._publisher, self._follower = publisher, follower
         self._own, self._count = membership.own, 0
@@ -133,8 +135,7 @@ class Registration:
         Raises:
             ClusterStoreError: the store failed.
         """
-        if self._follower.is_generation_lost:
-            await self._store.restore_generation(self._follower.generation)
+        await self._follower.generations.mend(self._store, self.is_apart())
         before = self._follower.positions
         registry = await self._store.registry()
         self.log_bytes = registry.log_bytes

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
+from flexkv.cluster.generations import GenerationStore, Heard
 from flexkv.cluster.records import Beat, NodeRecord
 from flexkv.common.errors import FlexKVError
 
@@ -53,16 +54,16 @@ class LogPage(NamedTuple):
         entries: the encoded entries of each stream, in order.
         positions: where to go on.
         is_at_end: for each stream, whether nothing more was there.
-        generation: of the cluster; 0 if the store does not know it.
+        heard: what the store says of the cluster's generation.
     """
 
     entries: Sequence[Sequence[bytes]]
     positions: Positions
     is_at_end: Sequence[bool]
-    generation: int
+    heard: Heard
 
 
-class ClusterStore(Protocol):
+class ClusterStore(GenerationStore, Protocol):
     """A store. Each call ends within a bounded time, and raises `ClusterStoreError`.
 
     Attributes:
@@ -101,14 +102,6 @@ class ClusterStore(Protocol):
 
     async def read(self, positions: Positions, wait_s: float) -> LogPage:
         """Return what the log has behind some positions; wait a time if there is nothing."""
-        ...
-
-    async def restore_generation(self, known: int) -> None:
-        """Make the cluster's generation at least this one: the store may have lost it."""
-        ...
-
-    async def advance(self, known: int) -> int:
-        """Begin a generation later than `known` and than the cluster's; return it."""
         ...
 
     async def close(self) -> None:

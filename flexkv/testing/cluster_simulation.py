@@ -261,6 +261,7 @@ class ClusterSimulation:
                 spawn(name, work)
         else:
             plane.publisher.interval_s = self._interval_s  # type: ignore[method-assign]
+            plane.publisher.may_send = lambda: plane.registration.is_registered
             spawn("beats", self._beat(node))
             spawn("publisher", plane.publisher.run())
         return node
@@ -411,9 +412,12 @@ class ClusterSimulation:
         """
         keys = self.server.keys()
         assert len(keys) <= len(self.living) + REDIS_KEYS_MAX, keys
-        for node in self.living.values():
-            if node.follows:
-                self._check_hints(node)
+        followers = [node for node in self.living.values() if node.follows]
+        generations = [node.plane.follower.generations for node in followers]
+        assert all(each.is_settled for each in generations)
+        assert len({(each.number, each.book) for each in generations}) == 1, generations
+        for node in followers:
+            self._check_hints(node)
 
     def _check_hints(self, node: SimulatedNode) -> None:
         members = {member.node.life: member for member in node.plane.membership.members()}

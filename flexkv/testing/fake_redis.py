@@ -46,9 +46,9 @@ class FakeRedisServer:
             "SADD": self._add,
             "SREM": self._remove,
             "SMEMBERS": lambda key: list(self._value(_text(key)) or ()),
-            "ZADD": self._raise_score,
+            "ZADD": self._set_score,
             "ZINCRBY": self._increase_score,
-            "ZSCORE": lambda key, name: _score((self._value(_text(key)) or {}).get(_bytes(name))),
+            "ZMSCORE": self._scores,
             "XADD": self._append,
             "XREVRANGE": self._latest,
             "MEMORY": self._size,
@@ -138,14 +138,20 @@ class FakeRedisServer:
             self._values.pop(_text(key), None)
         return len(unwanted & have)
 
-    def _raise_score(self, key: Any, option: Any, score: Any, name: Any) -> int:
-        assert _text(option) == "GT", "only what the store uses"
+    def _scores(self, key: Any, *names: Any) -> list[bytes | None]:
+        scores = self._value(_text(key)) or {}
+        return [_score(scores.get(_bytes(name))) for name in names]
+
+    def _set_score(self, key: Any, *words: Any) -> int:
+        *options, score, name = words
+        assert options in ([], ["GT"], ["NX"]), "only what the store uses"
         scores = self._values.setdefault(_text(key), {})
-        is_new = _bytes(name) not in scores
-        if is_new or scores[_bytes(name)] < float(score):
+        before = scores.get(_bytes(name))
+        may_change = {"GT": before is None or before < float(score), "NX": before is None}
+        if before != float(score) and all(may_change[option] for option in options):
             self.written += 1
             scores[_bytes(name)] = float(score)
-        return int(is_new)
+        return int(before is None)
 
     def _increase_score(self, key: Any, by: Any, name: Any) -> bytes | None:
         scores = self._values.setdefault(_text(key), {})
@@ -264,7 +270,7 @@ def _bytes(word: Any) -> bytes:
 
 
 def _score(score: float | None) -> bytes | None:
-    return None if score is None else f"{score:g}".encode()
+    return None if score is None else f"{score:.17g}".encode()
 
 
 def _id(number: tuple[int, int]) -> bytes:

@@ -1,14 +1,17 @@
-"""The generation of a cluster's blocks, as one node follows it.
+"""The generation of this node's blocks: what it shares, and what it notes beside them.
 
     local clear ──▶ apart: this node shares nothing, since nobody knows what the others still hold
+                    └── nobody who starts later joins the generation, since that may be this node
     `reset` of the cluster ──▶ a new generation ──▶ every node clears its tiers, and shares again
 
-A node's SSD tier outlives it, so the generation of what is there is kept beside it: a node that was
-away during a reset clears its tiers when it comes back.
+A node's SSD tier outlives it, so the name of the generation of what is there is kept beside it, and
+whether the node is apart. A node that comes back clears its tiers if its blocks are of another
+generation than the cluster's (`cluster/generations.py`), and stays apart if it was.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -16,23 +19,30 @@ from pathlib import Path
 
 import numpy as np
 
+from flexkv.actors.flight import wake
+from flexkv.cluster.generations import Noted
+from flexkv.common.errors import ClosedError, StorageError
 from flexkv.common.terms import BlockIds, Tier
 from flexkv.index.residency import Residency
+from flexkv.io.private import sync_directory
 from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 
-_APART_BITS = 62
-"""A node that is apart has a generation of its own, of so many bits: all other nodes refuse it."""
+_ALONE_BITS = 62
+"""A node that shares nothing has a generation of its own, of so many bits: others refuse it."""
 _NAME = "cluster-generation"
+_APART = "apart"
 
 
 class Generation:
     """The generation of this node's blocks. It is the peers' tier's `Persistence`.
 
     Attributes:
-        number: that of the cluster, as far as this node knows.
-        is_apart: whether this node was cleared alone, since then.
+        noted: what an earlier run has noted.
+        name: of the cluster's, as far as this node knows; 0 before it was told.
+        number: that of the cluster.
+        is_apart: whether this node was cleared alone in it, or joined none since others were.
         is_adopting: whether the clear under way is the cluster's.
         has_restored: whether this node began with blocks of an earlier run.
         on_apart: is called when this node shares nothing any more.
@@ -41,27 +51,86 @@ class Generation:
     def __init__(self, directories: Sequence[Path]) -> None:
         """Take the directories of the SSD tier, which have blocks of the generation noted there."""
         self._files = [each / _NAME for each in directories]
-        self.number = min([_read(file) for file in self._files], default=0)
+        found = {_read(file) for file in self._files}
+        self.noted = found.pop() if len(found) == 1 else Noted()
+        self.name = self.number = 0
         self.is_apart = self.is_adopting = self.has_restored = False
-        self._alone = 0
         self.on_apart: Callable[[], None] = lambda: None
+        self._alone = _alone()
+        self._changes = self._written = 0
+        self._error: Exception | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def is_sharing(self) -> bool:
+        """Return whether this node shares blocks with others."""
+        return self.name != 0 and not self.is_apart
 
     @property
     def shared(self) -> int:
         """Return the generation in which this node shares blocks with others."""
-        return self._alone if self.is_apart else self.number
+        return self.number if self.is_sharing else self._alone
 
-    def adopt(self, number: int) -> None:
-        """Record that this node's tiers were cleared for a generation of the cluster."""
-        self.number, self.is_apart = number, False
+    def adopt(self, number: int, name: int) -> None:
+        """Record which generation this node's blocks are of."""
+        self.number, self.name, self.is_apart = number, name, False
+        self._changes += 1
 
-    def note(self, number: int) -> None:
-        """Write a generation beside the SSD tier's blocks, once no crash brings older ones back."""
+    def rename(self, name: int) -> None:
+        """Record another name of the generation."""
+        self.name = name
+        self._changes += 1
+
+    def part(self) -> None:
+        """Share nothing any more, until the cluster begins a new generation."""
+        if not self.is_apart:
+            self.is_apart, self._alone = True, _alone()
+            self._changes += 1
+            self.on_apart()
+
+    # -- notes ----------------------------------------------------------------------------------
+
+    @property
+    def to_note(self) -> tuple[int, Noted]:
+        """Return what to note, and the number of the change that made it so."""
+        return self._changes, Noted(self.name, self.is_apart)
+
+    def note(self, noted: Noted) -> StorageError | None:
+        """Write a generation beside the SSD tier's blocks; return what went wrong.
+
+        If it is not that of older blocks, no crash may bring those back any more.
+        """
         for file in self._files:
             try:
-                _write(file, number)
+                _write(file, noted)
             except OSError as error:
                 log.warning("cluster_generation_not_noted", path=str(file), error=str(error))
+                return StorageError(str(file), 0, error.errno or 0)
+        return None
+
+    def was_noted(self, change: int, error: Exception | None) -> None:
+        """Record that a change is noted, or why it is not."""
+        self._written, self._error = change, error
+        wake(self._waiters)
+
+    async def written(self) -> None:
+        """Return once it is noted that this node was cleared alone.
+
+        Raises:
+            TransferError: it cannot be noted: after a restart it may share what is of before.
+            ClosedError: the engine was closed meanwhile.
+        """
+        change = self._changes
+        while self._files and self._written < change:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+        if self._files and self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """Let nobody wait any more: nothing is noted from now on."""
+        self.was_noted(self._changes, ClosedError("the engine was closed"))
 
     # -- persistence ----------------------------------------------------------------------------
 
@@ -80,17 +149,12 @@ class Generation:
     def clear(self, root: bytes | None) -> None:
         """Share nothing any more, also after the clear of one namespace."""
         if not self.is_adopting and not self.is_apart:
-            self.is_apart = True
-            self._alone = 1 << _APART_BITS | secrets.randbits(_APART_BITS)
             log.warning(
                 "peers_not_shared_after_clear",
                 reason="this node was cleared alone; `flexkv cluster reset` makes all nodes share "
-                "again, and so does a restart of this one",
+                "again",
             )
-            self.on_apart()
-
-    async def written(self) -> None:
-        """Do nothing: a restart shares only what was put after the clear."""
+            self.part()
 
     async def flush(self) -> None:
         """Do nothing."""
@@ -107,20 +171,38 @@ class Generation:
         """Do nothing."""
 
 
-def _read(file: Path) -> int:
-    """Return the generation that a file notes; 0 if it notes none."""
+def forget_notes(directories: Sequence[Path]) -> None:
+    """Remove what is noted beside an SSD tier that is not shared now: it will not be true later."""
+    for each in directories:
+        try:
+            (each / _NAME).unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("cluster_generation_not_removed", path=str(each), error=str(error))
+
+
+def _alone() -> int:
+    return 1 << _ALONE_BITS | secrets.randbits(_ALONE_BITS)
+
+
+def _read(file: Path) -> Noted:
+    """Return the generation that a file notes."""
     try:
-        text = file.read_text("ascii")
-    except (OSError, UnicodeDecodeError):
-        return 0
-    return int(text) if text.strip().isdecimal() else 0
+        name, *rest = file.read_text("ascii").split()
+    except (OSError, ValueError):
+        return Noted()
+    return Noted(int(name), rest == [_APART]) if name.isdecimal() else Noted()
 
 
-def _write(file: Path, number: int) -> None:
+def _write(file: Path, noted: Noted) -> None:
     """Make a file note a generation, whole or not at all."""
     new = file.with_name(f"{_NAME}.new")
     with open(new, "w", encoding="ascii") as stream:
-        stream.write(f"{number}\n")
+        stream.write(f"{noted.name} {_APART}\n" if noted.is_apart else f"{noted.name}\n")
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(new, file)
+    folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        sync_directory(folder)
+    finally:
+        os.close(folder)

@@ -155,7 +155,7 @@ class ClusterStatistics(msgspec.Struct, frozen=True):
 
     Attributes:
         address: where this node answers others.
-        shared_generation: the generation in which it shares blocks; None if it was cleared alone.
+        shared_generation: the generation in which it shares blocks; None if it is apart.
         state: what it knows of the others.
         grants: what others have asked of it.
         connections: how many connections of others there are.

@@ -11,15 +11,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from random import Random
 from socket import socket
 
 from flexkv.actors.actor import Window
 from flexkv.actors.shares import Shares
-from flexkv.actors.supervisor import Bell
 from flexkv.cluster import tcp
 from flexkv.cluster.grants import GrantLimits, Grants
 from flexkv.cluster.handshake import Identity
@@ -35,7 +33,6 @@ from flexkv.cluster.secret import cluster_key
 from flexkv.cluster.sessions import Sessions
 from flexkv.cluster.wire import PeerId
 from flexkv.common.config import MB, CacheConfig, CacheSizes
-from flexkv.common.errors import ClosedError, TransferError
 from flexkv.common.space import rules_of
 from flexkv.common.terms import Tier, Transfer
 from flexkv.index.hints import Hints, holders_of
@@ -49,9 +46,9 @@ from flexkv.io.ports import Sums
 from flexkv.io.remote.names import Pool, PoolDescription
 from flexkv.observe.logs import get_logger
 from flexkv.process.descriptors import raise_limit
-from flexkv.process.stoppable import run_stoppable
 from flexkv.tiers.far import keep_time
-from flexkv.tiers.generation import Generation
+from flexkv.tiers.generation import Generation, forget_notes
+from flexkv.tiers.generation_changes import GenerationChanges, NodeActions
 from flexkv.tiers.out_rate import OutRate
 from flexkv.tiers.parts import ClusterStatistics, TierHooks, TierParts, Work
 from flexkv.tiers.peer_reader import PeerReader
@@ -114,6 +111,7 @@ class PeerTier:
         """
         cache, sizes, hints = self._cache, self._sizes, self._hints
         if not cache.has_peers or hints is None:
+            forget_notes(cache.ssd_cache_dir if cache.enable_ssd else ())
             return None
         commands = RedisCommands(
             cache.redis_host, cache.redis_port, cache.redis_password.get_secret_value()
@@ -199,7 +197,7 @@ class _Node:
             lambda: generation.shared,
         )
         times = reader_times(cache.io_deadline_s)
-        reader = PeerReader(self._membership, hints, lambda: generation.is_apart, times)
+        reader = PeerReader(self._membership, hints, lambda: not generation.is_sharing, times)
         self._reader = reader
         transports = self.transports = PeerTransport(
             cache, self._ring, self._host, reader.data_connection
@@ -215,7 +213,6 @@ class _Node:
         )
         self._hooks: TierHooks | None = None
         self._read_of_gone: Counter[str] = Counter()
-        self._adopted = Bell()
 
     # -- work -----------------------------------------------------------------------------------
 
@@ -246,8 +243,8 @@ class _Node:
             Random(own.life),
             self.transports.times.links,
         )
-        changes = SpanChanges(hooks.changes, self._hints.span_blocks, CHANGES_MAX)
-        self._spans = _Spans(changes, cache, self.generation)
+        spans = SpanChanges(hooks.changes, self._hints.span_blocks, CHANGES_MAX)
+        self._spans = _Spans(spans, cache, self.generation)
         blocks = self._sizes.num_host_blocks + self._sizes.num_disk_blocks
         pool = f"{self._pool.name}:{cache.p2p_zone}"
         self.plane = MetadataPlane(
@@ -258,12 +255,6 @@ class _Node:
             peers,
             blocks // self._hints.span_blocks + 1,
         )
-        self.plane.follower.generation = self.generation.number
-        self.plane.follower.on_generation = self._adopt
-        self.plane.follower.may_ask = lambda: not self.generation.is_apart
-        if self.generation.has_restored and self.remote is not None:
-            self.remote.stay(self.generation.number)
-        self.generation.on_apart = self._is_apart
         self._sessions = Sessions(
             self._grants, self._identity.generation, self.plane.publisher.snapshot
         )
@@ -274,59 +265,22 @@ class _Node:
             ListenerHooks(self._sessions.serve, self._sending.serve, hooks.spawn_session),
         )
         time = {} if cache.has_remote else {"hints": keep_time(self._hints)}
-        noting = {"cluster generation": self._note_generations(hooks)}
+        actions = NodeActions(
+            hooks.clear,
+            hooks.ssd_cleared,
+            self._end_before_clear,
+            self._reader.forget_failures,
+            self._sessions.close,
+        )
+        changes = GenerationChanges(self.generation, self.plane, self.remote, actions)
+        noting = {"cluster generation": changes.note()}
         tasks = {**self.plane.work(hooks.spawn), **self.transports.work(), **noting, **time}
         return {"peers": self._share(), **tasks}
-
-    def _is_apart(self) -> None:
-        """Take note that this node is cleared alone, and shares nothing any more.
-
-        Others are refused when they connect again, and so avoid it. It may still have what they
-        know of: a clear of one namespace leaves the blocks of the others.
-        """
-        self._end_before_clear()
-        self._reader.avoid_some()
-        self._sessions.close()
 
     def _end_before_clear(self) -> None:
         """End what other nodes read here, and what is read of them: it is of before a clear."""
         self._grants.clear()
         self.port.cleared()
-
-    def _adopt(self, number: int) -> None:
-        """Begin a new generation, because the cluster was reset: nothing of an older one stays."""
-        assert self._hooks is not None
-        log.warning("cluster_was_reset", generation=number, before=self.generation.number)
-        self.generation.is_adopting = True
-        try:
-            self._hooks.clear()
-        finally:
-            self.generation.is_adopting = False
-        self.generation.adopt(number)
-        self._end_before_clear()
-        self._reader.forget_failures()
-        if self.remote is not None:
-            self.remote.follow(number)
-        self.plane.follower.resync()
-        self._adopted.ring()
-
-    async def _note_generations(self, hooks: TierHooks) -> None:
-        """Note each new generation beside the SSD; if that fails, the next run clears that again.
-
-        The end of the engine waits for neither the disk nor the note.
-        """
-        while True:
-            await self._adopted.wait()
-            number = self.generation.number
-            try:
-                await hooks.ssd_cleared()
-            except (TransferError, ClosedError) as error:
-                log.warning("cluster_generation_not_noted", generation=number, error=str(error))
-            else:
-                await run_stoppable("generation", partial(self._note, number))
-
-    def _note(self, number: int, _: Callable[[], None]) -> None:
-        self.generation.note(number)
 
     async def _share(self) -> None:
         """Serve other nodes until cancelled, and leave the cluster then."""
@@ -353,7 +307,7 @@ class _Node:
 
     async def reset(self) -> int:
         """Begin a new generation of the cluster: see `Cluster`."""
-        return await self.plane.advance()
+        return await self.plane.advance(0 if self.remote is None else self.remote.era)
 
     def address_of(self, holder: int) -> str:
         """Return the address of the node of a number: see `Cluster`."""
@@ -417,7 +371,7 @@ class _Spans:
 
     def steps(self) -> Iterator[SpanStep]:
         """Walk through all spans."""
-        if self._generation.is_apart:
+        if not self._generation.is_sharing:
             return
         for states in self._changes.walk():
             only_disk = ~states.on_host & self._with_disk

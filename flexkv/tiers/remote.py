@@ -131,7 +131,12 @@ class RemoteTier:
             look_up=discovery.look_up,
         )
 
-    def follow(self, cluster_generation: int) -> None:
+    @property
+    def era(self) -> int:
+        """Return the latest generation of the cluster that the store knows; 0 if there is none."""
+        return 0 if self.pool is None else self.pool.era
+
+    def follow(self, cluster_generation: int | None) -> None:
         """Go to the pool of a generation of the cluster, if there is a remote tier."""
         if self.pool is not None:
             self.pool.follow(cluster_generation)

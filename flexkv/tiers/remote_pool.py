@@ -64,7 +64,7 @@ class SharedPool:
         self._store = store
         self._is_new_wanted = self._is_followed = False
         self._era: int | None = None
-        """How many resets the cluster had before the generation in use; None: it is not known."""
+        """The cluster's generation to which the one in use belongs; None: it is not known."""
         self._bell = Bell()
         self._waiters: list[asyncio.Future[None]] = []
         self.failure: RemoteError | None = None
@@ -193,12 +193,18 @@ class SharedPool:
         wake(self._waiters)
         self._bell.ring()
 
-    def follow(self, cluster_generation: int) -> None:
+    @property
+    def era(self) -> int:
+        """Return the cluster's generation to which the one in use belongs; 0 if unknown."""
+        return self._era or 0
+
+    def follow(self, cluster_generation: int | None) -> None:
         """Go to the generation that all engines of a cluster use after its reset.
 
         Between those of two resets, which are an *era*, there is room for the generations that
         clears of single engines begin. If there is one already, this engine may have begun it
-        before it was started again, so it goes there. It never goes to another era.
+        before it was started again, so it goes there. It never goes to another era, unless None
+        says that the cluster knows of no reset: then it goes to the latest generation of all.
         """
         self.clear(None)
         self._is_new_wanted, self._is_followed, self._era = False, True, cluster_generation

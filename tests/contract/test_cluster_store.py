@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flexkv.cluster.generations import RANDOM_BITS, Heard, later_than
 from flexkv.cluster.records import STREAMS, Beat, Entry, NodeRecord, encoded, entry_from
 from flexkv.cluster.redis_commands import RedisCommands
 from flexkv.cluster.redis_store import KEPT_MS, Command, Commands, RedisStore
@@ -46,6 +47,11 @@ async def redis(request: pytest.FixtureRequest, server: RedisServer) -> AsyncIte
 def store(redis: Commands) -> RedisStore:
     """Return the store of a pool."""
     return RedisStore(redis, "pool", TTL_S)
+
+
+async def heard(store: RedisStore) -> Heard:
+    """Return what the store says of the generation."""
+    return (await store.read(ALL, 0.0)).heard
 
 
 def node(number: int, life: int = 0, address: str = "") -> NodeRecord:
@@ -184,26 +190,64 @@ async def test_answers_that_make_no_sense_are_errors(answer: Any) -> None:
             await call()
 
 
+@pytest.mark.parametrize("name", ["now", "made", "book", "closed"])
 @pytest.mark.parametrize("score", ["inf", "-1", "1e30"])
 async def test_a_generation_that_cannot_be_is_an_error(
-    redis: Commands, store: RedisStore, score: str
+    redis: Commands, store: RedisStore, name: str, score: str
 ) -> None:
     """It is no number that nodes could tell each other."""
-    await redis.run([("ZADD", "flexkv:{pool}:generation", "GT", score, "now")])
+    await redis.run([("ZADD", "flexkv:{pool}:generation", "GT", score, name)])
     with pytest.raises(ClusterStoreError, match="makes no sense"):
         await store.read(ALL, 0.0)
 
 
 async def test_a_generation_never_goes_back(store: RedisStore) -> None:
     """A generation is later than all that anybody knew, also if the store has lost it."""
-    assert (await store.read(ALL, 0.0)).generation == 0
-    assert await store.advance(0) == 1
-    assert await store.advance(0) == 2
-    await store.restore_generation(1)
-    assert (await store.read(ALL, 0.0)).generation == 2
-    assert await store.advance(7) == 8
-    await store.restore_generation(12)
-    assert (await store.read(ALL, 0.0)).generation == 12
+    assert (await heard(store)).now == 0
+    first = await store.advance(0)
+    second = await store.advance(0)
+    assert 0 < first < second
+    await store.begin(first)
+    await store.put_back(first)
+    assert (await heard(store)).now == second
+    much_later = later_than(later_than(second))
+    third = await store.advance(much_later)
+    assert third > much_later
+    await store.begin(much_later)
+    assert (await heard(store)).now == third
+    last = later_than(third)
+    await store.begin(last)
+    assert (await heard(store)).now == last
+
+
+async def test_no_generation_is_made_twice(redis: Commands, store: RedisStore) -> None:
+    """A store that has lost everything does not make the generations that it has made before."""
+    made = []
+    for _ in range(3):
+        made += [await store.advance(0), await store.advance(0)]
+        await redis.run([("DEL", "flexkv:{pool}:generation")])
+    assert len(set(made)) == len(made)
+    assert {each % (1 << RANDOM_BITS) for each in made} != {0}
+
+
+async def test_what_a_store_has_lost_is_put_back(redis: Commands, store: RedisStore) -> None:
+    """A book and a generation are put back where there is none; no reset is pretended."""
+    assert await heard(store) == Heard()
+    await store.put_back(0)
+    book = (await heard(store)).book
+    assert await heard(store) == Heard(book=book)
+    assert 0 < book < 1 << RANDOM_BITS
+    generation = await store.advance(0)
+    await store.close_generation(generation)
+    await store.put_back(later_than(generation))
+    assert await heard(store) == Heard(generation, 1, book, generation)
+    await redis.run([("DEL", "flexkv:{pool}:generation")])
+    await store.put_back(generation)
+    again = await heard(store)
+    assert (again.now, again.made, again.closed) == (generation, 0, 0)
+    assert again.book != book
+    await store.begin(later_than(generation))
+    assert (await heard(store)).made == 1
 
 
 async def test_a_new_generation_wakes_readers(store: RedisStore) -> None:
@@ -212,7 +256,7 @@ async def test_a_new_generation_wakes_readers(store: RedisStore) -> None:
         waiting = tasks.create_task(store.read(ALL, 100.0))
         await asyncio.sleep(0)
         await store.advance(0)
-    assert waiting.result().generation == 1
+    assert waiting.result().heard.now > 0
 
 
 async def test_pools_do_not_meet(redis: Commands) -> None:
@@ -223,7 +267,7 @@ async def test_pools_do_not_meet(redis: Commands) -> None:
     await one.advance(0)
     assert (await other.registry()).beats == []
     page = await other.read(ALL, 0.0)
-    assert (any(page.entries), page.generation) == (False, 0)
+    assert (any(page.entries), page.heard) == (False, Heard())
 
 
 async def test_an_unknown_command_is_an_error(redis: Commands) -> None:

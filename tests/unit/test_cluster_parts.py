@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexkv.cluster import publisher as publishing
+from flexkv.cluster.generations import Heard
 from flexkv.cluster.membership import Membership
 from flexkv.cluster.publisher import NODES_AT_ONCE, PUBLISH_S, Publisher, SpanStep
 from flexkv.cluster.records import (
@@ -64,9 +65,15 @@ class Tape:
 
     async def read(self, positions: Positions, wait_s: float) -> LogPage:
         """Return nothing."""
-        return LogPage([()] * STREAMS, positions, [True] * STREAMS, 0)
+        return LogPage([()] * STREAMS, positions, [True] * STREAMS, Heard())
 
-    async def restore_generation(self, known: int) -> None:
+    async def put_back(self, generation: int) -> None:
+        """Do nothing."""
+
+    async def close_generation(self, name: int) -> None:
+        """Do nothing."""
+
+    async def begin(self, generation: int) -> None:
         """Do nothing."""
 
     async def advance(self, known: int) -> int:

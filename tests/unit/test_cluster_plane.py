@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from flexkv.cluster.follower import SNAPSHOT_RETRY_MAX_S
+from flexkv.cluster.generations import RANDOM_BITS, later_than
 from flexkv.cluster.membership import Membership
 from flexkv.cluster.records import STREAMS, Beat, Entry, NodeRecord, encoded
 from flexkv.cluster.redis_store import RedisStore
@@ -327,15 +328,44 @@ async def test_a_new_generation_is_reported_once(cluster: Cluster) -> None:
     """Each follower reports a later generation at once, and a store that forgets it is reminded."""
     one, other = await cluster.pair()
     seen: list[int] = []
-    other.plane.follower.on_generation = seen.append
-    assert await one.plane.advance() == 1
+    other.plane.follower.generations.on_reset = seen.append
+    first = await one.plane.advance()
     await asyncio.sleep(0.1)
-    assert seen == [1]
+    assert seen == [first]
     cluster.server.flush()
-    await asyncio.sleep(TTL_S)
-    assert await RedisStore(one.redis, "simulated", TTL_S).advance(0) == 2
+    await asyncio.sleep(1.0)
+    second = await RedisStore(one.redis, "simulated", TTL_S).advance(0)
+    assert second > first, "it was put back at once, and not only with the next beat"
     await asyncio.sleep(0.1)
-    assert seen == [1, 2]
+    assert seen == [first, second]
+    third = await one.plane.advance(later_than(second))
+    assert third > later_than(second) - (1 << RANDOM_BITS)
+
+
+@virtual
+async def test_a_node_is_told_of_once_it_knows_the_generation(cluster: Cluster) -> None:
+    """Others hear of a life when it can answer them, and not before."""
+    one = cluster.node(1)
+    assert not one.plane.follower.generations.is_known
+    assert not one.plane.publisher.may_send()
+    await asyncio.sleep(1.0)
+    assert one.plane.follower.generations.is_known
+    assert one.plane.publisher.may_send()
+
+
+@virtual
+async def test_a_node_that_is_apart_closes_its_generation(cluster: Cluster) -> None:
+    """The store says so soon, and again after it has lost everything."""
+    one, other = await cluster.pair()
+    one.plane.registration.is_apart = lambda: True
+    one.plane.registration.look_soon()
+    store = RedisStore(other.redis, "simulated", TTL_S)
+    for _ in range(2):
+        await asyncio.sleep(1.0)
+        heard = (await store.read((BEGIN,) * STREAMS, 0.0)).heard
+        assert heard.closed == heard.book == one.plane.follower.generations.name
+        cluster.server.flush()
+        await asyncio.sleep(TTL_S)
 
 
 @virtual
