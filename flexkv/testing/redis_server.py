@@ -35,8 +35,13 @@ class RedisServer:
         ip: str = "127.0.0.1",
         command: Sequence[str] = (),
         connect: Callable[[str, int, float], socket.socket] = _connected,
+        more: Sequence[str] = (),
     ) -> None:
-        """Choose a free port; `command` and `connect` reach the network in which it is to run."""
+        """Choose a free port; `command` and `connect` reach the network in which it is to run.
+
+        `more` are options of the server.
+        """
+        self._more = more
         self.password, self._ip, self._command, self._connect = password, ip, command, connect
         self._folder = tempfile.TemporaryDirectory(prefix="flexkv-redis-")
         self._process: subprocess.Popen[bytes] | None = None
@@ -50,6 +55,7 @@ class RedisServer:
         assert program, "redis-server is not installed"
         options = ["--port", str(self.port), "--bind", self._ip, "--dir", self._folder.name]
         options += ["--save", "", "--appendonly", "no", "--loglevel", "warning"]
+        options += self._more
         if self.password:
             options += ["--requirepass", self.password]
         command = [*DIES_WITH_US, *self._command, program, *options]
