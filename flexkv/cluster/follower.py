@@ -22,6 +22,7 @@ from typing import Protocol
 from flexkv.actors.supervisor import Bell
 from flexkv.cluster.generations import Generations, Heard
 from flexkv.cluster.membership import Member, Membership
+from flexkv.cluster.rate import Rate
 from flexkv.cluster.records import (
     FAREWELL,
     TAG_BYTES,
@@ -128,6 +129,7 @@ class Follower:
         self._snapshots = snapshots
         self._feeds: dict[int, Feed] = {}
         self._reads = 0
+        self._rate: Rate | None = None
         self._check_from: int | None = None
         self._begun, self._bell = Bell(), Bell()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -217,6 +219,7 @@ class Follower:
         if self.positions is before:
             self.positions = page.positions
         self._take_generation(page.heard)
+        self._count(page.entries)
         turn = _Turn()
         for entries in page.entries:
             await self._take(entries, turn)
@@ -224,6 +227,19 @@ class Follower:
         if is_at_end and self._check_from is not None and number >= self._check_from:
             self._check()
         return is_at_end
+
+    def _count(self, entries: Sequence[Sequence[bytes]]) -> None:
+        """Count what was read, but for entries that only woke us."""
+        count = sum(bool(data) for each in entries for data in each)
+        now_s = asyncio.get_running_loop().time()
+        self.entries += count
+        if self._rate is None:
+            self._rate = Rate(now_s)
+        self._rate.add(count, now_s)
+
+    def entries_per_s(self, now_s: float) -> float:
+        """Return how many entries were read a second lately; any thread may call this."""
+        return 0.0 if self._rate is None else self._rate.per_s(now_s)
 
     def _take_generation(self, heard: Heard) -> None:
         before = self.generations.is_settled
@@ -237,7 +253,6 @@ class Follower:
         for data in entries:
             if not data:
                 continue  # it only woke us
-            self.entries += 1
             await turn.take(ENTRY_SPANS + len(data) // TAG_BYTES)
             try:
                 entry = entry_from(data)

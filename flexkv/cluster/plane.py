@@ -66,7 +66,7 @@ class ClusterState(msgspec.Struct, frozen=True):
         pending_spans: for how many spans a change is not told yet.
         gaps: how often changes were dropped because the store was away for too long.
         entries: how many entries were read since the start.
-        entries_per_s: how many were read a second, between the last two states.
+        entries_per_s: how many were read a second, on average over some ten seconds.
         malformed_entries: how many could not be decoded.
         snapshots: how many snapshots were taken.
         log_bytes: what the log takes in the store's memory.
@@ -131,7 +131,6 @@ class MetadataPlane:
         self._error: ClusterStoreError | None = None
         self._is_up = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._counted = (0.0, 0)
         generations = self.follower.generations
         self.publisher.may_send = lambda: self.registration.is_registered and generations.is_known
         self.follower.on_stranger = self.follower.on_need = self.registration.look_soon
@@ -180,7 +179,6 @@ class MetadataPlane:
         """Return what is known now; any thread may call this."""
         assert self._loop is not None
         now_s, own = self._loop.time(), self.membership.own
-        (since_s, counted), self._counted = self._counted, (now_s, self.follower.entries)
         return ClusterState(
             store=self._store.where,
             is_store_up=self._is_up,
@@ -194,7 +192,7 @@ class MetadataPlane:
             pending_spans=self.publisher.pending_spans,
             gaps=self.publisher.gaps,
             entries=self.follower.entries,
-            entries_per_s=(self.follower.entries - counted) / max(now_s - since_s, 1e-3),
+            entries_per_s=self.follower.entries_per_s(now_s),
             malformed_entries=self.follower.malformed,
             snapshots=self.follower.snapshots_taken,
             log_bytes=self.registration.log_bytes,

@@ -369,6 +369,20 @@ async def test_a_node_that_is_apart_closes_its_generation(cluster: Cluster) -> N
 
 
 @virtual
+async def test_the_rate_of_entries_does_not_depend_on_who_asks(cluster: Cluster) -> None:
+    """However many ask, and however often, each gets the average of the last seconds."""
+    one, other = await cluster.pair()
+    for number in range(200):
+        one.source.put(number.to_bytes(16, "little"), True, False)
+        other.plane.state()
+        await asyncio.sleep(0.25)
+    rates = [other.plane.state().entries_per_s for _ in range(2)]
+    assert rates == pytest.approx([4.0, 4.0], rel=0.1)
+    await asyncio.sleep(100.0)
+    assert other.plane.state().entries_per_s < 0.01
+
+
+@virtual
 async def test_a_failing_snapshot_is_asked_for_ever_more_seldom(cluster: Cluster) -> None:
     """One snapshot of a node is asked for at a time, with longer and longer pauses."""
     one, other = await cluster.pair()
