@@ -11,6 +11,7 @@ import pytest
 
 from flexkv.cluster import follower as following
 from flexkv.cluster.follower import ENTRY_SPANS, SPANS_A_TURN, Feed, Follower
+from flexkv.cluster.generations import Heard
 from flexkv.cluster.membership import Membership
 from flexkv.cluster.records import (
     ENTRY_SPANS_MAX,
@@ -94,7 +95,7 @@ class Log:
         """Return the entries of one stream."""
         page: Sequence[Sequence[bytes]] = [[encoded(each) for each in self.entries]]
         self.entries = []
-        return LogPage(page, positions, [True], 0)
+        return LogPage(page, positions, [True], Heard(1))
 
 
 class Rig:
