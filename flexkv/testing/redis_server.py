@@ -1,10 +1,12 @@
 """A real Redis or Valkey server for tests, on loopback or elsewhere, that writes no file.
 
-It dies with the process that started it, however that ends.
+It dies with the process that started it, however that ends. The environment variable REDIS_SERVER
+names another program than the installed one.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -51,7 +53,8 @@ class RedisServer:
 
     def start(self) -> None:
         """Return once the server answers."""
-        program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+        programs = [os.environ["REDIS_SERVER"]] if "REDIS_SERVER" in os.environ else PROGRAMS
+        program = next(filter(None, map(shutil.which, programs)), None)
         assert program, "redis-server is not installed"
         options = ["--port", str(self.port), "--bind", self._ip, "--dir", self._folder.name]
         options += ["--save", "", "--appendonly", "no", "--loglevel", "warning"]
