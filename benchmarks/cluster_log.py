@@ -27,7 +27,7 @@ from benchmarks.harness import Figures, Options, percentile
 from flexkv.cluster.membership import Membership
 from flexkv.cluster.plane import MetadataPlane
 from flexkv.cluster.publisher import Publisher, SpanStep
-from flexkv.cluster.records import STREAMS, TAG_BYTES, Beat, NodeRecord, SnapshotPart
+from flexkv.cluster.records import STREAMS, TAG_BYTES, Beat, NodeRecord, SpanTags
 from flexkv.cluster.redis_commands import RedisCommands
 from flexkv.cluster.redis_store import RedisStore
 from flexkv.common.terms import BLOCK_KEY_BYTES
@@ -160,9 +160,9 @@ class _NoSpans:
         self.all_asked = asyncio.Event()
         self._left = nodes
 
-    async def parts(self, node: NodeRecord) -> AsyncGenerator[SnapshotPart, None]:
+    async def parts(self, node: NodeRecord) -> AsyncGenerator[SpanTags, None]:
         """Yield the only part."""
-        yield SnapshotPart(0, b"", b"", True)
+        yield SpanTags(0, b"", b"", True)
         self._left -= 1
         if not self._left:
             self.all_asked.set()
