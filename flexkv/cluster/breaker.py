@@ -42,7 +42,7 @@ class PeerBreaker:
         if self.is_up and now_s - self._up_since_s >= STEADY_S:
             self._failures = 0
         self.is_up = False
-        pause_s = min(PAUSE_MAX_S, PAUSE_MIN_S * 2.0**self._failures)
+        pause_s = min(PAUSE_MAX_S, PAUSE_MIN_S * 2.0 ** min(self._failures, 16))
         self._failures += 1
         return pause_s * (0.5 + self._random.random())
 

@@ -154,6 +154,14 @@ def test_a_link_that_keeps_breaking_is_tried_less_often() -> None:
     assert breaker.failed(now_s + STEADY_S) <= 1.5 * PAUSE_MIN_S
 
 
+def test_a_peer_that_is_away_for_days_is_still_tried() -> None:
+    """However many trials fail in a row, the pauses between them stay bounded."""
+    breaker = PeerBreaker(Random(0))
+    pauses_s = [breaker.failed(number) for number in range(20_000)]
+    assert max(pauses_s) <= 1.5 * PAUSE_MAX_S
+    assert min(pauses_s[10:]) >= 0.5 * PAUSE_MAX_S
+
+
 def test_a_silent_peer_is_noticed_in_bounded_time() -> None:
     """A link on which nothing arrives any more is closed, and what waits for it fails."""
 
