@@ -33,6 +33,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from flexkv.cluster.wire import (
+    FRAMING,
     INTRODUCTION,
     INTRODUCTION_BYTES_MAX,
     Introduction,
@@ -44,7 +45,6 @@ from flexkv.cluster.wire import (
     understood,
 )
 from flexkv.common.errors import ConfigError
-from flexkv.links.framing import LENGTH_BYTES
 
 VERSION = 1
 HANDSHAKE_S = 5.0
@@ -197,8 +197,10 @@ def _proof(key: bytes, role: bytes, said: bytes) -> bytes:
 
 
 async def _introduction(peer: socket.socket) -> Introduction:
-    length = length_of(await read(peer, LENGTH_BYTES), INTRODUCTION_BYTES_MAX)
-    return understood(INTRODUCTION, await read(peer, length))
+    head = await read(peer, FRAMING.head_bytes)
+    body = await read(peer, length_of(head, INTRODUCTION_BYTES_MAX))
+    FRAMING.check(head, body)
+    return understood(INTRODUCTION, body)
 
 
 async def _end(peer: socket.socket) -> None:

@@ -15,6 +15,9 @@ links.
 Numbers are the reader's, and unique during its life. Each Want is answered by one Grant, Busy or
 Refused, unless a Release or the end of the link overtakes the answer. A Release of something that
 has ended already is ignored: the two may cross.
+
+Messages have checksums. A bit that flips unnoticed in a Want could name another KV group or another
+grant, whose blocks would then arrive with the right checksums of theirs.
 """
 
 from __future__ import annotations
@@ -192,5 +195,5 @@ TO_OWNER: msgspec.msgpack.Decoder[ToOwner] = msgspec.msgpack.Decoder(ToOwner)
 FROM_OWNER: msgspec.msgpack.Decoder[FromOwner] = msgspec.msgpack.Decoder(FromOwner)
 INTRODUCTION: msgspec.msgpack.Decoder[Introduction] = msgspec.msgpack.Decoder(Introduction)
 
-FRAMING = Framing(FRAME_BYTES_MAX, PeerProtocolError)
+FRAMING = Framing(FRAME_BYTES_MAX, PeerProtocolError, has_sums=True)
 framed, length_of, understood = FRAMING.framed, FRAMING.length_of, FRAMING.understood

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from flexkv.links.framing import LENGTH_BYTES, Framing
+from flexkv.links.framing import Framing
 from flexkv.process import forks
 
 T = TypeVar("T")
@@ -118,12 +118,13 @@ class Link(Generic[T]):
         if self._aborted:
             return None
         try:
-            head = await self._reader.readexactly(LENGTH_BYTES)
+            head = await self._reader.readexactly(self._framing.head_bytes)
             length = self._framing.length_of(head, self.frame_bytes_max)
             body = await self._reader.readexactly(length)
         except (OSError, asyncio.IncompleteReadError):
             return None
         self._heard_s = asyncio.get_running_loop().time()
+        self._framing.check(head, body)
         return self._framing.understood(self._decoder, body)
 
     async def wait_read(self) -> None:

@@ -21,6 +21,7 @@ from flexkv.cluster import tcp
 from flexkv.cluster.handshake import Identity, introduce_to_owner, prove_to_owner
 from flexkv.cluster.wire import (
     FRAME_BYTES_MAX,
+    FRAMING,
     FROM_OWNER,
     Busy,
     FromOwner,
@@ -363,14 +364,14 @@ async def _exactly(wire: _Wire, count: int) -> bytes:
 
 
 async def _message(link: _Wire) -> FromOwner:
-    length = int.from_bytes(await _exactly(link, 4), "little")
-    return FROM_OWNER.decode(await _exactly(link, length))
+    head = await _exactly(link, FRAMING.head_bytes)
+    return FROM_OWNER.decode(await _exactly(link, FRAMING.length_of(head)))
 
 
 def _framed(value: object) -> bytes:
     """Return a frame with something that need not be a message."""
     body = msgspec.msgpack.encode(value)
-    return len(body).to_bytes(4, "little") + body
+    return FRAMING.head_of(body) + body
 
 
 def _mixed(keys: bytes, chance: random.Random) -> bytes:

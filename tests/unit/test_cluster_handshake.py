@@ -22,7 +22,14 @@ from flexkv.cluster.handshake import (
     read,
 )
 from flexkv.cluster.secret import cluster_key
-from flexkv.cluster.wire import INTRODUCTION_BYTES_MAX, PeerId, PeerProtocolError
+from flexkv.cluster.wire import (
+    FRAMING,
+    INTRODUCTION_BYTES_MAX,
+    PeerId,
+    PeerProtocolError,
+    Ping,
+    framed,
+)
 from flexkv.common.errors import ConfigError
 from flexkv.common.sharing import check_secrets
 from flexkv.testing.virtual_time import run_virtual
@@ -269,11 +276,14 @@ def test_introductions_are_exchanged() -> None:
 @pytest.mark.parametrize(
     "told",
     [
-        (INTRODUCTION_BYTES_MAX + 1).to_bytes(4, "little"),
-        b"\xff" * 4,
-        b"\0\0\0\0",
-        b"\3\0\0\0abc",
+        (INTRODUCTION_BYTES_MAX + 1).to_bytes(4, "little") + bytes(FRAMING.head_bytes - 4),
+        b"\xff" * FRAMING.head_bytes,
+        framed(Ping(1)),
+        FRAMING.head_of(b""),
+        FRAMING.head_of(b"abc") + b"abc",
+        framed(READER.introduction("data")).replace(READER.peer_id.node_id, b"x" * 16),
     ],
+    ids=["too long", "much too long", "a ping", "nothing", "nonsense", "damaged"],
 )
 def test_a_bad_introduction_is_refused(told: bytes) -> None:
     """A frame that is too long is refused by its length, and one that is nonsense as nonsense."""

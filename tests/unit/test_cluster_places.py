@@ -8,6 +8,7 @@ import pytest
 
 from flexkv.cluster.grants import Grants
 from flexkv.cluster.wire import (
+    FRAMING,
     FROM_OWNER,
     TO_OWNER,
     WANT_BLOCKS_MAX,
@@ -18,7 +19,6 @@ from flexkv.cluster.wire import (
 )
 from flexkv.common.errors import PeerError
 from flexkv.common.terms import BlockIds
-from flexkv.links.framing import LENGTH_BYTES
 from flexkv.tiers.peer_transport import places_of
 from tests.unit.grants_rig import A, Rig, with_grants
 from tests.unit.scripted_owner import KEYS, Reading, reading
@@ -74,7 +74,7 @@ def test_places_are_read_as_they_were_sent() -> None:
         sums = np.arange(WANT_BLOCKS_MAX, dtype="<u8") * 3
         places = GrantedPlaces("e" * 512, addresses.astype("<i8").tobytes(), sums.tobytes())
         grant = Grant((1 << 63) - 1, 0, WANT_BLOCKS_MAX, True, places)
-        told = FROM_OWNER.decode(framed(grant)[LENGTH_BYTES:])
+        told = FROM_OWNER.decode(framed(grant)[FRAMING.head_bytes :])
         assert told == grant
         found = places_of(grant, 15.0)
         assert found is not None
