@@ -126,10 +126,11 @@ bench: $(VENV)/.setup-dev  ## Benchmarks, side by side with their limits; ARGS="
 soak: $(VENV)/.setup-dev $(MOTO_VENV)/.setup  ## Fresh simulations, long property tests, many crashes and faults; about an hour
 	CLUSTER_NODES=1000 CLUSTER_SEEDS=200 SIMULATION_SEEDS=10000 POOL_SPANS=100000 POOL_SEEDS=3 SIMULATION_FIRST=$${SIMULATION_FIRST:-$$(date +%s)00} \
 	REMOTE_FAULTS=10000 REMOTE_FAULT_FIRST=$${REMOTE_FAULT_FIRST:-$$(date +%s)00} \
+	PEER_FAULTS=10000 PEER_FAULT_FIRST=$${PEER_FAULT_FIRST:-$$(date +%s)00} \
 	INDEX_OPERATIONS=120000 KILLS=200 DAMAGES=10000 POWER_LOSSES=1000 HYPOTHESIS_PROFILE=soak FUZZ_FRAMES=100000 FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
 	$(BIN)/python -m pytest -q tests/simulation tests/property tests/system/test_warm.py \
 	tests/system/test_crash.py tests/system/test_power_loss.py tests/system/test_fuzz.py \
-	tests/system/test_remote_faults.py
+	tests/system/test_remote_faults.py tests/system/test_wire_faults.py
 	scripts/system-packages $(MACHINE_APT_PACKAGES) || echo 'some tests need $(MACHINE_APT_PACKAGES)'
 	SHARING_ROUNDS=100 SHARING_SEED=$${SHARING_SEED:-$$(date +%s)} FUZZ_FRAMES=100000 FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
 	$(BIN)/python -m pytest -q -s tests/machine/test_sharing_soak.py tests/machine/test_sharing_strangers.py
