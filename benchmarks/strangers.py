@@ -81,7 +81,8 @@ def measure(options: Options) -> Figures:
         frames = sum(each.frames for each in counted[name])
         more_s = sum(each.cpu_s - idle_s * len(each.gets_s) for each in counted[name])
         figures[f"hostile frames, {name}"] = float(frames)
-        figures[f"CPU of the node for a frame, {name} (us)"] = max(0.0, more_s) / max(1, frames) * 1e6
+        each_s = max(0.0, more_s) / max(1, frames)
+        figures[f"CPU of the node for a frame, {name} (us)"] = each_s * 1e6
     return figures
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.actors.supervisor import Supervisor
+from flexkv.cluster.generations import RANDOM_BITS, Heard
 from flexkv.cluster.grants import Held
 from flexkv.cluster.records import Beat, NodeRecord
 from flexkv.common.config import CacheConfig
@@ -40,9 +41,10 @@ from flexkv.index.keys import leaf_keys
 from flexkv.index.residency import Residency
 from flexkv.io.checksums.sums import sum_maps
 from flexkv.io.memory.arena import Arena
+from flexkv.io.memory.copier import Copier
+from flexkv.io.memory.host_blocks import HostBlocks
 from flexkv.io.peer.port import Wish
 from flexkv.io.peer.transport import Part
-from flexkv.io.remote.landing import Copier, HostBlocks
 from flexkv.testing.faulty_tcp import FaultyTcp
 from flexkv.tiers.parts import TierHooks
 from flexkv.tiers.peer import PeerTier, _Node
@@ -333,7 +335,7 @@ class FaultyNode:
     def generation(self) -> int:
         """Return which generation of blocks this node may believe."""
         own = self.tier.generation
-        return GENERATIONS - 1 if own.is_apart else own.number
+        return own.number >> RANDOM_BITS if own.is_sharing else GENERATIONS - 1
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -358,7 +360,9 @@ class FaultyNode:
         names = BlockNames(leaf_keys(self._truth.keys[prompt], group), blocks)
         ids = np.array(holders)
         self._requests[op_id] = request
-        self.port.submit(Transfer(op_id, 1, ROUTE, ids, request.places, names=names, group=group))
+        self.port.submit(
+            Transfer(op_id, op_id, ROUTE, ids, request.places, names=names, group=group)
+        )
 
     def fetch(self, request: Request, holder: int) -> None:
         """Start a fetch that may be cancelled."""
@@ -379,7 +383,7 @@ class FaultyNode:
         group, prompt, first = request.names[0]
         keys, last = self._truth.keys[prompt], request.names[-1].position + 1
         wish = Wish(keys[: (last + 1) * BLOCK_KEY_BYTES], first, last, group)
-        allowed = await self.tier.want(holder, wish)
+        allowed = await self.tier._reader.want(holder, wish)
         try:
             blocks = min(8, -(-allowed.positions // RATIOS[group]))
             if not blocks or self.generation != request.generation:
@@ -389,7 +393,7 @@ class FaultyNode:
             self.wrong += isinstance(error, CorruptBlockError)
             return filled
         finally:
-            self.tier.release(holder, allowed.number)
+            self.tier._reader.release(holder, allowed.number)
 
     async def until_ended(self) -> None:
         """Return when all requests have ended, and check what they say."""
@@ -440,9 +444,10 @@ class FaultyNode:
         self.owner.clear(GENERATIONS - 1)
 
     def adopt(self, generation: int) -> None:
-        """Clear this node for a new generation of the cluster."""
+        """Let this node hear of a generation of the cluster: it clears itself for a new one."""
         self._next_generation = generation
-        self.tier._adopt(generation)
+        heard = Heard(generation << RANDOM_BITS, made=1, book=1)
+        self.tier.plane.follower.generations.take(heard)
 
     def _clear(self) -> None:
         self.owner.clear(self._next_generation)

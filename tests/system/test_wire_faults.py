@@ -136,6 +136,8 @@ class Life:
         await asyncio.sleep(0.02)  # what was held up arrives
         for node in self._nodes:
             node.check()
+            if self.random.random() < 0.5:
+                node.tier._reader.forget_failures()
         await asyncio.sleep(self.random.choice((0, 3, 20)))  # those that failed are tried again
         self._meet()
 
@@ -202,8 +204,7 @@ class Life:
             self._adopt(node, self._generation)
 
     def _adopt(self, node: FaultyNode, generation: int) -> None:
-        is_later = node.tier.generation.is_apart or generation > node.tier.generation.number
-        if node in self._nodes and generation == self._generation and is_later:
+        if node in self._nodes and generation == self._generation:
             node.adopt(generation)
             self._fill(node)
 

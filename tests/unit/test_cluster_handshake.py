@@ -30,10 +30,11 @@ from flexkv.cluster.wire import (
     Ping,
     framed,
 )
-from flexkv.common.errors import ConfigError
+from flexkv.common.errors import ConfigError, PeerError
 from flexkv.common.sharing import check_secrets
+from flexkv.observe.logs import configure_logging
 from flexkv.testing.virtual_time import run_virtual
-from tests.cluster_rigs import FACTS, KEY, pair
+from tests.cluster_rigs import FACTS, KEY, ClusterNode, Network, keys_of, pair
 
 OTHER_KEY = b"o" * 32
 READER = Identity(PeerId(b"r" * 16, 1), "pool", FACTS, lambda: 0)
@@ -326,3 +327,22 @@ def test_other_addresses_need_a_secret(ip: str) -> None:
     with pytest.raises(ConfigError, match="set cluster_secret"):
         check_secrets(ip, "", "", "")
     check_secrets(ip, "", "secret", "")
+
+
+async def test_no_secret_is_logged(capfd: pytest.CaptureFixture[str]) -> None:
+    """Logs and errors of refused connections name addresses, and neither keys nor proofs."""
+    configure_logging("debug", as_json=True)
+    network = Network(is_tcp=True)
+    reader, owner = ClusterNode(network, 1, key=b"secret-of-reader" * 2), ClusterNode(network, 2)
+    for each in (reader, owner):
+        await each.start()
+    reader.meet(owner)
+    with pytest.raises(PeerError, match="are the secrets equal") as raised:
+        await reader.peers.want(1, keys_of(1, 1), 0, 1)
+    for each in (reader, owner):
+        await each.stop()
+    told = capfd.readouterr().err + str(raised.value) + repr(raised.value.__cause__)
+    assert "does not know our secret" in told
+    assert "peer_down" in told
+    assert "secret-of-reader" not in told
+    assert KEY.decode() not in told

@@ -43,8 +43,6 @@ from flexkv.cluster.wire import (
     length_of,
     understood,
 )
-from flexkv.common.errors import PeerError
-from flexkv.observe.logs import configure_logging
 from flexkv.testing.virtual_time import run_virtual
 from tests.cluster_rigs import (
     FACTS,
@@ -496,22 +494,3 @@ async def test_without_descriptors_the_port_pauses() -> None:
     listener.close()
     await listener.wait_closed()
     await node.stop()
-
-
-async def test_no_secret_is_logged(capfd: pytest.CaptureFixture[str]) -> None:
-    """Logs and errors of refused connections name addresses, and neither keys nor proofs."""
-    configure_logging("debug", as_json=True)
-    network = Network(is_tcp=True)
-    reader, owner = ClusterNode(network, 1, key=b"secret-of-reader" * 2), ClusterNode(network, 2)
-    for each in (reader, owner):
-        await each.start()
-    reader.meet(owner)
-    with pytest.raises(PeerError, match="are the secrets equal") as raised:
-        await reader.peers.want(1, keys_of(1, 1), 0, 1)
-    for each in (reader, owner):
-        await each.stop()
-    told = capfd.readouterr().err + str(raised.value) + repr(raised.value.__cause__)
-    assert "does not know our secret" in told
-    assert "peer_down" in told
-    assert "secret-of-reader" not in told
-    assert KEY.decode() not in told
