@@ -135,7 +135,7 @@ soak: $(VENV)/.setup-dev $(MOTO_VENV)/.setup  ## Fresh simulations, long propert
 	SHARING_ROUNDS=100 SHARING_SEED=$${SHARING_SEED:-$$(date +%s)} FUZZ_FRAMES=100000 FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
 	$(BIN)/python -m pytest -q -s tests/machine/test_sharing_soak.py tests/machine/test_sharing_strangers.py
 	PARTITION_ROUNDS=200 PARTITION_SEED=$${PARTITION_SEED:-$$(date +%s)} \
-	$(BIN)/python -m pytest -q tests/machine/test_mooncake_partitions.py
+	$(BIN)/python -m pytest -q --log-cli-level=INFO tests/machine/test_mooncake_partitions.py
 
 wheel: $(VENV)/.setup  ## One abi3 wheel, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

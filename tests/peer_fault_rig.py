@@ -278,6 +278,7 @@ class FaultyNode:
         address: at which it is reached through the proxy.
         fetches: those under way, which may be cancelled.
         filled: how many blocks it has got.
+        error: of the get that has ended last.
         wrong: how many fetches have brought blocks with other sums than their owners said.
     """
 
@@ -302,6 +303,7 @@ class FaultyNode:
         self._free = list(range(OWN, PLACES))
         self._expected = self.arena.array.copy()
         self.filled = self.wrong = 0
+        self.error: Exception | None = None
         self._next_generation = 0
         own = self.tier._membership.own
         self.record = NodeRecord(own.id, own.life, wire.before(own.address))
@@ -416,6 +418,7 @@ class FaultyNode:
             request = self._requests.pop(end.op_id)
             assert (end.error is None) == (end.filled == len(request.names)), end
             self.wrong += isinstance(end.error, CorruptBlockError)
+            self.error = end.error
             self._ended(request, end.filled)
 
     def _ended(self, request: Request, filled: int) -> None:

@@ -29,8 +29,8 @@ _PIECES_BYTES = (700, 5000, 1 << 16)
 """How many bytes a connection passes on at once."""
 _RECEIVED_BYTES = 64 << 10
 """What a node sends waits there beyond about this, while a fault holds it up."""
-_WANT, _FIELDS_BYTES = b"\xa4want", 5
-"""How a Want begins, and how many bytes follow its keys, if all numbers in it are small."""
+_WANT, _FIELDS_BYTES = b"\xa4want", 16
+"""How a Want begins, and about how many bytes follow its keys."""
 _ANSWER = struct.Struct("<IIQIIQ")
 _NO_LINGER = struct.pack("ii", 1, 0)
 

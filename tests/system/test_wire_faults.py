@@ -14,6 +14,7 @@ from random import Random
 
 import pytest
 
+from flexkv.common.errors import CorruptBlockError, PeerError
 from flexkv.io.peer import port as port_module
 from flexkv.io.peer import receiver as receiver_module
 from flexkv.testing import faulty_tcp
@@ -39,7 +40,7 @@ LIVES = max(4, WANTED // 50)
 FIRST = int(os.environ.get("PEER_FAULT_FIRST", "0"))
 NODES_MAX = 4
 RECOVERS_S = 90.0
-"""A node that failed is tried again after 15 s at the latest."""
+"""A node that failed is tried again after 30 s at the latest."""
 PASSING = sorted(set(FAULTS) - faulty_tcp.SPOILS)
 SPOILING = sorted(faulty_tcp.SPOILS)
 AFTER_BYTES = {
@@ -52,6 +53,22 @@ AFTER_BYTES = {
     (DATA, False): (100, 20_000, 400_000),
 }
 """How many bytes pass at most, of connections and directions, before a fault strikes."""
+
+STRUCK = {
+    "refuse": (CONNECT, True, 0),
+    "hang": (CONNECT, True, 0),
+    "garble": (CONTROL, True, 0),
+    "replay": (DATA, False, 0),
+}
+"""Where a single fault strikes; others do so in the middle of the blocks."""
+ENDED, SPOILED = (PeerError,), (PeerError, CorruptBlockError)
+ERRORS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("cut", "half", "reset", "lose", "stall", "freeze"), ENDED),
+    **dict.fromkeys(("refuse", "hang", "garble", "replay"), ENDED),
+    **dict.fromkeys(("flip", "drop", "insert", "repeat", "swallow"), SPOILED),
+    **dict.fromkeys(("delay", "slow"), (type(None), PeerError)),
+}
+"""How a get may end that a fault strikes."""
 
 
 class Life:
@@ -72,7 +89,7 @@ class Life:
         }
         self.wire.on_stall = self._stalled
         self._is_spoiled = random.random() < 0.7
-        self._nodes: list[FaultyNode] = []
+        self.nodes: list[FaultyNode] = []
         self._restarts: dict[FaultyNode, asyncio.Task[None]] = {}
         self._generation = 0
         self.filled = 0
@@ -80,22 +97,23 @@ class Life:
     async def run(self) -> None:
         """Let everything happen."""
         for _ in range(self.random.randint(2, NODES_MAX)):
-            self._nodes.append(await self._new())
-        self._meet()
+            self.nodes.append(await self.new())
+        self.meet()
         while self.wire.met.total() < WANTED // LIVES:
             await self._round()
-        await self._recover()
+        await self.recover()
         for _ in range(4):
-            self._request(self.random.choice(self._nodes))
+            self._request(self.random.choice(self.nodes))
         await asyncio.sleep(self.random.choice((0, 0.001, 0.01)))
-        for node in self._nodes:
+        for node in self.nodes:
             await self._end(node)
         await self.wire.close()
         self.wire.heal()
 
     # -- nodes ----------------------------------------------------------------------------------
 
-    async def _new(self) -> FaultyNode:
+    async def new(self) -> FaultyNode:
+        """Return a new node."""
         node = FaultyNode(self.wire, self._truth, self.random)
         await node.start()
         node.adopt(self._generation)
@@ -107,9 +125,10 @@ class Life:
             node.owner.put_prompt(prompt, self.random.randint(0, PROMPT_BLOCKS))
         node.owner.on_disk = set(self.random.sample(self._truth.names, 40))
 
-    def _meet(self) -> None:
-        for node in self._nodes:
-            node.meet(self._nodes)
+    def meet(self) -> None:
+        """Let all nodes know each other."""
+        for node in self.nodes:
+            node.meet(self.nodes)
 
     async def _end(self, node: FaultyNode) -> None:
         await node.stop()
@@ -120,26 +139,26 @@ class Life:
 
     async def _round(self) -> None:
         """Make some requests while some faults strike, and check all that they did."""
-        is_apart = any(node.tier.generation.is_apart for node in self._nodes)
+        is_apart = any(node.tier.generation.is_apart for node in self.nodes)
         if is_apart and self.random.random() < 0.5:
             self._adopt_all()
         for _ in range(self.random.randint(1, 6)):
             self.wire.arm(self._fault())
-        for node in self._nodes:
+        for node in self.nodes:
             for _ in range(self.random.randint(1, 4)):
                 self._request(node)
-        for node in list(self._nodes):
+        for node in list(self.nodes):
             await node.until_ended()
         self.wire.heal()
         for ended in list(self._restarts.values()):
             await ended
         await asyncio.sleep(0.02)  # what was held up arrives
-        for node in self._nodes:
+        for node in self.nodes:
             node.check()
             if self.random.random() < 0.5:
                 node.tier._reader.forget_failures()
         await asyncio.sleep(self.random.choice((0, 3, 20)))  # those that failed are tried again
-        self._meet()
+        self.meet()
 
     def _fault(self) -> Fault:
         random = self.random
@@ -159,7 +178,7 @@ class Life:
     def _request(self, node: FaultyNode) -> None:
         """Have a node ask for blocks of one or two others."""
         random = self.random
-        known = [number for each in self._nodes if (number := node.holder_of(each)) is not None]
+        known = [number for each in self.nodes if (number := node.holder_of(each)) is not None]
         first = random.choice((0, 0, random.randrange(PROMPT_BLOCKS)))
         last = random.randint(first + 1, PROMPT_BLOCKS)
         request = node.request(
@@ -188,29 +207,29 @@ class Life:
 
     def _evict(self, random: Random) -> None:
         """Let a node forget some blocks, and put others."""
-        random.choice(self._nodes).owner.evict(random.choice((0.1, 0.5, 1.0)))
+        random.choice(self.nodes).owner.evict(random.choice((0.1, 0.5, 1.0)))
 
     def _reset_cluster(self, random: Random) -> None:
         """Begin a new generation; one node hears of it at once, the others soon."""
         if self._may_clear:
             self._generation += 1
-            for number, node in enumerate(random.sample(self._nodes, len(self._nodes))):
+            for number, node in enumerate(random.sample(self.nodes, len(self.nodes))):
                 delay_s = random.random() * number
                 asyncio.get_running_loop().call_later(delay_s, self._adopt, node, self._generation)
 
     def _adopt_all(self) -> None:
         self._generation += 1
-        for node in self._nodes:
+        for node in self.nodes:
             self._adopt(node, self._generation)
 
     def _adopt(self, node: FaultyNode, generation: int) -> None:
-        if node in self._nodes and generation == self._generation:
+        if node in self.nodes and generation == self._generation:
             node.adopt(generation)
             self._fill(node)
 
     def _clear_alone(self, random: Random) -> None:
         if self._may_clear:
-            node = random.choice(self._nodes)
+            node = random.choice(self.nodes)
             node.clear_alone()
             self._fill(node)
 
@@ -220,32 +239,32 @@ class Life:
 
     def _cancel(self, random: Random) -> None:
         """Cancel some fetches of a node."""
-        for task in random.choice(self._nodes).fetches:
+        for task in random.choice(self.nodes).fetches:
             if random.random() < 0.7:
                 task.cancel()
 
     def _stop_reads(self, random: Random) -> None:
         """Let a node end what it reads of another one."""
-        one, other = random.sample(self._nodes, 2)
+        one, other = random.sample(self.nodes, 2)
         if (holder := one.holder_of(other)) is not None:
             one.tier.transports.transport.stop(holder)
 
     def _leave(self, random: Random) -> None:
         """Let a node hear that another one has left; in the next round it knows it again."""
-        one, other = random.sample(self._nodes, 2)
+        one, other = random.sample(self.nodes, 2)
         one.tier._membership.farewell(other.record.life)
 
     def _restart(self, random: Random) -> None:
         """End a node's life in the middle of everything, and begin another one."""
-        node = random.choice(self._nodes)
+        node = random.choice(self.nodes)
         if node not in self._restarts and len(self._restarts) < 1:
             work = self._restarted(node)
             self._restarts[node] = asyncio.get_running_loop().create_task(work)
 
     async def _restarted(self, node: FaultyNode) -> None:
-        at = self._nodes.index(node)
-        self._nodes[at] = await self._new()
-        self._meet()
+        at = self.nodes.index(node)
+        self.nodes[at] = await self.new()
+        self.meet()
         try:
             await self._end(node)
         finally:
@@ -253,33 +272,55 @@ class Life:
 
     # -- the end --------------------------------------------------------------------------------
 
-    async def _recover(self) -> None:
+    async def recover(self) -> None:
         """Check that nodes get what others have, once nothing fails any more."""
         self._adopt_all()
-        for node in self._nodes:
+        for node in self.nodes:
             node.owner.clear(self._generation)
             node.owner.put_prompt(0, 4)
-        for node in self._nodes:
-            for other in self._nodes:
+        for node in self.nodes:
+            for other in self.nodes:
                 patience = Patience(RECOVERS_S)
-                while other is not node and not await self._gets(node, other):
+                while other is not node and not await self.gets(node, other, 4):
                     assert not patience.is_over, "it did not recover by itself"
                     await asyncio.sleep(1)
             node.check()
         await asyncio.sleep(35)  # grants of which nobody has read anything end
-        for node in self._nodes:
+        for node in self.nodes:
             assert node.tier._grants.counts.grants == 0
 
-    async def _gets(self, node: FaultyNode, other: FaultyNode) -> bool:
-        """Return whether a node gets what another one has."""
+    async def gets(self, node: FaultyNode, other: FaultyNode, blocks: int) -> bool:
+        """Return whether a node gets the first blocks of a prompt of another one."""
         before, holder = node.filled, node.holder_of(other)
         node.check()
-        request = node.request(0, 0, 0, 4)
+        request = node.request(0, 0, 0, blocks)
         assert request is not None
         assert holder is not None
-        node.get(request, [holder] * 4)
+        node.get(request, [holder] * blocks)
         await node.until_ended()
-        return node.filled == before + 4
+        return node.filled == before + blocks
+
+
+async def meet_one(fault: str, truth: Truth) -> None:
+    """Have one fault strike a get, and get the same again once that is over."""
+    own = Life(0, truth)
+    reader, other = own.nodes = [await own.new(), await own.new()]
+    own.meet()
+    other.owner.clear(0)
+    other.owner.put_prompt(0, 8)
+    assert await own.gets(reader, other, 8)
+    if fault in ("refuse", "hang"):
+        reader.tier.transports.transport.stop(reader.holder_of(other))
+    purpose, is_up, after_bytes = STRUCK.get(fault, (DATA, False, 50_000))
+    own.wire.arm(Fault(fault, purpose, is_up, after_bytes, 7))
+    assert not await own.gets(reader, other, 8) or fault in ("delay", "slow")
+    assert own.wire.met == {fault: 1}
+    assert isinstance(reader.error, ERRORS[fault]), reader.error
+    own.wire.heal()
+    await own.recover()
+    for node in (reader, other):
+        await node.stop()
+    await own.wire.close()
 
 
 @pytest.fixture(scope="module")
@@ -312,17 +353,27 @@ async def life(seed: int, truth: Truth, met: Counter[str]) -> None:
     met["filled"] += own.filled
 
 
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a transfer of a few blocks have several reads, and each read several messages."""
+    monkeypatch.setattr(peer_module, "SOCKETS_MAX", 64)
+    monkeypatch.setattr(port_module, "READ_BYTES", 6 * max(SIZES.block_bytes))
+    monkeypatch.setattr(receiver_module, "MESSAGE_BYTES", 2 * max(SIZES.block_bytes))
+
+
+@pytest.mark.parametrize("fault", ERRORS)
+def test_a_fault_of_every_kind(fault: str, truth: Truth) -> None:
+    """A get that one fault strikes fails with its kind of error; what it has filled is right."""
+    assert set(ERRORS) == {*FAULTS, "refuse", "hang"}
+    run_hurried(meet_one(fault, truth))
+
+
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + LIVES))
-def test_no_fault_gives_wrong_bytes(
-    seed: int, truth: Truth, met: Counter[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_fault_gives_wrong_bytes(seed: int, truth: Truth, met: Counter[str]) -> None:
     """Under random faults every request ends; what it has filled is right, with right sums.
 
     Nothing else changes in host memory, nor does anything arrive after an end. Once nothing fails,
     everything works; nothing is held for others any more, and no node leaves anything behind. A
     checksum is wrong only if a byte was changed on its way.
     """
-    monkeypatch.setattr(peer_module, "SOCKETS_MAX", 64)
-    monkeypatch.setattr(port_module, "READ_BYTES", 6 * max(SIZES.block_bytes))
-    monkeypatch.setattr(receiver_module, "MESSAGE_BYTES", 2 * max(SIZES.block_bytes))
     run_hurried(life(seed, truth, met))
