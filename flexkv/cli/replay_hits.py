@@ -31,11 +31,13 @@ from flexkv.trace.engine_hits import ADMISSIONS
 from flexkv.trace.group_hits import STORE_RULES, GroupHits, groups_of, replay_groups
 from flexkv.trace.hits import Hits, Prompt, belady, infinite, prompts_of, replay
 from flexkv.trace.mooncake import read_trace
+from flexkv.trace.workloads import WORKLOADS, made_trace, workload_of
 
 _GROUPS_HELP = (
     "KV groups beside the prefix chain, such as window:1024*5,state: compare the hit rates and the "
     "bytes written of several rules for what to store."
 )
+_WORKLOAD_HELP = f"In place of a trace, one that is made: {', '.join(WORKLOADS)}."
 _ADMIT_HELP = f"With --peers: as p2p_admit, {', '.join(ADMISSIONS)}."
 
 Rates = dict[str, list[float]]
@@ -43,7 +45,10 @@ Rates = dict[str, list[float]]
 
 
 def replay_hits(
-    trace: Annotated[Path, typer.Argument(help="Requests in the Mooncake format, as JSON lines.")],
+    trace: Annotated[
+        Path | None, typer.Argument(help="Requests in the Mooncake format, as JSON lines.")
+    ] = None,
+    workload: Annotated[str, typer.Option(help=_WORKLOAD_HELP)] = "",
     blocks: Annotated[
         str, typer.Option(help="Cache sizes in blocks of 512 tokens, separated by commas.")
     ] = "1000,5000,10000,30000",
@@ -64,7 +69,7 @@ def replay_hits(
     routing: Annotated[
         str, typer.Option(help="Which engine gets a request: random, or round-robin.")
     ] = "random",
-    seed: Annotated[int, typer.Option(help="Of random routing.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of random routing, and of the workload.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Read so many requests at most.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write STEM.png and STEM.html.", metavar="STEM")
@@ -80,6 +85,7 @@ def replay_hits(
     share, and the bound of an endless cache.
     """
     capacities, policies = _capacities(blocks), _policies(policy)
+    name, asked = _requests(trace, workload, seed, limit)
     eviction = Eviction("lru" if policy == "all" else policies[-1])
     is_fleet = engines > 1 or remote or peers
     if is_fleet and groups:
@@ -88,30 +94,46 @@ def replay_hits(
     if is_fleet:
         fleet = fleet_of(engines, routing, seed)
         sharing = sharing_of(span_blocks, list_per_s, remote, peers, admit)
-        told = rates_of(prompts_of(read_trace(trace, limit)), capacities, eviction, fleet, sharing)
+        told = rates_of(asked(), capacities, eviction, fleet, sharing)
         print_rates(told, capacities, engines, as_json)
         return
     if groups:
-        rules, prompts = groups_of(groups), prompts_of(read_trace(trace, limit))
+        rules, prompts = groups_of(groups), asked()
         _print_groups(_by_rule(prompts, capacities, rules, eviction), capacities, as_json)
         return
     stem = None if no_plot else plot
     if stem is not None and not stem.name:
         raise ConfigError("plot", str(stem), "must be the name of a file, without its suffix")
     draw = None if stem is None else _drawing()
-    prompts = prompts_of(read_trace(trace, limit))
+    prompts = asked()
     rates = _rates(prompts, capacities, policies, quiet=as_json)
     if as_json:
-        asked = sum(len(prompt.ids) for prompt in prompts)
-        facts = {"trace": str(trace), "requests": len(prompts), "blocks": asked}
+        count = sum(len(prompt.ids) for prompt in prompts)
+        facts = {"trace": name, "requests": len(prompts), "blocks": count}
         typer.echo(json.dumps({**facts, "capacities": capacities, "hit_rate": rates}, indent=2))
     else:
         _print(capacities, rates)
     if draw is not None and stem is not None:
-        title = f"{trace.name}: {len(prompts)} requests"
+        title = f"{Path(name).name}: {len(prompts)} requests"
         wrote = _write_pictures(draw, stem, title, rates, capacities)
         if not as_json:
             typer.echo(wrote)
+
+
+def _requests(
+    trace: Path | None, workload: str, seed: int, limit: int | None
+) -> tuple[str, Callable[[], list[Prompt]]]:
+    """Return the name of a trace or a workload, and what reads or makes it.
+
+    Raises:
+        ConfigError: both are given, or none, or there is no such workload.
+    """
+    if (trace is None) is not bool(workload):
+        raise ConfigError("workload", workload, "give either a trace, or a workload")
+    if trace is not None:
+        return str(trace), lambda: prompts_of(read_trace(trace, limit))
+    shape = workload_of(workload)
+    return workload, lambda: prompts_of(made_trace(shape, seed, limit))
 
 
 def _write_pictures(
