@@ -88,29 +88,24 @@ def replay_hits(
     name, asked = _requests(trace, workload, seed, limit)
     eviction = Eviction("lru" if policy == "all" else policies[-1])
     is_fleet = engines > 1 or remote or peers
-    if is_fleet and groups:
-        why = "cannot be combined with --engines, --remote and --peers"
-        raise ConfigError("groups", groups, why)
     if is_fleet:
+        if groups:
+            why = "cannot be combined with --engines, --remote and --peers"
+            raise ConfigError("groups", groups, why)
         fleet = fleet_of(engines, routing, seed)
         sharing = sharing_of(span_blocks, list_per_s, remote, peers, admit)
         told = rates_of(asked(), capacities, eviction, fleet, sharing)
         print_rates(told, capacities, engines, as_json)
         return
     if groups:
-        rules, prompts = groups_of(groups), asked()
-        _print_groups(_by_rule(prompts, capacities, rules, eviction), capacities, as_json)
+        rates_by_rule = _by_rule(asked(), capacities, groups_of(groups), eviction)
+        _print_groups(rates_by_rule, capacities, as_json)
         return
-    stem = None if no_plot else plot
-    if stem is not None and not stem.name:
-        raise ConfigError("plot", str(stem), "must be the name of a file, without its suffix")
-    draw = None if stem is None else _drawing()
-    prompts = asked()
+    stem = None if no_plot else _checked(plot)
+    draw, prompts = None if stem is None else _drawing(), asked()
     rates = _rates(prompts, capacities, policies, quiet=as_json)
     if as_json:
-        count = sum(len(prompt.ids) for prompt in prompts)
-        facts = {"trace": name, "requests": len(prompts), "blocks": count}
-        typer.echo(json.dumps({**facts, "capacities": capacities, "hit_rate": rates}, indent=2))
+        _print_json(name, prompts, capacities, rates)
     else:
         _print(capacities, rates)
     if draw is not None and stem is not None:
@@ -118,6 +113,18 @@ def replay_hits(
         wrote = _write_pictures(draw, stem, title, rates, capacities)
         if not as_json:
             typer.echo(wrote)
+
+
+def _checked(plot: Path | None) -> Path | None:
+    if plot is not None and not plot.name:
+        raise ConfigError("plot", str(plot), "must be the name of a file, without its suffix")
+    return plot
+
+
+def _print_json(name: str, prompts: list[Prompt], capacities: list[int], rates: Rates) -> None:
+    count = sum(len(prompt.ids) for prompt in prompts)
+    facts = {"trace": name, "requests": len(prompts), "blocks": count}
+    typer.echo(json.dumps({**facts, "capacities": capacities, "hit_rate": rates}, indent=2))
 
 
 def _requests(
