@@ -117,7 +117,7 @@ def _of_cluster(field: str) -> Reader:
 
 
 def _of_mooncake(field: str) -> Reader:
-    """Return a reader of one number of Mooncake's reads; of none if it is not configured."""
+    """Return a reader of one number of Mooncake's reads; without Mooncake it returns no values."""
     of = attrgetter(field)
     return lambda now: (
         []

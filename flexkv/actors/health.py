@@ -32,13 +32,13 @@ class Breaker:
 
     Attributes:
         health: its state.
-        down_until_s: until when it is DOWN, but for a trial before that.
+        down_until_s: when DOWN ends, unless a trial succeeds before that.
     """
 
     def __init__(
         self, failures_max: int = FAILURES_MAX, backoff_max_s: float = BACKOFF_MAX_S
     ) -> None:
-        """Be UP.
+        """Begin UP.
 
         Args:
             failures_max: failures in a row after which it is DOWN.

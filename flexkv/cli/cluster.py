@@ -99,7 +99,7 @@ def _show(known: ClusterStatistics) -> None:
 
 
 def _mooncake(counts: MooncakeCounts) -> str:
-    """Return what is shown of Mooncake."""
+    """Return the line that is shown of reads by Mooncake."""
     runs = f"at {counts.endpoint}" if counts.endpoint else "[bold red]does not run[/]"
     return (
         f"{runs}, started {counts.lives} times; {counts.reads} reads, {counts.failed} failed, "

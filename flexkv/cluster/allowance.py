@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 _ROUNDING = 1e-6
-"""What is lacking by less than this is there: times are rounded."""
+"""A lack smaller than this counts as none, since times are rounded."""
 
 
 class Allowance(NamedTuple):
@@ -31,7 +31,7 @@ class Account:
         return min(self.allowance.burst, self._left + gained)
 
     def take(self, amount: float, now_s: float) -> None:
-        """Use an amount; what is left may be less than nothing then."""
+        """Use an amount; what is left may become negative."""
         self._left, self._at_s = self._level(now_s) - amount, now_s
 
     def give_back(self, amount: float) -> None:
@@ -39,10 +39,10 @@ class Account:
         self._left += amount
 
     def lacks_s(self, amount: float, now_s: float) -> float:
-        """Return how long it takes until an amount is there; 0 if it is."""
+        """Return in how many seconds an amount can be used; 0 if it can be used now."""
         lacking = amount - self._level(now_s)
         return lacking / self.allowance.per_s if lacking > _ROUNDING else 0.0
 
     def is_full(self, now_s: float) -> bool:
-        """Return whether nothing is owed."""
+        """Return whether all of the burst can be used."""
         return self._level(now_s) >= self.allowance.burst

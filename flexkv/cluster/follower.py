@@ -55,8 +55,8 @@ SNAPSHOT_RETRY_S, SNAPSHOT_RETRY_MAX_S = 0.5, 30.0
 KEPT_SPANS_MAX = 1 << 17
 """How many spans the entries may tell of that are kept for a node that is behind."""
 SPANS_A_TURN, ENTRY_SPANS = 2048, 16
-"""How many spans a task takes in one turn of the loop, some 0.2 ms, and as how many spans an
-entry counts besides, however few it tells of."""
+"""How many spans a task takes in one turn of the loop (about 0.2 ms). Each entry counts as
+so many spans more than it tells of, since even a small one costs time."""
 
 
 class Snapshots(Protocol):
@@ -80,9 +80,9 @@ class Feed:
         seq: of the latest entry in the hints; 0 before the first snapshot.
         behind_since_s: since when entries are missing; None if none is.
         due_s: when to ask for the next snapshot; None while one is under way, or none is needed.
-        attempts: how many snapshots did not end this.
+        attempts: how many snapshots have failed to end this.
         kept: entries that came meanwhile, in order.
-        kept_spans: of how many spans they tell.
+        kept_spans: how many spans they tell of.
         is_cleared: whether the hints were cleared while a snapshot was under way.
     """
 
@@ -107,7 +107,7 @@ class Follower:
         snapshots_taken: how many snapshots were noted.
         on_failure: is told what the store did not do.
         on_success: is called whenever the store has answered.
-        on_need: is called when the store has not what it should have of the generation.
+        on_need: is called when the store lacks what it should have of the generation.
         on_stranger: is called when an entry is of a life that is not registered.
         may_ask: returns whether other nodes may be asked for snapshots; `resync` follows once they
             may be asked again.
@@ -238,7 +238,7 @@ class Follower:
         self._rate.add(count, now_s)
 
     def entries_per_s(self, now_s: float) -> float:
-        """Return how many entries were read a second lately; any thread may call this."""
+        """Return the recent rate of entries per second; any thread may call this."""
         return 0.0 if self._rate is None else self._rate.per_s(now_s)
 
     def _take_generation(self, heard: Heard) -> None:
@@ -416,7 +416,7 @@ class Follower:
         return True
 
     async def _catch_up(self, feed: Feed, seq: int) -> None:
-        """Go on behind a snapshot with what came meanwhile, and what still comes."""
+        """Apply the entries that came during a snapshot, and those that come meanwhile."""
         feed.seq, turn = seq, _Turn()
         while feed.kept and feed.kept[0].seq <= feed.seq + 1:
             entry = feed.kept[0]

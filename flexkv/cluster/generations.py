@@ -76,7 +76,7 @@ class GenerationStore(Protocol):
     """The part of the cluster's store that has the generation. Each call may fail."""
 
     async def put_back(self, generation: int) -> None:
-        """Give the store a book, and a generation unless this is 0, if it has lost them."""
+        """Put back a book, and a generation unless it is 0, if the store has lost them."""
         ...
 
     async def close_generation(self, name: int) -> None:
@@ -184,7 +184,7 @@ class Generations:
 
 
 def later_than(generation: int) -> int:
-    """Return a generation that is later than this one, and than nobody else's by intention."""
+    """Return a later generation than this one; no other node makes an equal one, but by chance."""
     counted = (generation >> RANDOM_BITS) + 1
     return counted << RANDOM_BITS | secrets.randbits(RANDOM_BITS)
 

@@ -48,8 +48,8 @@ Reply: TypeAlias = Callable[[Grant | Busy], None]
 IDLE_S = 30.0
 """A grant ends if nothing of it was read for so long."""
 PREFETCH_S, PREFETCH_SHARE = 3.0, 0.75
-"""How long a Want waits for the disk, and which share of the time that its reader waits for the
-answer. Then it is granted what is there."""
+"""A Want waits for the disk for so many seconds, or this share of the time that its reader waits,
+if that is less. Then it is granted what is there."""
 BUSY_MS = 100
 """When to ask again."""
 

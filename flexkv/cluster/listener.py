@@ -125,7 +125,7 @@ class Listener:
             asyncio.get_running_loop().add_reader(self._listening, self._accept)
 
     def _accept(self) -> None:
-        """Accept a few of the connections that have arrived, and close those of who is shut out."""
+        """Accept a few of the waiting connections; close those of addresses that are shut out."""
         loop = asyncio.get_running_loop()
         for _ in range(ACCEPTS_A_TURN):
             try:
@@ -152,7 +152,7 @@ class Listener:
         self._filter()
 
     def _filter(self) -> None:
-        """Have the kernel drop what comes from those that are shut out now."""
+        """Have the kernel drop connections from the addresses that are shut out now."""
         loop = asyncio.get_running_loop()
         shut_out, lasts_s = self._strangers.shut_out(loop.time())
         if self._opening is not None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 MEMORY_S = 10.0
-"""What happened longer ago than this counts for less than 1/e."""
+"""An event that is this old counts 1/e of a new one."""
 
 
 class Rate:
-    """How much happens a second, as an average in which what is older counts less."""
+    """How often something happens per second: an average in which older events count less."""
 
     def __init__(self, now_s: float) -> None:
         """Begin to count at this time."""

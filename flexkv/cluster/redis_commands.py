@@ -1,7 +1,7 @@
 """Commands to a Redis or Valkey server, by redis.asyncio with hiredis.
 
-The library's retries, its parsing of answers and its waits are switched off: who calls decides when
-to try again, answers come as they are, and every wait has an end.
+The library's retries, its parsing of answers and its waits are switched off: the caller decides
+when to try again, answers come as they are, and every wait has an end.
 
 A node of a Redis Cluster says that another one has the keys (MOVED). All keys of a pool are in one
 slot, so one node has them: commands go there from then on. If that fails, the node that was
@@ -27,7 +27,7 @@ ANSWER_S = 2.0
 CONNECTIONS = 4
 """The log is read on one of them; the others are for what is written, and for the registry."""
 MOVES_MAX = 3
-"""How often one call follows: a node that has just lost a slot may not know where it is."""
+"""How many MOVED answers one call follows: a node that just lost a slot may name a wrong node."""
 _RAISED = (
     OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
     RuntimeError,

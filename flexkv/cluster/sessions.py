@@ -45,11 +45,11 @@ WORK = Allowance(1 << 18, 1 << 19)
 """What may be done for one node, counted in keys that are looked up: each takes the owner about
 0.2 µs, so one node uses a tenth of a core at most."""
 MESSAGE_KEYS = 256
-"""What it costs to take any message, and to answer it."""
+"""The cost of taking and answering any message, in keys that are looked up."""
 UNREAD_KEYS = 4
-"""To receive so many keys, or to send so many tags, costs as much as to look up one key."""
+"""Receiving this many keys, or sending this many tags, costs as much as looking up one key."""
 ACCOUNTS_MAX = 1024
-"""So many accounts are kept at most before those that owe nothing are dropped."""
+"""Once there are this many accounts, those whose allowance is full are dropped."""
 
 
 class Sessions:

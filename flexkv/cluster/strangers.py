@@ -1,8 +1,8 @@
 """Bounds how often connections that prove nothing are served. Pure: time arrives as a value.
 
     arrival ──takes one──▶ allowance of its address   none left: the address is shut out,
-       │                   allowance of all others    none left: all that are not known are,
-       │                                              until half of it is there again
+       │                   allowance of all unknown   none left: all that are not known are,
+       │                   addresses together         until half of it is there again
        └──proves the secret──▶ gives it back; its address is known from now on
 
 So those that know the secret cost nothing, however often they connect. An address from which the
@@ -17,9 +17,9 @@ from typing import NamedTuple
 from flexkv.cluster.allowance import Account, Allowance
 
 KNOWN_MAX = 512
-"""How many known addresses are remembered, the latest ones."""
+"""How many known addresses are remembered: those that proved the secret last."""
 ACCOUNTS_MAX = 1024
-"""So many accounts are kept at most before those that owe nothing are dropped."""
+"""Once there are this many accounts, those whose allowance is full are dropped."""
 
 
 class StrangerLimits(NamedTuple):
@@ -70,7 +70,7 @@ class _Account(Account):
         self._is_shut = self.lacks_s(1, now_s) > 0
 
     def shut_s(self, now_s: float) -> float:
-        """Return for how much longer nothing may be taken; 0 if something may."""
+        """Return for how many seconds more nothing may be taken; 0 if something may be."""
         lacks_s = self.lacks_s(self.allowance.burst / 2, now_s)
         self._is_shut = self._is_shut and lacks_s > 0
         return lacks_s if self._is_shut else 0.0
@@ -95,7 +95,7 @@ class ShutOut(NamedTuple):
     is_all: bool = False
 
     def named(self) -> str:
-        """Return them for a log line."""
+        """Return the addresses for a log line."""
         if self.is_all:
             return f"all but {len(self.sources)} known ones"
         return ", ".join(sorted(_named(source) for source in self.sources))
@@ -147,7 +147,7 @@ class Strangers:
             self._shut.pop(oldest, None)
 
     def shut_out(self, now_s: float) -> tuple[ShutOut, float]:
-        """Return who is shut out, and for how long at least: 0 if nobody is."""
+        """Return who is shut out, and for how many seconds at least: 0 if nobody is."""
         lasts_s = {}
         for source, account in list(self._shut.items()):
             if (left_s := account.shut_s(now_s)) > 0:

@@ -43,7 +43,7 @@ INTRODUCTION_BYTES_MAX = 64 << 10
 TEXT_MAX = 512
 NODE_ID_BYTES = 16
 WITHIN_MS_MAX = 60_000
-"""The longest that a reader says that it waits."""
+"""The largest `Want.within_ms`."""
 
 Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Position: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=WANT_BLOCKS_MAX)]

@@ -364,8 +364,7 @@ class CacheConfig(ConfigModel):
     )
     p2p_out_mb_per_s: float | None = key(
         None,
-        "How fast to send blocks to other nodes at most, all of them together. Unset = as fast as "
-        "it can.",
+        "Most bytes sent per second to other nodes, all of them together. Unset = no limit.",
         unit="MB/s",
         gt=0,
     )

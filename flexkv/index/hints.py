@@ -37,7 +37,7 @@ HOLDERS_MAX: Final = 4096
 SCRUB_LINES: Final = 1 << 14
 """How many lines one step of scrubbing searches for dead pairs: about a millisecond."""
 PEER_TICKS = 1
-"""For how long the spans are doubted that a peer did not send."""
+"""For how many ticks of the hints' time spans are doubted that a peer did not send."""
 
 _USE_STORE, _USE_NODES = 1, 2
 

@@ -24,7 +24,7 @@ from flexkv.mover.wire import PACKET_BYTES, TO_MOVER, Done, Read, encode
 IDLE_S = 60.0
 """A thread ends when its node was not read from for so long."""
 DRAIN_S = 2.0
-"""How long the end waits for reads that are under way."""
+"""How long the mover waits at its end for reads that are under way."""
 
 
 class Engine(Protocol):

@@ -50,8 +50,8 @@ from flexkv.process import forks
 READY_S = 120.0
 """How long a mover may take to connect; it waits for a master that is away."""
 END_S, TERMINATE_S = 5.0, 1.0
-"""How long a mover may take to leave by itself before it is terminated, and to end then before it
-is killed."""
+"""How long a mover may take to leave by itself before it is terminated; and how long to end after
+that, before it is killed."""
 NAMES_AT_ONCE = 2
 """How many requests without a slot the mover has at once. It answers one after the other, so those
 that are given up would keep others waiting; where they wait here, they are not sent."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from flexkv.actors.write_rate import WriteRate
 
 AHEAD_S = 1.0
-"""What is granted can be sent in this time."""
+"""All that is granted can be sent within this time."""
 
 
 class OutRate:
@@ -51,7 +51,7 @@ class OutRate:
             self._granted.began(blocks * self._block_bytes[group], self._time())
 
     def turn_s(self, nbytes: int) -> float:
-        """Return how long to wait before these bytes may be sent; they have their turn then."""
+        """Return how many seconds these bytes must wait, and count them as sent after that."""
         now_s = self._time()
         wait_s = self._sent.wait_s(now_s)
         self._sent.began(nbytes, now_s)

@@ -159,8 +159,8 @@ class ClusterStatistics(msgspec.Struct, frozen=True):
         state: what it knows of the others.
         grants: what others have asked of it.
         connections: how many connections of others there are.
-        lent_bytes: how many bytes others were let read since the start, but for what their
-            Mooncake has read of ours, which ours does not see.
+        lent_bytes: how many bytes others were let read since the start. What they have read
+            by Mooncake is not counted, since the owner does not see that.
         down: addresses of nodes that are not asked now, because they did not answer.
         read: what was read of each node since the start, by its address.
         read_in_all: what was read of all nodes, also of those that have left.

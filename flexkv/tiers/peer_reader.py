@@ -62,7 +62,7 @@ class PeerReader:
     # -- whom to ask ----------------------------------------------------------------------------
 
     def avoid_some(self) -> None:
-        """Leave holders out of runs that may not be read from."""
+        """Have hints avoid the holders that may not be read from."""
         for member in self._membership.members():
             self._update(member.holder)
 

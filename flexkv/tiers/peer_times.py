@@ -19,7 +19,7 @@ ANSWER_MAX_S, MOONCAKE_MAX_S = 10.0, 5.0
 CONNECT_S, CONNECT_SHARE, CONNECT_MAX_S = 0.2, 0.1, 3.0
 """A connection takes several round trips, however short the deadline is."""
 STALL_NOTICED = 1.5
-"""A stall is noticed after its time, or half as long again: see `SocketRing.unless_stalled`."""
+"""A stall is noticed after 1 to 1.5 times its limit: see `SocketRing.unless_stalled`."""
 
 
 class ReaderTimes(NamedTuple):
@@ -42,7 +42,7 @@ class ReaderTimes(NamedTuple):
 
     @property
     def hang_s(self) -> float:
-        """Return after what time at most a read has ended of which nothing arrives."""
+        """Return the longest time that a read takes to end if none of its bytes arrive."""
         return self.asking_s + self.mooncake_s + self.connect_s + STALL_NOTICED * self.stall_s
 
     @property

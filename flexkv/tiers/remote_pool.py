@@ -201,10 +201,10 @@ class SharedPool:
     def follow(self, cluster_generation: int | None) -> None:
         """Go to the generation that all engines of a cluster use after its reset.
 
-        Between those of two resets, which are an *era*, there is room for the generations that
-        clears of single engines begin. If there is one already, this engine may have begun it
-        before it was started again, so it goes there. It never goes to another era, unless None
-        says that the cluster knows of no reset: then it goes to the latest generation of all.
+        Each reset begins an *era* of generations of the pool: its own, and those that clears of
+        single engines begin after it. If there are some already, this engine may have begun the
+        latest before a restart, so it goes there. It never leaves the era, unless None says that
+        the cluster knows of no reset: then it goes to the latest generation of all.
         """
         self.clear(None)
         self._is_new_wanted, self._is_followed, self._era = False, True, cluster_generation

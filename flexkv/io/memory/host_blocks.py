@@ -1,4 +1,4 @@
-"""The host blocks, as those adapters take them that bring blocks from afar or send them there."""
+"""The host blocks, as the adapters see them that exchange blocks with stores and other nodes."""
 
 from __future__ import annotations
 

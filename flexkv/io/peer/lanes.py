@@ -19,7 +19,7 @@ from flexkv.io.peer.sockets import SocketRing
 LANES = 2
 """Connections for each node: one more lets bytes arrive while those of the other are summed."""
 IDLE_S = 60.0
-"""A connection is closed that was not used for so long."""
+"""How long a connection may be unused before it is closed."""
 
 Connect = Callable[[int], Awaitable[tuple[socket.socket, str]]]
 """Returns a data connection to a holder, and the holder's address. Raises PeerError."""

@@ -17,8 +17,8 @@ from flexkv.io.ports import Sums
 MESSAGE_BYTES = 32 << 20
 """What is handed to the kernel at once: large, since each message costs CPU time."""
 REFUSED_S = 0.01
-"""The pause after a READ that is refused: an honest reader has few, and a faulty one must not take
-up the owner's loop."""
+"""The pause after a READ that is refused: an honest reader causes few, and a faulty one must not
+take up the owner's loop."""
 
 
 class Granted(NamedTuple):
@@ -41,7 +41,7 @@ Lookup = Callable[[Read], Granted | Status]
 
 
 def _at_once(nbytes: int) -> float:
-    """Return that these bytes need not wait."""
+    """Return 0: these bytes need not wait."""
     return 0.0
 
 
@@ -56,7 +56,7 @@ class Sender:
         Args:
             ring: moves the bytes.
             stall_s: a reader that takes nothing for so long loses its connection.
-            turn_s: returns how long a message of so many bytes has to wait for its turn.
+            turn_s: returns how many seconds a message of so many bytes has to wait for its turn.
         """
         self._ring, self._stall_s, self._turn_s = ring, stall_s, turn_s
 
