@@ -83,7 +83,7 @@ async def test_a_node_that_was_away_during_a_reset_clears_its_ssd(
 
 
 async def test_a_node_that_was_cleared_in_part_is_not_asked_any_more(keys: dict[str, Any]) -> None:
-    """It still has most of its blocks, and lends none: others do not ask it in vain for ever."""
+    """The node keeps most of its blocks and lends none; others stop asking it in vain."""
     async with Node(keys) as first, Node(keys) as second:
         await first.put(1)
         await until(lambda: peer_tokens(second, 1) == WHOLE * TOKENS)
@@ -178,7 +178,7 @@ async def test_a_generation_is_noted_once_the_ssd_is_cleared(
 async def test_a_node_with_blocks_of_an_earlier_run_joins_no_later_pool_by_itself(
     keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Redis says whether there was a reset; until then its blocks must not get behind that."""
+    """Its blocks get into no later pool before Redis has said whether there was a reset."""
     stayed: list[int] = []
     monkeypatch.setattr(SharedPool, "stay", lambda _, number: stayed.append(number))
     ssd = {"enable_ssd": True, "num_ssd_blocks": 256, "ssd_cache_dir": str(tmp_path)}
@@ -194,7 +194,7 @@ async def test_a_node_with_blocks_of_an_earlier_run_joins_no_later_pool_by_itsel
 async def test_a_node_that_was_cleared_alone_stays_apart_when_it_is_started_again(
     keys: dict[str, Any], tmp_path: Path
 ) -> None:
-    """It keeps what it has on SSD, shares none of it, and gets nothing of before the clear."""
+    """A node that was cleared alone keeps its SSD, shares none of it, and gets no older blocks."""
     ssd = {"enable_ssd": True, "num_ssd_blocks": 256, "ssd_cache_dir": str(tmp_path)}
     own = {**keys, **ssd, "enable_p2p_ssd": True}
     async with Node(keys) as other:
@@ -224,7 +224,7 @@ async def test_a_node_that_was_cleared_alone_stays_apart_when_it_is_started_agai
 async def test_who_starts_after_another_node_was_cleared_alone_gets_nothing_of_before(
     keys: dict[str, Any], tmp_path: Path
 ) -> None:
-    """It may be that node, without an SSD; and what it got would get into the remote pool of both.
+    """A new node may be the cleared one without an SSD; older blocks would reach their remote pool.
 
     Nodes that have blocks of the generation on SSD go on with it.
     """
@@ -256,7 +256,7 @@ async def test_who_starts_after_another_node_was_cleared_alone_gets_nothing_of_b
 async def test_blocks_of_a_run_that_shared_nothing_are_not_shared_later(
     keys: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Nobody was told of clears in that run: the note of an earlier one is not true any more."""
+    """A run without sharing tells nobody of its clears, so an earlier note is not true any more."""
     ssd = {"enable_ssd": True, "num_ssd_blocks": 256, "ssd_cache_dir": str(tmp_path)}
     async with Node(keys) as other:
         async with Node({**keys, **ssd}) as node:

@@ -56,8 +56,10 @@ async def target_of(owner: Node) -> Target:
 async def test_a_hostile_peer_hears_what_it_was_granted_and_leaves_no_hold(
     keys: dict[str, Any], seed: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever peers say, they get blocks of their own grants only; the owner goes on, and in the
-    end keeps nothing for them. Meanwhile it stores and evicts."""
+    """Whatever peers say, they get blocks of their own grants only.
+
+    The owner goes on storing and evicting meanwhile, and keeps nothing for them in the end.
+    """
     configure_logging("info", as_json=True)
     async with Node(keys) as owner, Node(keys) as reader:
         target = await target_of(owner)

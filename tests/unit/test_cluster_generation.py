@@ -237,7 +237,7 @@ def scene(play: Callable[[Model], Coroutine[Any, Any, None]]) -> Callable[[Path]
 
 @scene
 async def test_a_node_with_an_ssd_stays_apart_when_it_is_started_again(model: Model) -> None:
-    """It keeps what it has put since the clear; those that were not cleared go on sharing."""
+    """The node keeps what it has put since the clear; the others go on sharing."""
     _, cleared, member = model.nodes
     for node in (cleared, member):
         node.blocks.add(1)
@@ -259,7 +259,7 @@ async def test_a_node_with_an_ssd_stays_apart_when_it_is_started_again(model: Mo
 
 @scene
 async def test_who_starts_after_a_lone_clear_is_apart(model: Model) -> None:
-    """It may be the node that was cleared; once the cluster is reset it shares."""
+    """A new node may be the one that was cleared, so it shares only after a reset."""
     first, second, _ = model.nodes
     first.generation.clear(None)
     await model.poll(first)
@@ -275,7 +275,7 @@ async def test_who_starts_after_a_lone_clear_is_apart(model: Model) -> None:
 
 @scene
 async def test_a_store_that_has_lost_everything_confirms_no_note(model: Model) -> None:
-    """While a node was away there may have been a reset, if nobody runs who would know of it."""
+    """An older note is not confirmed: nobody who runs knows if there was a reset since."""
     for resets in range(2):
         for _ in range(resets):
             await model.store.advance(0)

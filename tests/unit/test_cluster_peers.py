@@ -231,7 +231,7 @@ def test_requests_without_an_answer_fail_in_time_and_take_the_peer_down() -> Non
 
 
 def test_a_want_says_how_long_its_reader_waits() -> None:
-    """The time is what is left of that for the answer, and never more than a message may say."""
+    """A Want names the time left until its reader gives up, and no more than a message may name."""
 
     async def work(rig: Reading) -> None:
         dial = rig.owner.dial

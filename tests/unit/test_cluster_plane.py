@@ -355,7 +355,7 @@ async def test_a_node_is_told_of_once_it_knows_the_generation(cluster: Cluster) 
 
 @virtual
 async def test_a_node_that_is_apart_closes_its_generation(cluster: Cluster) -> None:
-    """The store says so soon, and again after it has lost everything."""
+    """The store says soon that it is closed, and again after it has lost everything."""
     one, other = await cluster.pair()
     one.plane.registration.is_apart = lambda: True
     one.plane.registration.look_soon()

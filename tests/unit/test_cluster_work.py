@@ -47,7 +47,7 @@ async def linked(node: ClusterNode, number: int = 9) -> Link[FromOwner]:
 
 
 async def answers(link: Link[FromOwner], count: int) -> list[FromOwner]:
-    """Return so many answers."""
+    """Return the next answers, as many as `count`."""
     told = [await link.receive() for _ in range(count)]
     assert None not in told
     return [each for each in told if each is not None]

@@ -60,7 +60,7 @@ def read(number: int, endpoint: str = "there") -> Read:
 
 
 def test_reads_under_way_end_and_no_more_begin(ends: Ends) -> None:
-    """What is queued behind them is dropped; their answers are still sent."""
+    """Answers of reads under way are still sent; reads that are queued behind them are dropped."""
     engine = Slow()
     serving = EngineServing(ends[1], engine)
     for number in range(3):
@@ -80,7 +80,7 @@ def test_reads_under_way_end_and_no_more_begin(ends: Ends) -> None:
 
 
 class ExitError(Exception):
-    """The process would have ended."""
+    """Stands for the exit of the process."""
 
 
 @pytest.mark.parametrize("has_unread", [False, True])
@@ -88,7 +88,7 @@ class ExitError(Exception):
 def test_the_process_ends_after_the_reads_that_are_under_way(
     ends: Ends, hangs: bool, has_unread: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends without an error, though nobody takes the answer; a read that hangs is left alone."""
+    """A mover ends without an error, though nobody takes answers or a read hangs."""
     engine, statuses = Slow(), list[int]()
     monkeypatch.setattr(engine_serving, "DRAIN_S", 0.01 if hangs else PATIENCE_S)
 

@@ -152,7 +152,7 @@ def entries(first_seq: int, spans: int, each: int = ENTRY_SPANS_MAX) -> list[Ent
 
 @pytest.mark.parametrize("each", [1, 100, ENTRY_SPANS_MAX])
 def test_a_page_of_the_log_is_taken_in_many_turns(each: int) -> None:
-    """Whether it has large entries or many small ones, in the end all of it is in the hints."""
+    """All spans of a page get into the hints, whether its entries are large or many and small."""
     spans = min(SPANS, 1000 * each)
 
     async def work(rig: Rig) -> None:
@@ -168,7 +168,7 @@ def test_a_page_of_the_log_is_taken_in_many_turns(each: int) -> None:
 
 
 def test_a_snapshot_is_noted_in_many_turns() -> None:
-    """Other tasks run in between, and it is whole in the end."""
+    """Other tasks run between the steps, and the hints have all of the snapshot in the end."""
 
     async def work(rig: Rig) -> None:
         half = SPANS // 2
@@ -195,7 +195,7 @@ def kept(rig: Rig, seq: int, spans: int) -> list[Entry]:
 
 
 def test_what_came_during_a_snapshot_is_taken_in_many_turns() -> None:
-    """What comes while that goes on follows in its order; what the snapshot has is skipped."""
+    """Entries that come meanwhile are applied in order; those that the snapshot has are skipped."""
 
     async def work(rig: Rig) -> None:
         told = kept(rig, 7, SPANS - 1)
@@ -218,7 +218,7 @@ def test_what_came_during_a_snapshot_is_taken_in_many_turns() -> None:
 
 
 def test_a_gap_in_what_came_during_a_snapshot_needs_another_one() -> None:
-    """What follows the gap is kept for that; nothing of it is noted before."""
+    """Entries behind the gap are kept for the next snapshot, and not noted before it."""
 
     async def work(rig: Rig) -> None:
         told = kept(rig, 7, 10 * ENTRY_SPANS_MAX)
@@ -236,7 +236,7 @@ def test_a_gap_in_what_came_during_a_snapshot_needs_another_one() -> None:
 def test_entries_that_become_too_many_while_some_are_taken_are_missed_at_the_next_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """None of them is taken out of its order."""
+    """No entry is applied out of its order."""
 
     async def work(rig: Rig) -> None:
         told = kept(rig, 7, 10 * ENTRY_SPANS_MAX)
@@ -258,7 +258,7 @@ def test_entries_that_become_too_many_while_some_are_taken_are_missed_at_the_nex
 
 @pytest.mark.parametrize("is_noting", [True, False])
 def test_a_node_that_leaves_meanwhile_is_not_noted_any_more(is_noting: bool) -> None:
-    """Its number may be another node's by then."""
+    """Nothing is noted of a node that has left, since its number may be another node's by then."""
 
     async def work(rig: Rig) -> None:
         kept(rig, 7, SPANS)

@@ -146,7 +146,7 @@ class Stubborn(Played):
 async def test_a_mover_that_does_not_leave_is_terminated_before_it_is_killed(
     rig: Rig, is_closed: bool
 ) -> None:
-    """A process that ends then is not killed."""
+    """A process that ends after it was terminated is not killed."""
     rig.kind = Stubborn
     process = await rig.begun()
     await settled()

@@ -173,7 +173,7 @@ def busy(message: ToOwner) -> list[Message]:
 
 
 def test_hints_avoid_a_holder_whose_reads_fail() -> None:
-    """They name it again when it may be tried, and at once when its blocks have arrived."""
+    """Hints name a failed holder again for its trial, and at once when its blocks have arrived."""
 
     async def work(rig: Reading) -> None:
         reader, hints = reader_of(rig)

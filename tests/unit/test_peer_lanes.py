@@ -169,7 +169,7 @@ def test_a_connection_that_is_used_stays_open() -> None:
 
 @pytest.mark.parametrize("is_before", [True, False])
 def test_a_read_that_begins_as_its_connection_is_closed_has_an_open_one(is_before: bool) -> None:
-    """It keeps the one that was about to be closed, or gets a new one."""
+    """The read keeps the connection that was about to be closed, or gets a new one."""
 
     async def work(own: Idle) -> None:
         first = await borrow(own.lanes)
@@ -208,7 +208,7 @@ class Suspending(asyncio.Lock):
 
 
 def test_a_broken_connection_is_closed_too() -> None:
-    """One that broke, and was not used since, keeps no descriptor for ever."""
+    """A connection that broke and was not used since is closed, so it keeps no descriptor."""
 
     async def work(own: Idle) -> None:
         receiver = await borrow(own.lanes)

@@ -77,7 +77,7 @@ async def test_a_port_that_is_stopped_reads_nothing_over_a_new_connection() -> N
 
 
 async def test_the_port_says_who_reads_and_how_that_ended() -> None:
-    """Each part that arrives is told, and each that fails, so that a holder is judged by them."""
+    """The port reports each part that arrives or fails, so that its holder can be judged."""
     async with reading() as own:
         own.submit()
         await own.completion()
@@ -103,7 +103,7 @@ async def test_a_holder_that_is_left_out_is_not_asked() -> None:
 
 @pytest.mark.parametrize("is_silent", [True, False])
 async def test_a_holder_that_lends_nothing_for_a_while_is_to_blame(is_silent: bool) -> None:
-    """It is, whether it says that it is busy, or says nothing."""
+    """The transfer's error blames the holder, whether that says it is busy or says nothing."""
     async with reading(patience_s=0.05) as own:
 
         def busy(wish: Wish) -> Allowed:

@@ -71,7 +71,7 @@ async def turns(count: int = 20) -> None:
 async def test_a_socket_with_nothing_in_flight_is_dropped_at_once(
     memory: Memory, ends: Ends
 ) -> None:
-    """Its other end sees the end of the stream, its room is free; one that moves bytes is not."""
+    """A removed socket ends its stream and frees its room; one that moves bytes is not removed."""
     before = open_descriptors()
     one, other = (memory.ring.add(end) for end in ends)
     for end in ends:

@@ -113,7 +113,7 @@ def busy_then_silent(rig: Reading, until_s: float, message: ToOwner) -> list[Mes
 
 
 def late(rig: Reading, until_s: float, message: ToOwner) -> list[Message]:
-    """Answer a Want when its reader hardly waits any more."""
+    """Answer a Want shortly before its reader gives up."""
     if not isinstance(message, Want):
         return answered(message)
     grant = Grant(message.number, message.first, message.last - message.first)
@@ -130,7 +130,7 @@ Script = Callable[[Reading, float, ToOwner], list[Message]]
 def test_a_load_is_answered_within_the_deadline_and_a_second(
     deadline_s: float, script: Script
 ) -> None:
-    """Wherever the holder hangs, and however slow it was before that."""
+    """That holds wherever the holder hangs, and however slow it was before that."""
     times = reader_times(deadline_s)
 
     async def work(rig: Reading) -> None:

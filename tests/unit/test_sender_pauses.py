@@ -32,7 +32,7 @@ async def sent(owner: Node, read: Read, *turn_s: Any) -> bytes:
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return for how long was slept; nothing sleeps any more."""
+    """Return a list of the pauses asked of `asyncio.sleep`, which does not sleep any more."""
     sleeps, sleep = list[float](), asyncio.sleep
 
     async def watched(delay_s: float) -> None:
