@@ -252,8 +252,7 @@ class Grants:
         if want.number in of_peer:
             raise PeerProtocolError(f"the number {want.number} is in use")
         limits = self._limits
-        is_full = self._number >= limits.grants or len(of_peer) >= limits.grants_per_peer
-        if is_full or not self._sendable(want.group):
+        if self._number >= limits.grants or len(of_peer) >= limits.grants_per_peer:
             self.put_off(want, answer)
             return
         held, is_cut = self._hold(peer, want)
