@@ -2,7 +2,8 @@
 
 The filter is a program in classic BPF, which the kernel runs for each packet to the socket, before
 it makes anything of it: a dropped packet costs this process nothing. Connections that are accepted
-inherit the program of that time, so it lets everything pass but packets that begin a connection.
+inherit the program of that time. It looks at addresses only if a packet begins a connection, so it
+drops nothing of theirs, and costs their packets next to nothing.
 
 Source: the kernel's Documentation/networking/filter.rst and include/uapi/linux/filter.h.
 """

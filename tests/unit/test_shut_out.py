@@ -16,8 +16,8 @@ from flexkv.cluster.allowance import Allowance
 from flexkv.cluster.handshake import introduce_to_owner, prove_to_owner
 from flexkv.cluster.strangers import ShutOut, StrangerLimits, source_of
 from flexkv.observe.logs import configure_logging
-from tests.cluster_rigs import KEY, ClusterNode, Network
-from tests.unit.test_cluster_listener import STRANGER
+from tests.cluster_rigs import KEY, ClusterNode, Network, turns
+from tests.unit.test_cluster_listener import HELLO, STRANGER
 
 FEW = Allowance(4, 1e-3)
 ESTABLISHED = 1
@@ -101,16 +101,29 @@ async def node(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ClusterNode]:
     await node.stop()
 
 
+async def arrive(node: ClusterNode, ip: str) -> socket.socket:
+    """Return a connection from an address, over which nothing was said."""
+    mine = socket.socket()
+    mine.setblocking(False)
+    mine.bind((ip, 0))
+    await asyncio.get_running_loop().sock_connect(mine, tcp.parts_of(node.listener.address))
+    return mine
+
+
+async def hears(node: ClusterNode, ip: str, said: bytes) -> bytes:
+    """Return what a node answers to something from an address."""
+    with await arrive(node, ip) as mine:
+        try:
+            await asyncio.get_running_loop().sock_sendall(mine, said)
+            return await asyncio.get_running_loop().sock_recv(mine, 100)
+        except OSError:  # it was closed before
+            return b""
+
+
 async def fail(node: ClusterNode, ip: str, times: int) -> None:
     """Connect from an address, and say what proves nothing."""
-    loop, address = asyncio.get_running_loop(), tcp.parts_of(node.listener.address)
     for _ in range(times):
-        with socket.socket() as mine:
-            mine.setblocking(False)
-            mine.bind((ip, 0))
-            await loop.sock_connect(mine, address)
-            await loop.sock_sendall(mine, bytes(12))
-            assert await loop.sock_recv(mine, 1) == b""
+        assert await hears(node, ip, bytes(12)) == b""
 
 
 async def joins(node: ClusterNode) -> None:
@@ -184,11 +197,44 @@ async def test_without_a_filter_who_is_shut_out_is_closed_at_once(
     configure_logging("warning", as_json=True)
     monkeypatch.setattr(syn_filter, "apply", refuse)
     await joins(node)
-    await fail(node, HOSTILE, 2 * FEW.burst)
-    assert node.listener._strangers.shut_out(asyncio.get_running_loop().time())[0].is_all
+    assert len(await hears(node, HOSTILE, HELLO)) == len(HELLO)
+    await fail(node, HOSTILE, FEW.burst - 1)
+    assert await hears(node, HOSTILE, HELLO) == b""
     await joins(node)
+    await fail(node, FRIEND, 8)
+    assert await hears(node, FRIEND, HELLO) == b""
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
-    events = [line["event"] for line in lines]
-    assert events.count("peer_filter_refused") == 1
+    assert [line["event"] for line in lines].count("peer_filter_refused") == 1
     told = [line["address"] for line in lines if "prove nothing" in line.get("reason", "")]
-    assert told == ["all but 1 known ones"]
+    assert told[0] == "all but 1 known ones"
+
+
+async def test_a_filter_that_cannot_be_changed_is_removed(
+    node: ClusterNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the kernel takes no other program, it drops nobody for ever by the one that it has."""
+    apply = syn_filter.apply
+
+    def apply_once(listening: socket.socket, shut_out: ShutOut) -> None:
+        if len(shut_out.sources) > 1:
+            raise OSError(errno.ENOMEM, "no memory")
+        apply(listening, shut_out)
+
+    node.listener._strangers._limits = StrangerLimits(FEW, FEW, Allowance(100, 1.0))
+    monkeypatch.setattr(syn_filter, "apply", apply_once)
+    await fail(node, HOSTILE, FEW.burst)
+    assert not reaches(node.listener._listening, HOSTILE)
+    await fail(node, "127.0.0.3", FEW.burst)
+    assert reaches(node.listener._listening, HOSTILE)
+
+
+async def test_a_proof_opens_the_port_again_at_once(node: ClusterNode) -> None:
+    """Nodes that connect all at once are let in again as soon as the first has proved itself."""
+    unproved = [await arrive(node, FRIEND) for _ in range(FEW.burst)]
+    await turns()
+    assert not reaches(node.listener._listening, FRIEND)
+    await prove_to_owner(unproved[0], KEY)
+    assert reaches(node.listener._listening, FRIEND)
+    assert not reaches(node.listener._listening, HOSTILE)
+    for each in unproved:
+        each.close()
