@@ -112,8 +112,12 @@ class HostilePeer:
         self._control: _Wire | None = None
         self._data: _Wire | None = None
         self.given: dict[int, _Given] = {}
-        self._over: list[int] = []
+        self._released: dict[int, _Given] = {}
+        """Grants that the target has ended: it sends nothing of them."""
+        self._doubtful: dict[int, _Given] = {}
+        """Grants whose link was closed: the target ends them once it notices."""
         self._recorded: list[bytes] = []
+        self._by_sum = {total: key for key, total in target.sums.items()}
         self.read_blocks = self.refused = self.ended = 0
 
     async def run(self, steps: int) -> None:
@@ -172,7 +176,7 @@ class HostilePeer:
     def _drop_control(self) -> None:
         _drop(self._control, self._random)
         self._control = None
-        self._over += self.given
+        self._doubtful.update(self.given)
         self.given.clear()
 
     def _drop_data(self) -> None:
@@ -227,7 +231,7 @@ class HostilePeer:
         elif lie == 7:
             generation = chance.choice([1, (1 << 63) - 1])
         elif lie == 8:
-            number = chance.choice([*self.given, *self._over, 0, number])
+            number = chance.choice([*self.given, *self._released, 0, number])
         want = Want(number, keys, first, last, group, generation, chance.random() < 0.2)
         told = await self._ask(want, number)
         assert isinstance(told, Grant | Busy | Refused), told
@@ -239,17 +243,19 @@ class HostilePeer:
             assert told.places is None
             if told.count:
                 self.given[number] = _Given(keys, first, told.count)
+                self._released.pop(number, None)
 
     async def _release(self) -> None:
         """Release something, and wait until that has happened."""
         chance = self._random
-        number = chance.choice([*self.given, *self._over[-5:], self._number + 1000])
+        number = chance.choice([*self.given, *self._released, self._number + 1000])
         link = await self._link()
         for _ in range(chance.randrange(1, 3)):
             link.writer.write(self._say(Release(number)))
-        if self.given.pop(number, None) is not None:
-            self._over.append(number)
+        given = self.given.pop(number, None)
         await self._pinged()
+        if given is not None:
+            self._released[number] = given
 
     async def _pinged(self) -> None:
         """Return once the target has done everything that was said over the control link."""
@@ -287,6 +293,8 @@ class HostilePeer:
         """Say what was said before, by this attacker or another one."""
         chance = self._random
         frames = [*self._recorded, *chance.choice([self, *self._others])._recorded]
+        self._doubtful.update(self._released)  # they may be granted again
+        self._released.clear()
         link = await self._link()
         for frame in chance.choices(frames, k=3) if frames else []:
             link.writer.write(frame)
@@ -298,9 +306,10 @@ class HostilePeer:
         """Return a READ of something granted, or not."""
         chance, size = self._random, self._target.block_bytes
         other = chance.choice([self, *self._others])
-        others = [*self._over[-3:], *other.given, 0, (1 << 64) - 1]
-        number = chance.choice([*self.given] if self.given and chance.random() < 0.8 else others)
-        given = self.given.get(number, _Given(b"", chance.randrange(40), 40))
+        nothing = {n: _Given(b"", chance.randrange(40), 40) for n in (0, (1 << 64) - 1)}
+        wrong = [self._released, self._doubtful, other.given, nothing]
+        grants = self.given if chance.random() < 0.7 else chance.choice(wrong)
+        number, given = chance.choice([*grants.items()] or [*nothing.items()])
         begin = chance.randrange(given.count)
         blocks = chance.randrange(1, min(64, given.count - begin) + 1)
         first = given.first + begin
@@ -322,29 +331,31 @@ class HostilePeer:
         head = await lane.reader.readexactly(HEADER_BYTES)
         _, status, *rest = struct.unpack("<IIQIIQ", head)
         assert Read(*rest) == read
-        given = self.given.get(read.number) if lane.is_own else None
+        grants = {**self._doubtful, **self.given} if lane.is_own else {}
+        given = grants.get(read.number)
         if status != Status.OK:
             self.refused += 1
-            is_right = (
-                given is not None
-                and read.block_bytes == self._target.block_bytes
-                and given.first <= read.first
-                and read.first + read.blocks <= given.first + given.count
-            )
-            if (
-                is_right and given is not None
-            ):  # then the link has ended, because nothing was said over it for long
-                await self._pinged()
+            if given is not None and read.number in self.given and self._is_right(read, given):
+                await self._pinged()  # or the link has ended, since nothing was said for long
                 raise AssertionError(f"{read} was refused: {status}; {given.first=} {given.count=}")
             return
         assert given is not None, f"{read} is of no grant of this node"
+        assert self._is_right(read, given) or read.number in self._doubtful
         sums = struct.unpack(f"<{read.blocks}Q", await _exactly(lane, SUM_BYTES * read.blocks))
         for position, total in enumerate(sums, read.first):
-            assert given.first <= position < given.first + given.count
             key = given.key(position)
+            if read.number in self._doubtful:  # an older want of this number may be replayed
+                key = self._by_sum[total]
             assert total == self._target.sums[key]
             assert await _exactly(lane, read.block_bytes) == self._target.blocks[key]
             self.read_blocks += 1
+
+    def _is_right(self, read: Read, given: _Given) -> bool:
+        """Return whether a READ asks for a part of a grant."""
+        is_within = (
+            given.first <= read.first and read.first + read.blocks <= given.first + given.count
+        )
+        return is_within and read.block_bytes == self._target.block_bytes
 
     async def _read_and_go(self) -> None:
         """Ask for blocks and do not take them; release them, or end a connection, meanwhile."""
