@@ -180,7 +180,7 @@ class FaultyOwner:
     def hold(self, keys: bytes, first: int, last: int, group: int) -> Held:
         """Hold the leading blocks: see `Owner`."""
         found, on_disk = [], 0
-        for position in range(first, last):
+        for position in range(first, last if group < len(RATIOS) else first):
             if (position + 1) % RATIOS[group]:
                 found.append(-1)
                 continue

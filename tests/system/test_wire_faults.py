@@ -166,6 +166,8 @@ class Life:
         names = PASSING + (SPOILING if self._is_spoiled else [])
         if (purpose, is_up) != (CONTROL, True):
             names = [name for name in names if name != "garble"]
+        elif self._is_spoiled and random.random() < 0.3:
+            names = ["garble"]
         if (purpose, is_up) != (DATA, False):
             names = [name for name in names if name != "replay"]
         if purpose is CONNECT:
