@@ -131,6 +131,7 @@ soak: $(VENV)/.setup-dev $(MOTO_VENV)/.setup  ## Fresh simulations, long propert
 	$(BIN)/python -m pytest -q tests/simulation tests/property tests/system/test_warm.py \
 	tests/system/test_crash.py tests/system/test_power_loss.py tests/system/test_fuzz.py \
 	tests/system/test_remote_faults.py tests/system/test_wire_faults.py
+	MANY_ROUNDS=60 MANY_SEED=$${MANY_SEED:-$$(date +%s)} $(BIN)/python -m pytest -q -s -m soak tests/system/test_many_nodes.py
 	scripts/system-packages $(MACHINE_APT_PACKAGES) || echo 'some tests need $(MACHINE_APT_PACKAGES)'
 	SHARING_ROUNDS=100 SHARING_SEED=$${SHARING_SEED:-$$(date +%s)} FUZZ_FRAMES=100000 FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
 	$(BIN)/python -m pytest -q -s tests/machine/test_sharing_soak.py tests/machine/test_sharing_strangers.py

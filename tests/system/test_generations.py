@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flexkv.cluster.generations import RANDOM_BITS, Noted
+from flexkv.cluster.generations import RANDOM_BITS, Generations, Noted
 from flexkv.cluster.redis_commands import RedisCommands
 from flexkv.common.errors import StorageError
 from flexkv.engine.core import Core
@@ -29,15 +29,22 @@ def keys(shared: dict[str, Any]) -> dict[str, Any]:
     return {**shared, "enable_remote": False, "node_ttl_seconds": 3.0}
 
 
-async def until_closed(keys: dict[str, Any]) -> None:
-    """Wait until Redis has heard that a node was cleared alone."""
+def generations_of(node: Node) -> Generations:
+    """Return what a node knows of the cluster's generation."""
+    cluster: Any = node.manager.engine._core.cluster
+    generations: Generations = cluster.plane.follower.generations
+    return generations
+
+
+async def until_closed(keys: dict[str, Any], node: Node) -> None:
+    """Wait until Redis has heard that a node was cleared alone in its generation."""
     redis = RedisCommands("127.0.0.1", keys["redis_port"], keys["redis_password"])
     pattern = f"flexkv:*{keys['p2p_zone']}}}:generation"
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            (names,) = await redis.run([("KEYS", pattern)])
-            if names and (await redis.run([("ZSCORE", names[0], "closed")]))[0] is not None:
-                break
+    closed = None
+    async with asyncio.timeout(10 * PATIENCE_S):
+        while closed is None or int(float(closed)) != generations_of(node).name:
+            for name in (await redis.run([("KEYS", pattern)]))[0]:
+                (closed,) = await redis.run([("ZSCORE", name, "closed")])
     await redis.close()
 
 
@@ -240,7 +247,7 @@ async def test_who_starts_after_another_node_was_cleared_alone_gets_nothing_of_b
         cleared.manager.clear()
         await cleared.until(lambda store: store.is_joined and store.generation == 1)
         await until(lambda: cleared.cluster.shared_generation is None)
-        await until_closed(keys)
+        await until_closed(keys, cleared)
         async with Node({**keys, **remote}) as fresh, Node({**keys, **ssd}) as member:
             for node in (fresh, member):
                 await until(lambda: len(node.cluster.state.nodes) == 3)  # noqa: B023

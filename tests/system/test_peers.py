@@ -50,9 +50,9 @@ def peer_tokens(node: Node, seed: int) -> int:
     return sum(count for tier, count in far.items() if tier.label == "peer")
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
     """Wait until a condition holds."""
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(patience_s):
         while not condition():  # noqa: ASYNC110 -- the state of another node
             await asyncio.sleep(0.01)
 
