@@ -439,6 +439,13 @@ class FaultyNode:
         assert np.array_equal(self.arena.array[OWN:], self._expected[OWN:])
         self._free = list(range(OWN, PLACES))
 
+    def check_idle(self) -> None:
+        """Check that nothing is kept for others, after nobody has asked for anything for long."""
+        tier = self.tier
+        assert tier._grants.counts.grants == 0
+        assert not tier._ring._places
+        assert (len(tier._sessions), len(tier._listener)) == (0, 0)
+
     # -- clears, and the end --------------------------------------------------------------------
 
     def clear_alone(self) -> None:
