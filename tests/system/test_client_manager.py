@@ -168,7 +168,7 @@ async def test_cancelling_ends_when_no_device_is_touched(tmp_path: Path) -> None
             with pytest.raises(asyncio.CancelledError):
                 await getting
         assert (await manager.get(PROMPT, SLOTS)).return_mask.all()
-        assert manager.statistics().claims == 0
+        eventually(lambda: manager.statistics().claims == 0)
     server.close()
 
 
