@@ -1,9 +1,10 @@
 """What strangers at the port of a node cost it: its own gets beside hostile frames.
 
 Limit: the same gets without strangers, twice, which shows how much two equal runs differ. The
-stranger is a process of this machine and needs a CPU, too; so its pace is bounded, and only then
-flat out. What a frame costs the node is told in CPU time. A connection that the kernel drops counts
-as a frame: the stranger gives it up soon, and tries again.
+stranger is a process of this machine and needs a CPU, too. So it also goes flat out at another
+port, which drops everything and which nobody serves: what that costs is not the node's work. What a
+frame costs the node is told in CPU time. A connection that the kernel drops counts as a frame: the
+stranger gives it up soon, and tries again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.harness import Figures, Options, alternate, median_ratio, percentile
+from flexkv.cluster import syn_filter, tcp
+from flexkv.cluster.strangers import ShutOut
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.kvmanager import KVManager
 from flexkv.testing.redis_server import RedisServer
@@ -33,7 +36,8 @@ PACE = 1000
 CONNECT_S = 0.002
 """How long the stranger waits for a connection; one that is not dropped takes a tenth of that."""
 ALONE, AGAIN, PACED, FLAT_OUT = "alone", "alone again", f"{PACE} frames/s", "flat out"
-PACES = {ALONE: 0, AGAIN: 0, PACED: PACE, FLAT_OUT: 1 << 30}
+ELSEWHERE = "flat out elsewhere"
+PACES = {ALONE: 0, AGAIN: 0, PACED: PACE, FLAT_OUT: 1 << 30, ELSEWHERE: 1 << 30}
 
 
 class _Run(NamedTuple):
@@ -52,12 +56,19 @@ class _Run(NamedTuple):
 def measure(options: Options) -> Figures:
     """Return the figures of the case."""
     gets = 50 if options.quick else 3000
-    with closing(RedisServer()) as redis:
+    with closing(RedisServer()) as redis, tcp.listening("127.0.0.1", 0, 16) as nobody:
         redis.start()
-        with closing(_Node(redis.port)) as node, closing(_Strangers(node.port)) as strangers:
+        syn_filter.apply(nobody, ShutOut(is_all=True))
+        with (
+            closing(_Node(redis.port)) as node,
+            closing(_Strangers(node.port)) as here,
+            closing(_Strangers(nobody.getsockname()[1])) as elsewhere,
+        ):
             runs: dict[str, list[_Run]] = {name: [] for name in PACES}
 
             def run(name: str) -> Callable[[], float]:
+                strangers = elsewhere if name == ELSEWHERE else here
+
                 def work() -> float:
                     strangers.talk(PACES[name])
                     try:
@@ -77,6 +88,7 @@ def measure(options: Options) -> Figures:
         figures[f"get p50, {name} (us)"] = statistics.median(took[name]) * 1e6
         figures[f"get p99, {name} (us)"] = p99_s * 1e6
         figures[f"p50, {name} / alone"] = median_ratio(took[name], took[ALONE])
+    figures["p50, flat out / elsewhere"] = median_ratio(took[FLAT_OUT], took[ELSEWHERE])
     for name in PACED, FLAT_OUT:
         frames = sum(each.frames for each in counted[name])
         more_s = sum(each.cpu_s - idle_s * len(each.gets_s) for each in counted[name])
