@@ -29,8 +29,8 @@ _PIECES_BYTES = (700, 5000, 1 << 16)
 """How many bytes a connection passes on at once."""
 _RECEIVED_BYTES = 64 << 10
 """What a node sends waits there beyond about this, while a fault holds it up."""
-_WANT, _FIELDS_BYTES = b"\xa4want", 16
-"""How a Want begins, and about how many bytes follow its keys."""
+_WANT, _FIELDS_BYTES = b"\xa4want", range(5, 14)
+"""How a Want begins, and where its positions, group and generation are about, from its end."""
 _ANSWER = struct.Struct("<IIQIIQ")
 _NO_LINGER = struct.pack("ii", 1, 0)
 
@@ -370,7 +370,7 @@ async def _flip(hit: _Hit) -> None:
 async def _garble(hit: _Hit) -> None:
     """Flip a bit in what is wanted: positions, group or generation, which follow the keys."""
     chunk = bytearray(hit.before + hit.after)
-    chunk[-1 - hit.random.randrange(_FIELDS_BYTES)] ^= 1 << hit.random.randrange(3)
+    chunk[-hit.random.choice(_FIELDS_BYTES)] ^= 1 << hit.random.randrange(2)
     await hit.stream.send(bytes(chunk))
 
 
