@@ -10,19 +10,25 @@ itself what is granted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from flexkv.actors.write_rate import WriteRate
 
-AHEAD_S = 1.0
-"""All that is granted can be sent within this time."""
+AHEAD_S, AHEAD_SHARE = 1.0, 0.5
+"""All that is granted can be sent within this time, or within this share of the time for which a
+reader lets an answer stand still, if that is shorter."""
 
 
 class OutRate:
     """What may be granted and sent to other nodes now."""
 
     def __init__(
-        self, bytes_per_s: float | None, block_bytes: Sequence[int], time: Callable[[], float]
+        self,
+        bytes_per_s: float | None,
+        block_bytes: Sequence[int],
+        time: Callable[[], float],
+        stall_s: float = math.inf,
     ) -> None:
         """Allow so many bytes a second; None: any number.
 
@@ -30,7 +36,9 @@ class OutRate:
             bytes_per_s: the rate.
             block_bytes: the bytes of a block of each KV group.
             time: returns the time in seconds.
+            stall_s: for how long readers wait for the next bytes of an answer.
         """
+        self._ahead_s = min(AHEAD_S, AHEAD_SHARE * stall_s)
         self._per_s, self._block_bytes, self._time = bytes_per_s, block_bytes, time
         self._granted, self._sent = WriteRate(bytes_per_s), WriteRate(bytes_per_s)
 
@@ -42,7 +50,7 @@ class OutRate:
         if self._per_s is None or group >= len(self._block_bytes):
             return None
         due_s = self._granted.wait_s(self._time())
-        blocks = int(max(0.0, AHEAD_S - due_s) * self._per_s / self._block_bytes[group])
+        blocks = int(max(0.0, self._ahead_s - due_s) * self._per_s / self._block_bytes[group])
         return blocks if due_s else max(1, blocks)
 
     def granted(self, group: int, blocks: int) -> None:

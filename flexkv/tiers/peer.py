@@ -225,7 +225,8 @@ class _Node:
         pinned_blocks = max(1, least, int(cache.p2p_pinned_max * blocks))
         fetches = PREFETCHES if cache.enable_p2p_ssd else 0
         limit, clock = cache.p2p_out_mb_per_s, asyncio.get_running_loop().time
-        rate = OutRate(None if limit is None else limit * MB, self._host.block_bytes, clock)
+        out_bytes_s, stall_s = None if limit is None else limit * MB, self.transports.times.stall_s
+        rate = OutRate(out_bytes_s, self._host.block_bytes, clock, stall_s)
         self._grants = Grants(
             hooks.owner,
             GrantLimits(pinned_blocks, prefetches=fetches, prefetches_per_peer=PREFETCHES_EACH),
@@ -233,9 +234,7 @@ class _Node:
             self.transports.locate,
             rate,
         )
-        self._sending = BlockSending(
-            self._ring, self._host, self._grants, self.transports.times.stall_s, rate
-        )
+        self._sending = BlockSending(self._ring, self._host, self._grants, stall_s, rate)
         peers = self._reader.peers = Peers(
             self._key,
             self._identity,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from flexkv.cluster.grants import BUSY_MS, GrantLimits, Grants
 from flexkv.cluster.wire import Busy, Grant
 from flexkv.tiers.out_rate import AHEAD_S, OutRate
+from flexkv.tiers.peer_times import reader_times
 from tests.cluster_rigs import keys_of
 from tests.unit.grants_rig import A, B, Rig, with_grants
 
@@ -64,6 +65,18 @@ def test_a_grant_has_what_can_be_sent_in_a_second() -> None:
     unbounded = OutRate(None, SIZES, clock)
     unbounded.granted(0, 1 << 30)
     assert (unbounded.room(0), unbounded.turn_s(1 << 40)) == (None, 0)
+
+
+def test_what_is_granted_is_sent_before_a_reader_takes_the_answer_for_stalled() -> None:
+    """With a short `io_deadline_s`, less is granted at once, so that no turn takes so long."""
+    clock, stall_s = Clock(), reader_times(2.0).stall_s
+    rate, waited_s = OutRate(50 * RATE, SIZES, clock, stall_s), list[float]()
+    while blocks := rate.room(0) or 0:
+        rate.granted(0, blocks)
+        waited_s += [rate.turn_s(SIZES[0]) for _ in range(blocks)]
+    assert 0.4 * stall_s < max(waited_s) < 0.6 * stall_s
+    patient = OutRate(50 * RATE, SIZES, clock, reader_times(10.0).stall_s)
+    assert patient.room(0) == 50 * RATE * AHEAD_S / SIZES[0]
 
 
 def paced(rig: Rig, limits: GrantLimits = MANY) -> OutRate:
