@@ -59,6 +59,7 @@ class Generation:
         self._alone = _alone()
         self._changes = self._written = 0
         self._error: Exception | None = None
+        self._is_stopped = False
         self._waiters: list[asyncio.Future[None]] = []
 
     @property
@@ -121,7 +122,7 @@ class Generation:
             ClosedError: the engine was closed meanwhile.
         """
         change = self._changes
-        while self._files and self._written < change:
+        while self._files and self._written < change and not self._is_stopped:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             await waiter
@@ -130,6 +131,7 @@ class Generation:
 
     def stop(self) -> None:
         """Let nobody wait any more: nothing is noted from now on."""
+        self._is_stopped = True
         self.was_noted(self._changes, ClosedError("the engine was closed"))
 
     # -- persistence ----------------------------------------------------------------------------

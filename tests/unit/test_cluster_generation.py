@@ -6,6 +6,7 @@ of the event in which it was put, so that it is known whether it is older than a
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Coroutine
 from copy import deepcopy
@@ -23,6 +24,7 @@ from flexkv.cluster.plane import MetadataPlane
 from flexkv.cluster.records import STREAMS
 from flexkv.cluster.redis_store import RedisStore
 from flexkv.cluster.store import BEGIN
+from flexkv.common.errors import ClosedError
 from flexkv.testing.fake_redis import FakeRedis, FakeRedisServer
 from flexkv.testing.virtual_time import run_virtual
 from flexkv.tiers.generation import Generation, forget_notes
@@ -360,6 +362,20 @@ def test_nodes_that_are_apart_share_nothing_with_each_other(tmp_path: Path) -> N
     assert max(apart) < 1 << 63, "it fits in a message"
     first.adopt(8, 8)
     assert (first.shared, first.is_apart) == (8, False)
+
+
+def test_a_clear_while_the_engine_closes_waits_for_no_note(tmp_path: Path) -> None:
+    """What changes once nothing is noted any more is told to be lost, and nobody waits for it."""
+
+    async def work() -> None:
+        generation = Generation([tmp_path])
+        generation.adopt(5, 5)
+        generation.stop()
+        generation.clear(None)
+        with pytest.raises(ClosedError):
+            await asyncio.wait_for(generation.written(), 1)
+
+    run_virtual(work())
 
 
 def test_notes_are_believed_if_all_directories_have_the_same(tmp_path: Path) -> None:
