@@ -151,7 +151,10 @@ class Peer:
         try:
             answer = await wants.want(wish, self._shared.identity.generation(), left_s)
         except TimeoutError:
-            raise self._unanswered(self._shared.times.answer_s) from None
+            within_s = self._shared.times.answer_s
+            if left_s < within_s / 2:  # connecting took most of it: the peer is not to blame
+                raise self._error("asking", f"no answer in {within_s:g} s") from None
+            raise self._unanswered(within_s) from None
         self._breaker.answered()
         if isinstance(answer, Busy):
             self._busy_until_s = asyncio.get_running_loop().time() + answer.after_ms / 1000

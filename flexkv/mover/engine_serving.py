@@ -72,11 +72,18 @@ class EngineServing:
                     return
                 self._reading += 1
             code = self._engine.read(endpoint, read.addresses, read.at, read.block_bytes)
-            with suppress(BrokenPipeError, ConnectionResetError):  # the main thread sees the end
-                self._connection.send(encode(Done(read.number, code)))
+            self._reply(Done(read.number, code))
             with self._lock:
                 self._reading -= 1
                 self._read_ended.notify()
+
+    def _reply(self, done: Done) -> None:
+        try:
+            self._connection.send(encode(done))
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the main thread sees the end
+        except OSError:  # nobody would hear of this read, nor of later ones of its node
+            os._exit(1)
 
     def drain(self, within_s: float) -> bool:
         """Begin no more reads; return whether those under way have ended in time."""

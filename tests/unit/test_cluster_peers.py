@@ -181,6 +181,28 @@ def test_a_silent_peer_is_noticed_in_bounded_time() -> None:
     reading(work)
 
 
+def test_questions_that_waited_for_a_slow_connection_take_no_peer_down() -> None:
+    """If connecting takes most of the time for an answer, a missing answer does not count."""
+
+    async def work(rig: Reading) -> None:
+        dial = rig.owner.dial
+
+        async def slow(address: str) -> Any:
+            await asyncio.sleep(0.9 * TIMES.connect_s)
+            return await dial(address)
+
+        rig.peers._shared = rig.peers._shared._replace(dial=slow)
+        rig.owner.answer = pongs
+        asking = [asyncio.ensure_future(rig.want()) for _ in range(5)]
+        for each in asking:
+            with pytest.raises(PeerError, match="no answer in 5 s"):
+                await each
+        await turns()
+        assert rig.peers.is_up(1)
+
+    reading(work)
+
+
 def test_a_peer_that_accepts_and_says_nothing_is_given_up() -> None:
     """A handshake without an answer ends in bounded time, for links and for data connections."""
 

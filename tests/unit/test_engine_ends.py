@@ -79,6 +79,19 @@ def test_reads_under_way_end_and_no_more_begin(ends: Ends) -> None:
     assert engine.reads == 2
 
 
+def test_a_process_that_cannot_answer_ends(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the end of a read cannot be told, though the engine's process lives, the mover ends."""
+    engine, statuses = Slow(), list[int]()
+    monkeypatch.setattr(engine_serving.os, "_exit", statuses.append)
+    serving = EngineServing(ends[1], engine)
+    serving.take(read(0))
+    assert engine.begun.acquire(timeout=PATIENCE_S)
+    ends[1].close()
+    engine.may_end.release()
+    assert serving.drain(PATIENCE_S)
+    assert statuses == [1]
+
+
 class ExitError(Exception):
     """Stands for the exit of the process."""
 
