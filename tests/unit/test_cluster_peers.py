@@ -187,7 +187,7 @@ def test_questions_that_waited_for_a_slow_connection_take_no_peer_down() -> None
     async def work(rig: Reading) -> None:
         dial = rig.owner.dial
 
-        async def slow(address: str) -> Any:
+        async def slow(address: str) -> socket.socket:
             await asyncio.sleep(0.9 * TIMES.connect_s)
             return await dial(address)
 
