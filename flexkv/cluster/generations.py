@@ -167,7 +167,7 @@ class Generations:
         self.on_reset(heard.now)
 
     async def mend(self, store: GenerationStore, is_apart: bool) -> None:
-        """Give the store what it lacks; a node that is apart closes its generation.
+        """Write to the store what it lacks; a node that is apart closes its generation.
 
         A node that has blocks of an earlier run lets those that run put theirs back first.
 

@@ -171,7 +171,7 @@ class RedisStore:
     # -- generation -----------------------------------------------------------------------------
 
     async def put_back(self, generation: int) -> None:
-        """Give the store what it has lost: see `ClusterStore.put_back`."""
+        """Write to the store what it has lost: see `ClusterStore.put_back`."""
         known: Command = ("ZADD", self._generation, "NX", generation, NOW)
         book: Command = ("ZADD", self._generation, "NX", new_book(), BOOK)
         await self._redis.run([known, book] if generation else [book])

@@ -1,6 +1,6 @@
 """Bounds how many bytes a node sends to others, so that its own requests keep their network.
 
-    want ──▶ room: what can be sent within a second ──▶ grant      no room: the reader asks again
+    want ──▶ room: what can be sent soon ──▶ grant      no room: the reader asks again
     read ──▶ each message begins once the bytes before it could have passed at the rate
 
 The first keeps the queue of what is to be sent short, so that no reader gives up an answer that

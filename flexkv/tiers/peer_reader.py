@@ -37,7 +37,7 @@ class PeerReader:
         self,
         membership: Membership,
         hints: Hints,
-        is_apart: Callable[[], bool],
+        shares_nothing: Callable[[], bool],
         times: ReaderTimes,
     ) -> None:
         """Ask nobody yet.
@@ -45,11 +45,11 @@ class PeerReader:
         Args:
             membership: says which node has which number.
             hints: name only holders that may be read from.
-            is_apart: returns whether this node shares nothing now.
+            shares_nothing: returns whether this node shares nothing now.
             times: how long holders may take.
         """
         self._membership, self._hints = membership, hints
-        self._is_apart, self._times = is_apart, times
+        self._shares_nothing, self._times = shares_nothing, times
         self.peers: Peers | None = None
         self._health = HolderHealth(self._update)
 
@@ -61,15 +61,11 @@ class PeerReader:
 
     # -- whom to ask ----------------------------------------------------------------------------
 
-    def avoid_some(self) -> None:
-        """Have hints avoid the holders that may not be read from."""
-        for member in self._membership.members():
-            self._update(member.holder)
-
     def forget_failures(self) -> None:
         """Try all holders again: what they have refused before, they may grant now."""
         self._health.clear()
-        self.avoid_some()
+        for member in self._membership.members():
+            self._update(member.holder)
 
     def link_changed(self, node: Node, _: bool) -> None:
         """Take note that the link to a node has failed, or is there again."""
@@ -80,7 +76,7 @@ class PeerReader:
     def joined(self, holder: int) -> None:
         """Use a number for a node that has joined."""
         self._health.forget(holder)
-        self._hints.avoid(holder, self._is_apart())
+        self._hints.avoid(holder, self._shares_nothing())
 
     def left(self, holder: int, node: NodeRecord) -> None:
         """End the link to a node that has left; its number may be another node's later."""
@@ -93,7 +89,7 @@ class PeerReader:
         return self.links.is_up(holder) and self._health.is_usable(holder)
 
     def _update(self, holder: int) -> None:
-        self._hints.avoid(holder, self._is_apart() or not self.is_up(holder))
+        self._hints.avoid(holder, self._shares_nothing() or not self.is_up(holder))
 
     def stop(self) -> None:
         """End the links to all nodes; what waits for them fails at once."""
