@@ -171,7 +171,10 @@ def test_a_load_that_fails_in_one_group_fails_whole(make: Make, model: str) -> N
 def test_a_failed_load_leaves_nothing_in_the_devices_cache(
     make: Make, model: str, local: int
 ) -> None:
-    """After it, its request and one with the same prompt hit only what the device had before."""
+    """Whichever of two requests for it begins first hits only what the device had before.
+
+    The other one then hits what the first has computed. Either load may end first.
+    """
     stand = make(model, max_num_seqs=1, num_blocks=160)
     talk = stand.answer("first", prompt(LONG))
     for number in range(len(MODELS[model])):
@@ -192,8 +195,7 @@ def test_a_failed_load_leaves_nothing_in_the_devices_cache(
         while not stand.is_idle:
             for new in stand.step().output.scheduled_new_reqs:
                 begun[new.req_id] = new.num_computed_tokens
-        assert begun["fails"] == local
-        assert begun["fails, too"] == LONG // PER_BLOCK * PER_BLOCK
+        assert list(begun.values()) == [local, LONG // PER_BLOCK * PER_BLOCK]
         stand.copies.loads_fail = lambda blocks: False
         assert stand.scheduler.reset_prefix_cache()
     stand.check_empty()
