@@ -42,7 +42,7 @@ BLOCKS, STRIDE_BYTES = 96, 40_960
 BLOCK_BYTES, LEAF_BYTES, RATIO = 40_000, 8_000, 4
 LEAVES = 64
 """Host blocks of the owner from here on are leaves."""
-STALL_S, PATIENCE_S = 2.0, 60.0
+STALL_S, PATIENCE_S = 5.0, 60.0
 BUSY_FOR_S = 0.3
 READER, HOLDER = PeerId(b"r" * 16, 1), 3
 ROUTE = Route(Tier.PEER, Tier.HOST)

@@ -212,15 +212,14 @@ def test_a_rank_that_reconnects_learns_what_it_has_missed(instance: LayeredInsta
     """A get that ended while a rank was away ends a wait that begins when the rank is back."""
     assert instance.request(Operation.PUT, 1, SOURCES).moved == len(SOURCES)
     one, two = instance.agents
-    number = instance.get(1, when_ready=True)
+    number, before = instance.get(1, when_ready=True), instance.client.epoch
     two.close()
     assert instance.end_of(number).status == "cancelled"
     instance.agents[1] = Agent(
         instance.client._address, model_of(2), settings_of(instance), 0, tp_rank=1
     )
     instance.agents[1].start(instance.caches[1])
-    eventually(lambda: (instance.client.poll(), not instance.client.is_ready)[1])
-    instance.wait_ready()
+    eventually(lambda: (instance.client.poll(), instance.client.epoch > before)[1])
     for agent in (one, instance.agents[1]):
         assert not agent.wait_for_layer([number], 0)
         assert agent.wait_for_end(number) == 0
