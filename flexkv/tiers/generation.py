@@ -12,7 +12,6 @@ generation than the cluster's (`cluster/generations.py`), and stays apart if it 
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,14 +23,14 @@ from flexkv.cluster.generations import Noted
 from flexkv.common.errors import ClosedError, StorageError
 from flexkv.common.terms import BlockIds, Tier
 from flexkv.index.residency import Residency
-from flexkv.io.private import sync_directory
 from flexkv.observe.logs import get_logger
+from flexkv.tiers.ssd_note import SsdNote
 
 log = get_logger(__name__)
 
 _ALONE_BITS = 62
 """A node that shares nothing has a generation of its own, of so many bits: others refuse it."""
-_NAME = "cluster-generation"
+NOTE = "cluster-generation"
 _APART = "apart"
 
 
@@ -50,9 +49,8 @@ class Generation:
 
     def __init__(self, directories: Sequence[Path]) -> None:
         """Take the directories of the SSD tier, which have blocks of the generation noted there."""
-        self._files = [each / _NAME for each in directories]
-        found = {_read(file) for file in self._files}
-        self.noted = found.pop() if len(found) == 1 else Noted()
+        self._note = SsdNote(directories, NOTE)
+        self.noted = _parsed(self._note.read())
         self.name = self.number = 0
         self.is_apart = self.is_adopting = self.has_restored = False
         self.on_apart: Callable[[], None] = lambda: None
@@ -101,12 +99,11 @@ class Generation:
 
         If it is not that of older blocks, no crash may bring those back any more.
         """
-        for file in self._files:
-            try:
-                _write(file, noted)
-            except OSError as error:
-                log.warning("cluster_generation_not_noted", path=str(file), error=str(error))
-                return StorageError(str(file), 0, error.errno or 0)
+        try:
+            self._note.write(f"{noted.name} {_APART}" if noted.is_apart else f"{noted.name}")
+        except StorageError as error:
+            log.warning("cluster_generation_not_noted", error=str(error))
+            return error
         return None
 
     def was_noted(self, change: int, error: Exception | None) -> None:
@@ -122,11 +119,11 @@ class Generation:
             ClosedError: the engine was closed meanwhile.
         """
         change = self._changes
-        while self._files and self._written < change and not self._is_stopped:
+        while self._note and self._written < change and not self._is_stopped:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             await waiter
-        if self._files and self._error is not None:
+        if self._note and self._error is not None:
             raise self._error
 
     def stop(self) -> None:
@@ -173,38 +170,11 @@ class Generation:
         """Do nothing."""
 
 
-def forget_notes(directories: Sequence[Path]) -> None:
-    """Remove what is noted beside an SSD tier that is not shared now: it will not be true later."""
-    for each in directories:
-        try:
-            (each / _NAME).unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("cluster_generation_not_removed", path=str(each), error=str(error))
-
-
 def _alone() -> int:
     return 1 << _ALONE_BITS | secrets.randbits(_ALONE_BITS)
 
 
-def _read(file: Path) -> Noted:
-    """Return the generation that a file notes."""
-    try:
-        name, *rest = file.read_text("ascii").split()
-    except (OSError, ValueError):
-        return Noted()
-    return Noted(int(name), rest == [_APART]) if name.isdecimal() else Noted()
-
-
-def _write(file: Path, noted: Noted) -> None:
-    """Make a file note a generation, whole or not at all."""
-    new = file.with_name(f"{_NAME}.new")
-    with open(new, "w", encoding="ascii") as stream:
-        stream.write(f"{noted.name} {_APART}\n" if noted.is_apart else f"{noted.name}\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(new, file)
-    folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        sync_directory(folder)
-    finally:
-        os.close(folder)
+def _parsed(line: str) -> Noted:
+    """Return the generation that a note says."""
+    name, _, rest = line.partition(" ")
+    return Noted(int(name), rest == _APART) if name.isdecimal() else Noted()

@@ -62,8 +62,9 @@ class GenerationChanges:
         if generation.has_restored:
             self._generations.noted = generation.noted
             if remote is not None:
-                name = generation.noted.name
-                remote.stay(name if name >> RANDOM_BITS else 0)  # a book is no generation
+                name, is_apart = generation.noted.name, generation.noted.is_apart
+                number = name if name >> RANDOM_BITS else 0  # a book is no generation
+                remote.stay(number, is_apart)
         self._generations.on_joined = self._joined
         self._generations.on_reset = self._reset
         self._generations.on_renamed = self._renamed
@@ -79,8 +80,6 @@ class GenerationChanges:
         )
         if not joined.is_noted and (number or generation.has_restored):
             self._clear(number)
-        elif joined.is_noted and not number and self._remote is not None:
-            self._remote.follow(None)  # there was no reset: no era of its pool is a later one
         generation.adopt(number, self._generations.name)
         if is_apart:
             log.warning(

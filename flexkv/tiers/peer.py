@@ -47,7 +47,7 @@ from flexkv.io.remote.names import Pool, PoolDescription
 from flexkv.observe.logs import get_logger
 from flexkv.process.descriptors import raise_limit
 from flexkv.tiers.far import keep_time
-from flexkv.tiers.generation import Generation, forget_notes
+from flexkv.tiers.generation import NOTE, Generation
 from flexkv.tiers.generation_changes import GenerationChanges, NodeActions
 from flexkv.tiers.out_rate import OutRate
 from flexkv.tiers.parts import ClusterStatistics, TierHooks, TierParts, Work
@@ -56,6 +56,7 @@ from flexkv.tiers.peer_sending import BlockSending
 from flexkv.tiers.peer_times import reader_times
 from flexkv.tiers.peer_transport import PeerTransport
 from flexkv.tiers.remote import RemoteTier
+from flexkv.tiers.ssd_note import SsdNote
 from flexkv.tiers.unavailable import Unavailable
 
 log = get_logger(__name__)
@@ -111,7 +112,7 @@ class PeerTier:
         """
         cache, sizes, hints = self._cache, self._sizes, self._hints
         if not cache.has_peers or hints is None:
-            forget_notes(cache.ssd_cache_dir if cache.enable_ssd else ())
+            SsdNote(cache.ssd_cache_dir if cache.enable_ssd else (), NOTE).forget()
             return None
         commands = RedisCommands(
             cache.redis_host, cache.redis_port, cache.redis_password.get_secret_value()

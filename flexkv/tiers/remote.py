@@ -43,8 +43,9 @@ from flexkv.tiers.remote_gc.rules import Limits
 from flexkv.tiers.remote_gc.touches import TouchCounts, Touches
 from flexkv.tiers.remote_listing import Listing
 from flexkv.tiers.remote_lookups import LookupCatalogue, Lookups
-from flexkv.tiers.remote_pool import SharedPool
+from flexkv.tiers.remote_pool import NOTE, SharedPool
 from flexkv.tiers.remote_probe import Probe, TierState
+from flexkv.tiers.ssd_note import SsdNote
 from flexkv.tiers.unavailable import Unavailable
 
 REQUESTS_MAX = 32
@@ -90,7 +91,9 @@ class RemoteTier:
             BackendUnavailableError: what the store needs is not installed.
         """
         cache, sizes, hints = self._cache, self._sizes, self._hints
+        ssd_directories = cache.ssd_cache_dir if cache.enable_ssd else ()
         if not cache.has_remote or hints is None:
+            SsdNote(ssd_directories, NOTE).forget()
             return None
         size = hints.span_blocks
         span_bytes = size * sizes.block_stride_bytes
@@ -108,7 +111,7 @@ class RemoteTier:
         identity = block_identity(sizes.spaces, secret)
         description = PoolDescription(identity, tuple(sizes.block_bytes), size)
         requests = self.requests = Requests(self._store(options, size), options)
-        pool = self.pool = SharedPool(requests.store, description)
+        pool = self.pool = SharedPool(requests.store, description, ssd_directories)
         discover = self._by_listing if self._can_list else self._by_lookups
         discovery = discover(requests, pool, hints)
         self.catalogue = discovery.catalogue
@@ -141,10 +144,10 @@ class RemoteTier:
         if self.pool is not None:
             self.pool.follow(cluster_generation)
 
-    def stay(self, cluster_generation: int) -> None:
-        """Do not join the pool of a later generation of the cluster before `follow`."""
+    def stay(self, cluster_generation: int, is_apart: bool) -> None:
+        """Stay in the pool of the blocks on SSD until `follow`: see `SharedPool`."""
         if self.pool is not None:
-            self.pool.stay(cluster_generation)
+            self.pool.stay(cluster_generation, is_apart)
 
     def _work(
         self, port: RemotePort, hints: Hints, work: Callable[[Spawn], Work], hooks: TierHooks
@@ -158,6 +161,7 @@ class RemoteTier:
             hooks.lose(why)
 
         port.spawn, pool.lose = hooks.spawn, lose
+        pool.clear_engine, pool.ssd_cleared = hooks.clear, hooks.ssd_cleared
         state = TierState(hooks.is_failing, hooks.try_now)
         return {
             "remote pool": pool.run(),

@@ -7,12 +7,18 @@
 A clear makes an engine leave its pool for a new one, since others may go on storing what it has
 cleared. Engines that start later join the latest generation; running ones do not follow. What older
 generations hold is garbage.
+
+An SSD tier outlives its engine, so the generation of its blocks is noted beside it: none of them
+may get into the pool of a later one. An engine that starts again and finds a later generation
+clears its tiers, unless it is in a cluster: the cluster says what is cleared, so it stays in the
+pool that is noted.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -20,12 +26,15 @@ import numpy as np
 from flexkv.actors.flight import wake
 from flexkv.actors.supervisor import Bell
 from flexkv.common.errors import ClosedError, ConfigError, RemoteError
-from flexkv.common.terms import BlockIds
+from flexkv.common.terms import BlockIds, Tier
 from flexkv.index.residency import Residency
 from flexkv.io.remote.names import Pool, PoolDescription
 from flexkv.io.remote.open import join_pool
 from flexkv.io.remote.store import Store
 from flexkv.observe.logs import get_logger
+from flexkv.process.stoppable import failure_within
+from flexkv.process.workers import Workers
+from flexkv.tiers.ssd_note import SsdNote
 
 log = get_logger(__name__)
 
@@ -40,6 +49,9 @@ CLEARS_MAX = 1 << 20
 """How many generations there may be between two resets of a cluster."""
 WRITTEN_S = 10.0
 """How long `written` waits for a new generation."""
+NOTE_S = 3.0
+"""How long the SSD tier may take to note the generation of its blocks."""
+NOTE = "remote-generation"
 
 
 class SharedPool:
@@ -52,17 +64,29 @@ class SharedPool:
         clears: how often it was left for one of a new generation.
         failure: why the store let no pool be joined last; None since one was joined.
         lose: takes the tier down for good, for a reason.
+        clear_engine: forgets all blocks of the engine.
+        ssd_cleared: returns once nothing brings back what was cleared of the SSD tier.
     """
 
-    def __init__(self, store: Store, description: PoolDescription) -> None:
-        """Take the store, and what the blocks are; nothing is sent."""
+    def __init__(
+        self, store: Store, description: PoolDescription, ssd_directories: Sequence[Path] = ()
+    ) -> None:
+        """Take the store, what the blocks are, and where the SSD tier is; nothing is sent."""
         self.span_blocks = description.span_blocks
         self.current: Pool | None = None
         self.clears = 0
         self.lose: Callable[[str], None] = _not_open
+        self.clear_engine: Callable[[], object] = lambda: None
+        self.ssd_cleared: Callable[[], Awaitable[None]] = _nothing_to_clear
         self.base = Pool(description)
         self._store = store
         self._is_new_wanted = self._is_followed = False
+        self._note = SsdNote(ssd_directories, NOTE)
+        self._noted = self._note.read()
+        self._kept: int | None = None
+        """The generation of blocks that an earlier run has left on SSD; None: there are none."""
+        self._stays = False
+        """Whether the engine stays in that generation, even if there is a later one."""
         self._era: int | None = None
         """The cluster's generation to which the one in use belongs; None: it is not known."""
         self._bell = Bell()
@@ -109,18 +133,58 @@ class SharedPool:
         """
         is_new, is_followed, clears = self._is_new_wanted, self._is_followed, self.clears
         generation = await self._latest(self._era)
-        if is_followed and not generation % CLEARS_MAX:
-            await self._begin(generation)
+        if self._kept is not None and not is_new:
+            if generation > self._kept and not self._stays:
+                self._start_anew()
+                return
+            generation = self._kept
+        if generation and (is_followed or self._kept):
+            await self._begin(generation)  # others have to find it; the store may have lost it
         while is_new and not await self._begin(generation := generation + 1):
             pass  # another engine has begun it meanwhile
         pool = Pool(msgspec.structs.replace(self.base.description, generation=generation))
         await join_pool(self._store, pool)
+        if self._note:
+            await self._note_generation(generation)
         if clears != self.clears:
             return  # a clear came meanwhile: the caller tries again
         self.current, self._is_new_wanted, self.failure = pool, False, None
         self._is_followed, self._era = False, generation // CLEARS_MAX
         log.info("remote_pool_joined", store=self._store.where, pool=pool.name)
         wake(self._waiters)
+
+    def _start_anew(self) -> None:
+        """Forget what an earlier run has left: another engine was cleared since then.
+
+        This engine joins the cleared one, so it counts as computing what that does now.
+        """
+        log.warning(
+            "tiers_cleared",
+            reason="another engine that shares the remote tier was cleared, "
+            "and the SSD tier's blocks are of before",
+        )
+        self.clear_engine()
+        self.clear(None)
+        self._is_new_wanted = False
+
+    async def _note_generation(self, generation: int) -> None:
+        """Note whose blocks the SSD tier has; if that fails, the next run may clear the tier."""
+
+        async def note() -> None:
+            await self.ssd_cleared()
+            thread = Workers(1, "flexkv-note")
+            line = f"{generation} {self._place}"
+            noting = asyncio.get_running_loop().run_in_executor(thread, self._note.write, line)
+            thread.shutdown(wait=False)  # it ends after the write
+            await noting
+
+        if why := await failure_within(NOTE_S, note()):
+            log.warning("remote_generation_not_noted", generation=generation, error=why)
+
+    @property
+    def _place(self) -> str:
+        """Return what has the generations: they are numbered anew in another store or pool."""
+        return f"{self._store.where} {self.base.name}"
 
     async def _renew(self) -> None:
         """Create the generation's object again, if a lifecycle rule of the bucket has deleted it.
@@ -177,7 +241,14 @@ class SharedPool:
     # -- persistence ----------------------------------------------------------------------------
 
     def restore(self, residency: Residency) -> int:
-        """Restore nothing: the table does not have what is far."""
+        """Restore nothing: the table does not have what is far, but it has what is on SSD.
+
+        If no generation of this pool is noted for those, they count as of before all clears.
+        """
+        if Tier.DISK in residency.tiers and residency.counts(Tier.DISK).ready:
+            generation, _, place = self._noted.partition(" ")
+            is_known = place == self._place and generation.isdecimal()
+            self._kept = int(generation) if is_known else 0
         return 0
 
     def stored(self, block_ids: BlockIds) -> None:
@@ -189,6 +260,7 @@ class SharedPool:
     def clear(self, root: bytes | None) -> None:
         """Leave the pool for one of a new generation, also for the clear of one namespace."""
         self.current, self._is_new_wanted, self._is_followed = None, True, False
+        self._kept, self._stays = None, False
         self.clears += 1
         wake(self._waiters)
         self._bell.ring()
@@ -209,13 +281,20 @@ class SharedPool:
         self.clear(None)
         self._is_new_wanted, self._is_followed, self._era = False, True, cluster_generation
 
-    def stay(self, cluster_generation: int) -> None:
-        """Join no other era than that of a generation of the cluster, as long as nothing is joined.
+    def stay(self, cluster_generation: int, is_apart: bool) -> None:
+        """Stay in the generation that is noted for the blocks on SSD, until `follow`.
 
-        This engine has blocks of that era, which it would store in the pool.
+        Args:
+            cluster_generation: of which they are; 0 before the first reset.
+            is_apart: whether the engine was cleared alone in it. If no generation of the pool that
+                it has begun then is noted, it begins another one.
         """
         if self.current is None:
-            self._era = cluster_generation
+            first, kept = CLEARS_MAX * cluster_generation, self._kept or 0
+            if cluster_generation and kept // CLEARS_MAX != cluster_generation:
+                kept = first
+            self._kept, self._stays, self._era = kept, True, kept // CLEARS_MAX
+            self._is_new_wanted = is_apart and not kept % CLEARS_MAX
 
     async def written(self) -> None:
         """Return once the pool of a new generation is joined, if there was a clear.
@@ -244,6 +323,10 @@ class SharedPool:
 
     async def finish(self) -> None:
         """Do nothing."""
+
+
+async def _nothing_to_clear() -> None:
+    """Return at once."""
 
 
 def _not_open(why: str) -> None:

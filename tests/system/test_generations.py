@@ -187,7 +187,7 @@ async def test_a_node_with_blocks_of_an_earlier_run_joins_no_later_pool_by_itsel
 ) -> None:
     """Its blocks get into no later pool before Redis has said whether there was a reset."""
     stayed: list[int] = []
-    monkeypatch.setattr(SharedPool, "stay", lambda _, number: stayed.append(number))
+    monkeypatch.setattr(SharedPool, "stay", lambda _, number, is_apart: stayed.append(number))
     ssd = {"enable_ssd": True, "num_ssd_blocks": 256, "ssd_cache_dir": str(tmp_path)}
     remote = {"enable_remote": True, "remote_cache_path": f"file://{tmp_path / 'remote'}"}
     (tmp_path / "remote").mkdir()
@@ -196,6 +196,28 @@ async def test_a_node_with_blocks_of_an_earlier_run_joins_no_later_pool_by_itsel
             assert stayed == [0] * earlier_runs
             await node.put(1)
             await until(lambda: Generation([tmp_path]).noted != Noted())
+
+
+async def test_a_node_that_is_started_again_brings_no_blocks_to_a_node_that_was_cleared(
+    keys: dict[str, Any], tmp_path: Path
+) -> None:
+    """It keeps its SSD, and the pool of the remote tier of its blocks, not that of the other."""
+    ssd = {"enable_ssd": True, "num_ssd_blocks": 256, "ssd_cache_dir": str(tmp_path / "ssd")}
+    remote = {"enable_remote": True, "remote_cache_path": f"file://{tmp_path / 'remote'}"}
+    (tmp_path / "remote").mkdir()
+    async with Node({**keys, **remote}) as cleared:
+        async with Node({**keys, **ssd, **remote}) as member:
+            await member.put(1)
+            await until(lambda: Generation([tmp_path / "ssd"]).noted != Noted())
+        cleared.manager.clear()
+        await cleared.until(lambda store: store.is_joined and store.generation == 1)
+        async with Node({**keys, **ssd, **remote}) as member:
+            await member.until(lambda store: store.is_joined)
+            await until(lambda: generations_of(member).is_known)
+            assert await member.get(1) == BLOCKS
+            await member.put(2)
+            assert (member.store.generation, member.cluster.shared_generation) == (0, 0)
+        assert [await cleared.get(seed) for seed in (1, 2)] == [0, 0]
 
 
 async def test_a_node_that_was_cleared_alone_stays_apart_when_it_is_started_again(

@@ -173,6 +173,34 @@ async def test_nothing_from_before_a_clear_comes_back(remote: dict[str, Any]) ->
         assert [await later.get(seed) for seed in (1, 2)] == [0, WHOLE]
 
 
+async def test_blocks_of_before_a_clear_of_another_engine_do_not_come_back_from_an_ssd(
+    remote: dict[str, Any], tmp_path: Path
+) -> None:
+    """An engine that starts again joins one that was cleared, without its older blocks on SSD."""
+    ssd = {"enable_ssd": True, "num_ssd_blocks": 256, "ssd_cache_dir": str(tmp_path / "ssd")}
+    async with Node({**remote, **ssd}) as away:
+        await away.until_stores(1)
+    async with Node({**remote, **ssd}) as away:
+        assert away.manager.match(prompt(1, BLOCKS)).tokens > 0
+        await away.until(lambda store: store.is_joined)
+        assert await away.get(1) == BLOCKS
+    async with Node(remote, remote_list_per_s=1000) as cleared:
+        await cleared.until(listed)
+        cleared.manager.clear()
+        await cleared.until(lambda store: store.generation == 1)
+        async with Node({**remote, **ssd}) as away:
+            await away.until(lambda store: store.generation == 1)
+            assert await away.get(1) == 0
+            await away.put(2)
+            await away.manager.flush()
+            rounds = cleared.store.listed_rounds
+            await cleared.until(lambda store: store.listed_rounds > rounds + 1)
+            assert (await cleared.get(1), await cleared.get(2)) == (0, WHOLE)
+        async with Node({**remote, **ssd}) as away:
+            await away.until(lambda store: store.is_joined)
+            assert await away.get(2) == BLOCKS
+
+
 async def test_engines_of_other_models_share_nothing(remote: dict[str, Any]) -> None:
     """Blocks of a model with another id are in another pool."""
     async with Node(remote) as first:

@@ -27,8 +27,9 @@ from flexkv.cluster.store import BEGIN
 from flexkv.common.errors import ClosedError
 from flexkv.testing.fake_redis import FakeRedis, FakeRedisServer
 from flexkv.testing.virtual_time import run_virtual
-from flexkv.tiers.generation import Generation, forget_notes
+from flexkv.tiers.generation import NOTE, Generation
 from flexkv.tiers.generation_changes import GenerationChanges, NodeActions
+from flexkv.tiers.ssd_note import SsdNote
 
 ALL = (BEGIN,) * STREAMS
 SEEDS = int(os.environ.get("GENERATION_SEEDS", "100"))
@@ -391,8 +392,8 @@ def test_notes_are_believed_if_all_directories_have_the_same(tmp_path: Path) -> 
     assert generation.note(generation.to_note[1]) is None
     assert Generation(folders).noted == Noted(X, True)
     for text in ("", f"{Y} apart\n", "x apart"):
-        (folders[1] / "cluster-generation").write_text(text)
+        (folders[1] / NOTE).write_text(text)
         assert Generation(folders).noted == Noted()
-    forget_notes(folders)
+    SsdNote(folders, NOTE).forget()
     assert [list(folder.iterdir()) for folder in folders] == [[], []]
-    forget_notes(folders)
+    SsdNote(folders, NOTE).forget()

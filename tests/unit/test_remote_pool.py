@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from errno import EIO
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from flexkv.common.errors import StorageError
+from flexkv.common.terms import Tier
+from flexkv.index.residency import Residency
 from flexkv.io.remote.directory import DirectoryStore
 from flexkv.io.remote.names import PoolDescription
 from flexkv.testing.timed_store import TimedObjects, TimedStore
 from flexkv.testing.virtual_time import run_virtual
 from flexkv.tiers import remote_pool
-from flexkv.tiers.remote_pool import ANSWER_S, CLEARS_MAX, SharedPool
+from flexkv.tiers.remote_pool import ANSWER_S, CLEARS_MAX, NOTE, SharedPool
 
 DESCRIPTION = PoolDescription({"model": "a model"}, (64,), 2)
 
@@ -123,6 +130,158 @@ async def test_a_clear_before_a_reset_is_seen_begins_no_generation_behind_it(
     store.close()
 
 
+class Restored:
+    """An index that has blocks on SSD of an earlier run."""
+
+    tiers = (Tier.HOST, Tier.DISK)
+
+    def counts(self, tier: Tier) -> SimpleNamespace:
+        """Return that some blocks are there."""
+        return SimpleNamespace(ready=int(tier is Tier.DISK))
+
+
+class Engines:
+    """Engines that are started again, each with an SSD tier of its own, and share a store."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = DirectoryStore(folder / "store")
+        self.cleared: list[str] = []
+        self._folder = folder
+
+    def start(self, name: str, has_blocks: bool = True) -> SharedPool:
+        """Start an engine, whose SSD tier has blocks or not."""
+        (self._folder / name).mkdir(exist_ok=True)
+        pool = SharedPool(self.store, DESCRIPTION, [self._folder / name])
+        if has_blocks:
+            pool.restore(cast(Residency, Restored()))
+
+        def clear_engine() -> None:
+            self.cleared.append(name)
+            pool.clear(None)
+
+        pool.clear_engine = clear_engine
+        return pool
+
+    def note(self, name: str) -> Path:
+        """Return the note beside an engine's SSD tier."""
+        return self._folder / name / NOTE
+
+
+@pytest.fixture
+def engines(tmp_path: Path) -> Iterator[Engines]:
+    """Return engines, none of which runs yet, over an empty store."""
+    made = Engines(tmp_path)
+    yield made
+    made.store.close()
+
+
+async def test_blocks_of_before_a_clear_of_another_engine_get_into_no_later_pool(
+    engines: Engines,
+) -> None:
+    """An engine that starts again forgets its SSD tier if another one was cleared since then."""
+    assert await generation_of(engines.start("away", has_blocks=False)) == 0
+    cleared = engines.start("cleared", has_blocks=False)
+    cleared.clear(None)
+    assert await generation_of(cleared) == 1
+    for _ in range(2):
+        assert await generation_of(engines.start("away")) == 1
+        assert engines.cleared == ["away"]
+    assert await generation_of(engines.start("cleared")) == 1
+    assert engines.cleared == ["away"]
+
+
+async def test_the_tiers_are_cleared_before_a_later_generation_is_noted(engines: Engines) -> None:
+    """If the clear of the SSD tier does not last, the next run clears it again."""
+
+    async def fails() -> None:
+        assert engines.cleared
+        raise StorageError("a journal", 0, EIO)
+
+    engines.start("other", has_blocks=False).clear(None)
+    cleared = engines.start("cleared", has_blocks=False)
+    cleared.clear(None)
+    assert await generation_of(cleared) == 1
+    pool = engines.start("away")
+    pool.ssd_cleared = fails
+    assert await generation_of(pool) == 1
+    assert not engines.note("away").exists()
+    assert await generation_of(engines.start("away")) == 1
+    assert engines.cleared == ["away"] * 2
+    assert engines.note("away").exists()
+
+
+async def test_a_note_that_cannot_be_written_keeps_no_engine_from_the_store(
+    engines: Engines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory that is gone, or a disk that hangs, costs a warning."""
+    pool = engines.start("engine", has_blocks=False)
+    engines.note("engine").parent.rmdir()
+    assert await generation_of(pool) == 0
+    assert "ENOENT" in caplog.text
+    monkeypatch.setattr(remote_pool, "NOTE_S", 0.01)
+    pool = engines.start("engine", has_blocks=False)
+    pool.ssd_cleared = asyncio.get_running_loop().create_future
+    assert await generation_of(pool) == 0
+    assert "not finished within" in caplog.text
+
+
+async def test_a_generation_that_the_store_has_lost_is_begun_again(
+    engines: Engines, tmp_path: Path
+) -> None:
+    """Engines that start later find it then, so that they do not join an older one."""
+    cleared = engines.start("cleared", has_blocks=False)
+    cleared.clear(None)
+    assert await generation_of(cleared) == 1
+    (tmp_path / "store" / cleared.base.generations / "1").unlink()
+    assert await generation_of(engines.start("cleared")) == 1
+    assert await generation_of(engines.start("later", has_blocks=False)) == 1
+    assert engines.cleared == []
+
+
+@pytest.mark.parametrize("line", ["", "1", "1 elsewhere", "one file", "\xff", "-1 file"])
+async def test_a_note_of_another_store_is_not_believed(engines: Engines, line: str) -> None:
+    """Blocks of which it is not known count as of before all clears."""
+    cleared = engines.start("cleared", has_blocks=False)
+    cleared.clear(None)
+    assert await generation_of(cleared) == 1
+    engines.start("engine")
+    engines.note("engine").write_text(line, "latin-1")
+    assert await generation_of(engines.start("engine")) == 1
+    assert engines.cleared == ["engine"]
+
+
+async def test_an_engine_of_a_cluster_stays_in_the_pool_of_its_blocks(engines: Engines) -> None:
+    """The cluster says what is cleared: a lone clear of another engine is nothing to this one."""
+    for era in (0, 2):
+        member = engines.start("member", has_blocks=False)
+        if era:
+            member.follow(era)
+        assert await generation_of(member) == era * CLEARS_MAX
+        cleared = engines.start("cleared", has_blocks=False)
+        if era:
+            cleared.follow(era)
+            assert await generation_of(cleared) == era * CLEARS_MAX
+        cleared.clear(None)
+        assert await generation_of(cleared) == era * CLEARS_MAX + 1
+        for name, is_apart in (("member", False), ("cleared", True)):
+            again = engines.start(name)
+            again.stay(era, is_apart)
+            assert await generation_of(again) == era * CLEARS_MAX + is_apart
+    assert engines.cleared == []
+
+
+async def test_an_engine_that_was_cleared_alone_is_in_a_generation_of_its_own(
+    engines: Engines,
+) -> None:
+    """If it ended before that was noted, it begins one when it starts again."""
+    member = engines.start("engine", has_blocks=False)
+    member.follow(2)
+    assert await generation_of(member) == 2 * CLEARS_MAX
+    again = engines.start("engine")
+    again.stay(2, True)
+    assert await generation_of(again) == 2 * CLEARS_MAX + 1
+
+
 async def test_an_engine_with_blocks_of_an_earlier_run_stores_none_of_them_after_a_reset(
     tmp_path: Path,
 ) -> None:
@@ -131,7 +290,7 @@ async def test_an_engine_with_blocks_of_an_earlier_run_stores_none_of_them_after
     others, away, fresh = (SharedPool(store, DESCRIPTION) for _ in range(3))
     others.follow(3)
     assert await generation_of(others) == 3 * CLEARS_MAX
-    away.stay(2)
+    away.stay(2, False)
     assert await generation_of(away) == 2 * CLEARS_MAX
     away.follow(3)
     assert await generation_of(away) == await generation_of(fresh) == 3 * CLEARS_MAX
