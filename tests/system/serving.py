@@ -31,16 +31,21 @@ from flexkv.server.wire import (
 from .caches import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches
 
 BLOCKS = 8
+ANSWER_MS = 1000
+"""Longer than by default, so that a slow machine is no fault."""
 
 
 def settings_in(folder: Path, server_client_mode: bool = False, **changes: Any) -> Settings:
     """Return the settings of a server with its files in a folder."""
     cache, address = cache_config(folder, **changes), f"ipc://{folder}/socket"
     mode = server_client_mode
-    return Settings(server_recv_port=address, server_client_mode=mode, cache_config=cache)
+    return Settings(
+        server_recv_port=address, server_client_mode=mode, server_answer_ms=ANSWER_MS,
+        cache_config=cache,
+    )  # fmt: skip
 
 
-def eventually(what: Callable[[], Any], within_s: float = 10.0) -> Any:
+def eventually(what: Callable[[], Any], within_s: float = 60.0) -> Any:
     """Call a function until its result is true, and return that."""
     until_s = time.monotonic() + within_s
     while not (found := what()):

@@ -60,7 +60,8 @@ def test_a_put_that_its_client_has_given_up_is_not_believed(
     settings: Settings, launched: LaunchedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A put that its client gave up while the server was stopped stores nothing."""
-    copy, delay_s = Agent._copy, [0.6]
+    answer_s = settings.server_answer_ms / 1e3
+    copy, delay_s = Agent._copy, [2.4 * answer_s]
 
     def slow(self: Agent, asked: Copy) -> None:
         time.sleep(delay_s[0])
@@ -79,7 +80,7 @@ def test_a_put_that_its_client_has_given_up_is_not_believed(
     assert instance.end_of(number).status == "failed"
     for layer in instance.caches[0]:
         layer[:, :BLOCKS] = 7.0
-    time.sleep(1.0)
+    time.sleep(4 * answer_s)
     os.kill(launched.pid, signal.SIGCONT)
     delay_s[0] = 0.0
     instance.wait_ready()
@@ -378,7 +379,7 @@ def test_a_stopped_server_costs_the_scheduler_little(
         instance.client.poll()
     took_s = time.monotonic() - begin
     os.kill(launched.pid, signal.SIGCONT)
-    assert took_s < 2.0
+    assert took_s < 8 * settings.server_answer_ms / 1e3
     instance.wait_ready()
     instance.close()
 
