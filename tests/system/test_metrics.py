@@ -157,7 +157,12 @@ async def test_an_engine_on_the_callers_loop_is_read_too(tmp_path: Path) -> None
 def test_the_dashboard_asks_for_what_there_is(tmp_path: Path) -> None:
     """Every name and label that the dashboard uses is exposed, and no two panels overlap."""
     remote = {"enable_remote": True, "remote_cache_path": f"file://{tmp_path}/shared"}
-    peers = {"enable_p2p_cpu": True, "redis_port": 1}  # nothing listens there
+    mooncake = tmp_path / "mooncake.json"
+    mooncake.write_text(json.dumps({"engine_ip": "127.0.0.1", "protocol": "tcp"}))
+    peers = {
+        "enable_p2p_cpu": True, "mooncake_config_path": str(mooncake),
+        "redis_port": 1,  # nothing listens there
+    }  # fmt: skip
     manager = KVManager(MODEL, cache_config(tmp_path / "disk", **remote, **peers))
     manager.start()
     manager.register_kv_caches(kv_caches())
