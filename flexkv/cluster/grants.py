@@ -8,7 +8,7 @@
 All grants together keep a bounded number of blocks; one that several grants keep counts once. Of
 what is still free, a peer gets half, after what it already has is taken off. So one peer alone gets
 half of the bound, more peers share it, and there is always something left for a newcomer. A grant
-that such a limit cuts says so (`Grant.is_cut`).
+that such a limit cuts says so (`Grant.is_cut`). How often a grant is read is bounded, too.
 
 The pins outlive the grant until the read that is under way has ended: no block is reused while it
 is being sent. Reads by Mooncake are not seen here, so a block may be reused under one of them: its
@@ -47,6 +47,9 @@ Reply: TypeAlias = Callable[[Grant | Busy], None]
 
 IDLE_S = 30.0
 """A grant ends if nothing of it was read for so long."""
+READS_EACH = 2
+"""How often the blocks of a grant may be read, all together. A reader needs each of them once: it
+wants anew what has failed. A second time is for one whose connection has broken."""
 PREFETCH_S, PREFETCH_SHARE = 3.0, 0.75
 """A Want waits for the disk for so many seconds, or this share of the time that its reader waits,
 if that is less. Then it is granted what is there."""
@@ -124,6 +127,8 @@ class ReadStatus(IntEnum):
     NO_GRANT = 1
     NOT_GRANTED = 2
     """The range is not part of the grant."""
+    TOO_OFTEN = 4
+    """As many blocks as `READS_EACH` allows were read of the grant."""
 
 
 class Lent(NamedTuple):
@@ -173,17 +178,18 @@ class _Grant:
         is_over: whether it has ended, so that the last read releases the blocks.
         answer: to whom it is promised, while it waits.
         used_s: when it was granted or read from.
+        lent: how many blocks were lent of it, each as often as it was.
     """
 
     __slots__ = (
-        "answer", "first", "group", "held", "is_over", "is_waiting", "number", "peer", "reads",
-        "reserved", "task", "used_s",
+        "answer", "first", "group", "held", "is_over", "is_waiting", "lent", "number", "peer",
+        "reads", "reserved", "task", "used_s",
     )  # fmt: skip
 
     def __init__(self, peer: PeerId, want: Want, held: Held) -> None:
         self.peer, self.number, self.first, self.held = peer, want.number, want.first, held
         self.group = want.group
-        self.reserved = self.reads = 0
+        self.reserved = self.reads = self.lent = 0
         self.is_waiting = self.is_over = False
         self.task: asyncio.Task[None] | None = None
         self.answer: Reply | None = None
@@ -229,9 +235,7 @@ class Grants:
         self._number = self._pinned = self._reserved = self._prefetches = 0
         self._kept_by: dict[PeerId, int] = {}
         """How many blocks each peer keeps, or has room reserved for."""
-        self._told = dict.fromkeys(
-            ("granted", "missed", "busy", "prefetched", "expired", "reads"), 0
-        )
+        self._told = dict.fromkeys(GrantCounts.__struct_fields__[2:], 0)
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -251,8 +255,7 @@ class Grants:
         of_peer = self._grants.get(peer, {})
         if want.number in of_peer:
             raise PeerProtocolError(f"the number {want.number} is in use")
-        limits = self._limits
-        if self._number >= limits.grants or len(of_peer) >= limits.grants_per_peer:
+        if self._number >= self._limits.grants or len(of_peer) >= self._limits.grants_per_peer:
             self.put_off(want, answer)
             return
         held, is_cut = self._hold(peer, want)
@@ -274,8 +277,7 @@ class Grants:
 
     def release(self, peer: PeerId, number: int) -> None:
         """End a grant or an unanswered Want; it may have ended already."""
-        grant = self._grants.get(peer, {}).get(number)
-        if grant is not None:
+        if (grant := self._grants.get(peer, {}).get(number)) is not None:
             self._end(grant)
 
     def end_peer(self, peer: PeerId) -> None:
@@ -316,6 +318,12 @@ class Grants:
         ids = grant.held.block_ids[begin : begin + count]
         if int(ids.min()) < 0:
             return ReadStatus.NOT_GRANTED
+        there = len(_there(grant.held))
+        if grant.lent + count > READS_EACH * there:
+            return ReadStatus.TOO_OFTEN
+        grant.lent += count
+        if self._pace is not None and grant.lent > there:  # it was granted to be sent once
+            self._pace.granted(grant.group, min(count, grant.lent - there))
         grant.reads += 1
         self._told["reads"] += 1
         self._use(grant)

@@ -46,7 +46,7 @@ class BlockSending:
         with connection:  # the ring has a descriptor of its own
             index = self._ring.add(connection)
         try:
-            sender = Sender(self._ring, self._stall_s, self._rate.turn_s)
+            sender = Sender(self._ring, self._stall_s, self._rate)
             await sender.serve(index, partial(self.lookup, peer))
         except (OSError, StreamEndedError, MalformedError, TimeoutError) as error:
             log.warning("peer_data_ended", peer=str(peer), reason=str(error) or "too slow")

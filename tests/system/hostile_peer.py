@@ -18,6 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from flexkv.cluster import tcp
+from flexkv.cluster.grants import READS_EACH
 from flexkv.cluster.handshake import Identity, introduce_to_owner, prove_to_owner
 from flexkv.cluster.wire import (
     FRAME_BYTES_MAX,
@@ -75,11 +76,16 @@ class Target(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """A grant: the keys that were asked, and from where on how many blocks were granted."""
+    """A grant: the keys that were asked, and from where on how many blocks were granted.
+
+    Attributes:
+        asked: how many blocks each READ of it has asked for.
+    """
 
     keys: bytes
     first: int
     count: int
+    asked: list[int]
 
     def key(self, position: int) -> bytes:
         """Return the key of the block at a position."""
@@ -101,6 +107,7 @@ class HostilePeer:
     Attributes:
         read_blocks: how many blocks it has read.
         refused: how many READs were refused.
+        too_often: how many of them because of what was read before.
         ended: how many connections its target has ended.
     """
 
@@ -118,13 +125,14 @@ class HostilePeer:
         """Grants whose link was closed: the target ends them once it notices."""
         self._recorded: list[bytes] = []
         self._by_sum = {total: key for key, total in target.sums.items()}
-        self.read_blocks = self.refused = self.ended = 0
+        self.read_blocks = self.refused = self.too_often = self.ended = 0
 
     async def run(self, steps: int) -> None:
         """Do so many things, one after the other."""
         does = [
             *[self._want] * 8, *[self._read] * 16, *[self._release] * 2, self._snapshot,
             self._garbage, self._end_one, self._replay, self._read_and_go,
+            *[self._read_on] * 2,
         ]  # fmt: skip
         for _ in range(steps):
             try:
@@ -242,7 +250,7 @@ class HostilePeer:
             assert told.count <= last - first
             assert told.places is None
             if told.count:
-                self.given[number] = _Given(keys, first, told.count)
+                self.given[number] = _Given(keys, first, told.count, [])
                 self._released.pop(number, None)
 
     async def _release(self) -> None:
@@ -306,7 +314,7 @@ class HostilePeer:
         """Return a READ of something granted, or not."""
         chance, size = self._random, self._target.block_bytes
         other = chance.choice([self, *self._others])
-        nothing = {n: _Given(b"", chance.randrange(40), 40) for n in (0, (1 << 64) - 1)}
+        nothing = {n: _Given(b"", chance.randrange(40), 40, []) for n in (0, (1 << 64) - 1)}
         wrong = [self._released, self._doubtful, other.given, nothing]
         grants = self.given if chance.random() < 0.7 else chance.choice(wrong)
         number, given = chance.choice([*grants.items()] or [*nothing.items()])
@@ -322,11 +330,25 @@ class HostilePeer:
                 size = chance.choice([0, 1, size - 1, size + 1, 2 * size, 1 << 30, (1 << 64) - 1])
             case _:
                 pass
+        given.asked.append(min(blocks, 64))
         return Read(number, max(0, first), blocks, size)
 
+    async def _read_on(self) -> None:
+        """Read a grant over and over."""
+        if self.given:
+            number, given = self._random.choice([*self.given.items()])
+            read = Read(number, given.first, min(64, given.count), self._target.block_bytes)
+            for _ in range(READS_EACH + 1):
+                given.asked.append(read.blocks)
+                await self._get(read)
+
     async def _read(self) -> None:
+        """Read something granted, or not."""
+        await self._get(self._some_read())
+
+    async def _get(self, read: Read) -> None:
         """Send a READ, and check what comes."""
-        read, lane = self._some_read(), await self._lane()
+        lane = await self._lane()
         lane.writer.write(read.packed())
         head = await lane.reader.readexactly(HEADER_BYTES)
         _, status, *rest = struct.unpack("<IIQIIQ", head)
@@ -335,6 +357,12 @@ class HostilePeer:
         given = grants.get(read.number)
         if status != Status.OK:
             self.refused += 1
+            if status == Status.TOO_OFTEN:
+                assert given is not None
+                is_often = sum(given.asked) > READS_EACH * given.count
+                assert is_often or read.number in self._doubtful  # it may be of a replayed want
+                self.too_often += 1
+                return
             if given is not None and read.number in self.given and self._is_right(read, given):
                 await self._pinged()  # or the link has ended, since nothing was said for long
                 raise AssertionError(f"{read} was refused: {status}; {given.first=} {given.count=}")

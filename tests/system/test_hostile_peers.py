@@ -56,7 +56,7 @@ async def target_of(owner: Node) -> Target:
 async def test_a_hostile_peer_hears_what_it_was_granted_and_leaves_no_hold(
     keys: dict[str, Any], seed: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever peers say, they get blocks of their own grants only.
+    """Whatever peers say, they get blocks of their own grants only, and none again and again.
 
     The owner goes on storing and evicting meanwhile, and keeps nothing for them in the end.
     """
@@ -75,6 +75,7 @@ async def test_a_hostile_peer_hears_what_it_was_granted_and_leaves_no_hold(
                     await owner.put(1 + other % PROMPTS)
         assert sum(each.read_blocks for each in attackers) > 50
         assert sum(each.refused for each in attackers) > 20
+        assert sum(each.too_often for each in attackers) > 0
         for each in attackers:
             each.close()
 

@@ -12,6 +12,7 @@ from flexkv.cluster.grants import (
     BUSY_MS,
     IDLE_S,
     PREFETCH_S,
+    READS_EACH,
     GrantLimits,
     Lent,
     ReadStatus,
@@ -387,6 +388,29 @@ def test_leaves_may_have_gaps() -> None:
         lent(rig.grants.blocks(A, number, 5, 2)).ended()
         lent(rig.grants.blocks(A, number, 2, 1)).ended()
         assert rig.grants.blocks(A, number, 2, 2) is ReadStatus.NOT_GRANTED
+
+    with_grants(work)
+
+
+def test_a_grant_is_read_a_bounded_number_of_times() -> None:
+    """Its reads have as many blocks as are there, `READS_EACH` times; what is refused costs none.
+
+    A reader that reads on takes nothing from others' network, and keeps what else it has.
+    """
+
+    async def work(rig: Rig) -> None:
+        keys = keys_of(1, 8)
+        rig.owner.put(keys, 0, 3)
+        rig.owner.put(keys, 5, 7)
+        number, other = (rig.want(A, keys, 0, 8, group=1) for _ in range(2))
+        for _ in range(READS_EACH):
+            assert rig.grants.blocks(A, number, 2, 2) is ReadStatus.NOT_GRANTED
+            lent(rig.grants.blocks(A, number, 0, 3)).ended()
+            lent(rig.grants.blocks(A, number, 5, 1)).ended()
+        assert rig.grants.blocks(A, number, 0, READS_EACH + 1) is ReadStatus.TOO_OFTEN
+        lent(rig.grants.blocks(A, number, 0, READS_EACH)).ended()
+        assert rig.grants.blocks(A, number, 6, 1) is ReadStatus.TOO_OFTEN
+        lent(rig.grants.blocks(A, other, 6, 1)).ended()
 
     with_grants(work)
 

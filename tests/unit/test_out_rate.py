@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from itertools import combinations
+from math import inf
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexkv.cluster.grants import BUSY_MS, GrantLimits, Grants
+from flexkv.cluster.grants import BUSY_MS, READS_EACH, GrantLimits, Grants, ReadStatus
 from flexkv.cluster.wire import Busy, Grant
+from flexkv.testing.virtual_time import run_virtual
 from flexkv.tiers.out_rate import AHEAD_S, OutRate
 from flexkv.tiers.peer_times import reader_times
 from tests.cluster_rigs import keys_of
-from tests.unit.grants_rig import A, B, Rig, with_grants
+from tests.unit.grants_rig import A, B, Rig, lent, with_grants
 
 SIZES = 1000, 300
 RATE = 5000.0
@@ -32,21 +35,86 @@ class Clock:
         return self.now_s
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 9000)), max_size=40))
-def test_messages_have_turns_at_the_rate(messages: list[tuple[float, int]]) -> None:
-    """In any interval, at most the rate and one message more begin; nothing waits without need."""
-    clock = Clock()
-    rate, begun = OutRate(RATE, SIZES, clock), list[tuple[float, int]]()
-    free_s = 0.0
-    for after_s, nbytes in messages:
-        clock.now_s += after_s
-        begins_s = clock.now_s + rate.turn_s(nbytes)
-        assert begins_s == pytest.approx(max(clock.now_s, free_s))
-        free_s = begins_s + nbytes / RATE
-        begun.append((begins_s, nbytes))
-    for first, last in combinations(range(len(begun)), 2):
-        sent = sum(nbytes for _, nbytes in begun[first:last])
-        assert sent <= RATE * (begun[last][0] - begun[first][0]) + 1e-3
+class Message(NamedTuple):
+    """A message that a reader asks for.
+
+    Attributes:
+        after_s: when it is asked for, after the one before.
+        nbytes: of it.
+        sent_bytes: how many are sent; the rest is given back, and all of it if its reader has gone.
+        ends_s: how long after its begin it ends early.
+        leaves_s: how long after it was asked for its reader gives up waiting.
+    """
+
+    after_s: float
+    nbytes: int
+    sent_bytes: int
+    ends_s: float
+    leaves_s: float
+
+
+def messages() -> st.SearchStrategy[Message]:
+    """Return messages: whole ones, some that end early, and some of readers that do not wait."""
+    nbytes = st.integers(1, 9000)
+    whole, leaving = st.just(9000), st.one_of(st.just(1e9), st.floats(0.001, 3))
+    built = st.builds(
+        Message,
+        st.floats(0, 1),
+        nbytes,
+        st.one_of(whole, st.integers(0, 9000)),
+        st.floats(0, 2),
+        leaving,
+    )
+    return built.map(lambda each: each._replace(sent_bytes=min(each.sent_bytes, each.nbytes)))
+
+
+def begun(asked: list[Message]) -> list[tuple[float, float, Message]]:
+    """Return when each message was asked for and has begun, of those that have."""
+    told = list[tuple[float, float, Message]]()
+
+    async def read(rate: OutRate, at_s: float, message: Message) -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(at_s)
+        try:
+            async with asyncio.timeout(message.leaves_s):
+                begun_s = await rate.turn(message.nbytes)
+        except TimeoutError:
+            return
+        told.append((at_s, begun_s, message))
+        assert begun_s == loop.time()
+        if message.sent_bytes < message.nbytes:
+            await asyncio.sleep(message.ends_s)
+            rate.unsent(begun_s, message.sent_bytes)
+
+    async def main() -> None:
+        rate, at_s = OutRate(RATE, SIZES, asyncio.get_running_loop().time), 0.0
+        async with asyncio.TaskGroup() as tasks:
+            for message in asked:
+                at_s += message.after_s
+                tasks.create_task(read(rate, at_s, message))
+
+    run_virtual(main())
+    return told
+
+
+@given(st.lists(messages(), max_size=20))
+def test_messages_have_turns_at_the_rate(asked: list[Message]) -> None:
+    """In any interval, at most the rate and one message more begin, whatever readers do.
+
+    They begin in the order in which they were asked for, and none waits without need: not for a
+    reader that has gone, and of a message that ended early only for what was sent of it.
+    """
+    told, free_s = begun(asked), 0.0
+    assert [at_s for at_s, _, _ in told] == sorted(at_s for at_s, _, _ in told)
+    for at_s, begun_s, (_, nbytes, sent_bytes, ends_s, _) in told:
+        assert begun_s == pytest.approx(max(at_s, free_s))
+        ended_s = inf if sent_bytes == nbytes else begun_s + ends_s
+        free_s = min(begun_s + nbytes / RATE, max(ended_s, begun_s + sent_bytes / RATE))
+    for first, last in combinations(range(len(told)), 2):
+        sent = sum(message.sent_bytes for _, _, message in told[first:last])
+        assert sent <= RATE * (told[last][1] - told[first][1]) + 1e-3
+    stay = sum(message.leaves_s > 1e6 for message in asked)
+    assert len(told) >= stay
 
 
 def test_a_grant_has_what_can_be_sent_in_a_second() -> None:
@@ -64,18 +132,40 @@ def test_a_grant_has_what_can_be_sent_in_a_second() -> None:
     assert rate.room(1) > 0
     unbounded = OutRate(None, SIZES, clock)
     unbounded.granted(0, 1 << 30)
-    assert (unbounded.room(0), unbounded.turn_s(1 << 40)) == (None, 0)
+    assert unbounded.room(0) is None
+
+
+def test_without_a_rate_nothing_waits() -> None:
+    """Any number of bytes may be sent at once."""
+
+    async def main() -> None:
+        rate, loop = (
+            OutRate(None, SIZES, asyncio.get_running_loop().time),
+            asyncio.get_running_loop(),
+        )
+        assert [await rate.turn(1 << 40) for _ in range(3)] == [loop.time()] * 3
+        rate.unsent(loop.time(), 0)
+
+    run_virtual(main())
 
 
 def test_what_is_granted_is_sent_before_a_reader_takes_the_answer_for_stalled() -> None:
     """With a short `io_deadline_s`, less is granted at once, so that no turn takes so long."""
-    clock, stall_s = Clock(), reader_times(2.0).stall_s
-    rate, waited_s = OutRate(50 * RATE, SIZES, clock, stall_s), list[float]()
-    while blocks := rate.room(0) or 0:
-        rate.granted(0, blocks)
-        waited_s += [rate.turn_s(SIZES[0]) for _ in range(blocks)]
+    stall_s, waited_s = reader_times(2.0).stall_s, list[float]()
+
+    async def main() -> None:
+        time = asyncio.get_running_loop().time
+        rate = OutRate(50 * RATE, SIZES, time, stall_s)
+        async with asyncio.TaskGroup() as tasks:
+            turns = list[asyncio.Task[float]]()
+            while blocks := rate.room(0) or 0:
+                rate.granted(0, blocks)
+                turns += [tasks.create_task(rate.turn(SIZES[0])) for _ in range(blocks)]
+        waited_s.extend(turn.result() for turn in turns)
+
+    run_virtual(main())
     assert 0.4 * stall_s < max(waited_s) < 0.6 * stall_s
-    patient = OutRate(50 * RATE, SIZES, clock, reader_times(10.0).stall_s)
+    patient = OutRate(50 * RATE, SIZES, Clock(), reader_times(10.0).stall_s)
     assert patient.room(0) == 50 * RATE * AHEAD_S / SIZES[0]
 
 
@@ -144,6 +234,25 @@ def test_the_disk_is_not_asked_for_what_cannot_be_sent() -> None:
         rig.want(B, keys, 6, 12)
         assert isinstance(rig.answers[-1], Busy)
         assert not rig.owner.prefetching
+        rig.grants.close()
+
+    with_grants(work)
+
+
+def test_what_is_read_again_takes_its_time_from_later_grants() -> None:
+    """A reader that reads its blocks twice has no more sent to it than its grants allow for."""
+
+    async def work(rig: Rig) -> None:
+        rate, keys = paced(rig), rig.stored(1, 4)
+        number, rooms = rig.want(A, keys, 0, 4), [rate.room(1)]
+        await asyncio.sleep(4 * SIZES[0] / RATE)
+        for count in (3, 2, 3):
+            lent(rig.grants.blocks(A, number, 0, count)).ended()
+            rooms.append(rate.room(1))
+        assert rooms == [3, 16, 13, 3], "what was granted is what is read once"
+        assert READS_EACH * 4 == 8
+        assert rig.grants.blocks(A, number, 0, 1) is ReadStatus.TOO_OFTEN
+        assert rate.room(1) == 3
         rig.grants.close()
 
     with_grants(work)

@@ -68,8 +68,8 @@ def test_malformed_answers_are_refused() -> None:
     """An answer with another magic, or an unknown status, is malformed."""
     with pytest.raises(MalformedError, match="no answer"):
         unpack_answer(READ.packed(), READ)
-    with pytest.raises(MalformedError, match="status 4"):
-        unpack_answer(struct.pack("<4sIQIIQ", b"FKVA", 4, *READ), READ)
+    with pytest.raises(MalformedError, match="status 5"):
+        unpack_answer(struct.pack("<4sIQIIQ", b"FKVA", 5, *READ), READ)
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4096, MESSAGE_BYTES - 1, MESSAGE_BYTES, 21_000_000])

@@ -234,6 +234,18 @@ async def test_the_caller_may_close_its_socket(memory: Memory) -> None:
     theirs.close()
 
 
+async def test_a_hang_up_is_seen_behind_what_was_sent_before_it(memory: Memory, ends: Ends) -> None:
+    """The other end has hung up once it has closed its half, though not all it sent was read."""
+    one, other = (memory.ring.add(end) for end in ends)
+    ends[1].send(b"a READ that nobody has read yet")
+    assert not memory.ring.has_hung_up(one)
+    ends[1].shutdown(socket.SHUT_WR)
+    assert memory.ring.has_hung_up(one)
+    assert not memory.ring.has_hung_up(other)
+    memory.ring.drop(one)
+    assert memory.ring.has_hung_up(one)
+
+
 async def test_wrong_sockets_and_memory_are_refused(memory: Memory, ends: Ends) -> None:
     """Datagrams, memory that was not lent, and a second receive are refused; nothing is begun."""
     with socket.socket(type=socket.SOCK_DGRAM) as datagrams, pytest.raises(ValueError, match="str"):
@@ -265,6 +277,7 @@ async def test_close_ends_everything(ends: Ends) -> None:
         removal = group.create_task(memory.ring.remove(index))
     assert isinstance(task.result(), StreamEndedError)
     assert removal.result() is None
+    assert memory.ring.has_hung_up(index)
     ends[1].setblocking(True)
     assert ends[1].recv(1) == b""
     with pytest.raises(ClosedError):

@@ -7,7 +7,8 @@
 
 All little-endian. `number` is that of the grant. `first` is the position of the first block, and
 `count` says how many are asked for. A sum is that of `flexkv._ext.PageMap`. There is one answer to
-each READ, in order. A header that breaks these rules ends the connection.
+each READ, in order. A header that breaks these rules ends the connection. A reader that closes its
+half of it gets no more blocks.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Status(IntEnum):
     NO_GRANT = 1
     NOT_GRANTED = 2
     OTHER_SIZE = 3
+    TOO_OFTEN = 4
 
     @property
     def why(self) -> str:
@@ -47,6 +49,7 @@ class Status(IntEnum):
             Status.NO_GRANT: "there is no such grant, or not any more",
             Status.NOT_GRANTED: "the blocks are not in the grant",
             Status.OTHER_SIZE: "its blocks have another size",
+            Status.TOO_OFTEN: "the grant was read too often",
         }[self]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,25 +40,41 @@ Lookup = Callable[[Read], Granted | Status]
 """Returns the blocks that a reader asks for, or why it does not get them."""
 
 
-def _at_once(nbytes: int) -> float:
-    """Return 0: these bytes need not wait."""
-    return 0.0
+class Turns(Protocol):
+    """Says when messages may be sent."""
+
+    async def turn(self, nbytes: int) -> float:
+        """Return when a message of so many bytes may begin, and the time."""
+        ...
+
+    def unsent(self, begun_s: float, sent_bytes: int) -> None:
+        """Take note that only so many bytes were sent of the message that had a turn then."""
+        ...
+
+
+class AtOnce:
+    """No message waits."""
+
+    async def turn(self, nbytes: int) -> float:
+        """Return at once."""
+        return 0.0
+
+    def unsent(self, begun_s: float, sent_bytes: int) -> None:
+        """Do nothing."""
 
 
 class Sender:
     """Sends blocks to readers."""
 
-    def __init__(
-        self, ring: SocketRing, stall_s: float, turn_s: Callable[[int], float] = _at_once
-    ) -> None:
+    def __init__(self, ring: SocketRing, stall_s: float, turns: Turns | None = None) -> None:
         """Take the ring, to which the blocks' memory is lent.
 
         Args:
             ring: moves the bytes.
             stall_s: a reader that takes nothing for so long loses its connection.
-            turn_s: returns how many seconds a message of so many bytes has to wait for its turn.
+            turns: say when each message may be sent; None: at once.
         """
-        self._ring, self._stall_s, self._turn_s = ring, stall_s, turn_s
+        self._ring, self._stall_s, self._turns = ring, stall_s, turns or AtOnce()
 
     async def serve(self, index: int, lookup: Lookup) -> None:
         """Answer the READs of one socket until its reader closes it; it is shut down then.
@@ -99,12 +115,21 @@ class Sender:
                 raise InvariantError(f"{len(found.addresses)} blocks were found for {read}")
             head = read.answer(Status.OK) + found.sums.astype("<u8").tobytes()
             for extents in messages(found.addresses, read.block_bytes, MESSAGE_BYTES):
-                if (wait_s := self._turn_s(int(extents[:, 1].sum()))) > 0:
-                    await asyncio.sleep(wait_s)
-                await self._send(index, extents, head)
+                await self._send_in_turn(index, extents, head)
                 head = b""
         finally:
             found.ended()
+
+    async def _send_in_turn(self, index: int, extents: NDArray[np.int64], head: bytes) -> None:
+        begun_s = await self._turns.turn(int(extents[:, 1].sum()))
+        if self._ring.has_hung_up(index):
+            self._turns.unsent(begun_s, 0)
+            raise StreamEndedError(0)
+        try:
+            await self._send(index, extents, head)
+        except StreamEndedError as error:
+            self._turns.unsent(begun_s, error.moved_bytes)
+            raise
 
     async def _send(self, index: int, extents: NDArray[np.int64], head: bytes) -> None:
         nbytes = len(head) + int(extents[:, 1].sum())

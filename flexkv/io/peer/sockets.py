@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
 import struct
 from collections import deque
@@ -211,6 +212,14 @@ class SocketRing:
         except OSError:
             return 0
         return sum(_MOVED.unpack_from(told, _MOVED_AT)) if len(told) == _TCP_INFO_BYTES else 0
+
+    def has_hung_up(self, index: int) -> bool:
+        """Return whether the other end of a socket has closed it, or its half of it."""
+        if (place := self._places.get(index)) is None or self._is_closed:
+            return True
+        poll = select.poll()
+        poll.register(place.socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def stop(self, index: int) -> None:
         """Shut a socket down: what is under way on it ends soon, what comes later fails at once.
