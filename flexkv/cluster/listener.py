@@ -11,7 +11,6 @@ accept ──▶ unproved ──proofs──▶ unknown ──introductions─�
 from __future__ import annotations
 
 import asyncio
-import errno
 import math
 import socket
 from collections.abc import Awaitable, Callable
@@ -30,7 +29,7 @@ from flexkv.cluster.wire import Introduction, PeerId, PeerProtocolError, framed,
 from flexkv.common.errors import ConfigError, MalformedError
 from flexkv.observe.logs import get_logger
 from flexkv.process import forks
-from flexkv.process.descriptors import limit
+from flexkv.process.descriptors import is_lack, limit
 from flexkv.process.spawning import Spawn
 
 log = get_logger(__name__)
@@ -50,7 +49,6 @@ LOGGED_S = 1.0
 not fill the log, however many there are and however often they try again."""
 ACCEPT_PAUSE_S = 0.2
 """How long to wait if the process has no descriptors left."""
-_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 Serve = Callable[[socket.socket, Introduction], Awaitable[None]]
 """Serves a connection, and returns once it is over; the listener closes the socket then.
@@ -133,7 +131,7 @@ class Listener:
             except BlockingIOError:
                 break
             except OSError as error:
-                if error.errno in _OUT_OF_RESOURCES:
+                if is_lack(error):
                     log.warning("peer_not_accepted", reason=str(error))
                     loop.remove_reader(self._listening)
                     loop.call_later(ACCEPT_PAUSE_S, self.listen)

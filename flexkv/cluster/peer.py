@@ -38,6 +38,7 @@ from flexkv.cluster.wire import (
 from flexkv.common.errors import ConfigError, PeerError
 from flexkv.links.link import Link
 from flexkv.observe.logs import get_logger
+from flexkv.process.descriptors import is_lack
 from flexkv.process.spawning import Spawn
 
 log = get_logger(__name__)
@@ -184,7 +185,8 @@ class Peer:
             async with asyncio.timeout(self._shared.times.data_s):
                 return await self._greeted("data")
         except _FAULTS as error:
-            raise self._error("connecting", _reason(error)) from error
+            is_own, address = is_lack(error), self._node.address
+            raise PeerError(address, "connecting", _reason(error), is_own=is_own) from error
 
     def leave(self) -> None:
         """End the link and all requests at once: nobody will ask this peer again."""
@@ -343,4 +345,6 @@ def _reason(error: BaseException) -> str:
     """Return why no connection was made, without the local address."""
     if isinstance(error, TimeoutError) and not error.args:
         return "no answer in time"
+    if is_lack(error):
+        return f"this node has no descriptors or memory left: {error}"
     return str(error) or type(error).__name__

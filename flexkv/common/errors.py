@@ -190,13 +190,17 @@ class PeerError(TransferError):
     Attributes:
         peer: the address of the node.
         is_busy: whether it asked to be asked later.
+        is_own: whether this node lacks something; then the other one is not to blame, either.
     """
 
     blames_tier = False
 
-    def __init__(self, peer: str, what: str, why: str, is_busy: bool = False) -> None:
+    def __init__(
+        self, peer: str, what: str, why: str, is_busy: bool = False, is_own: bool = False
+    ) -> None:
         FlexKVError.__init__(self, f"peer {peer}: {what} failed: {why}")
-        self.peer, self.what, self.why, self.is_busy = peer, what, why, is_busy
+        self.peer, self.what, self.why = peer, what, why
+        self.is_busy, self.is_own = is_busy, is_own
 
 
 class DeviceError(TransferError):

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import resource
 from contextlib import suppress
+from errno import EMFILE, ENFILE, ENOBUFS, ENOMEM
+
+_LACKING = {EMFILE, ENFILE, ENOBUFS, ENOMEM}
+
+
+def is_lack(error: BaseException) -> bool:
+    """Return whether a call failed because this machine has no descriptors or memory left."""
+    return isinstance(error, OSError) and error.errno in _LACKING
 
 
 def limit() -> int:

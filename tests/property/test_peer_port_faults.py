@@ -52,7 +52,7 @@ class Chaos:
     def connect(self) -> None:
         """Let a connection be made, or not."""
         if self.random.random() < self.evil / 2:
-            raise self.random.choice((PeerError("it", "connecting", "no"), OSError(24, "EMFILE")))
+            raise PeerError("it", "connecting", "no", is_own=self.random.random() < 0.5)
 
     async def strike(self) -> None:
         """Break connections, clear or stop, until cancelled."""

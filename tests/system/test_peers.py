@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import Callable
+from errno import EMFILE
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from flexkv.cluster import tcp
 from flexkv.cluster.grants import Grants, Held
 from flexkv.common.errors import ConfigError
 from flexkv.common.terms import Tier
 from flexkv.engine.lending import Lending
+from flexkv.observe.logs import configure_logging
 from flexkv.testing.redis_server import RedisServer
 from flexkv.tiers.parts import ClusterStatistics
+from flexkv.tiers.peer import _Node
 from flexkv.trace.breakdown import lane_of
 from flexkv.trace.chrome import chrome
 from flexkv.trace.load import load
@@ -263,3 +270,36 @@ async def test_a_connection_that_fails_ends_alone(
         await first.put(2)
         await until(lambda: peer_tokens(second, 2) == WHOLE * TOKENS)
         await second.until_gets(2, WHOLE)
+
+
+async def test_a_node_without_descriptors_blames_no_other(
+    keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A get is answered without the blocks, and the next one has them: the owner was not left out.
+
+    The log has the reason, and nothing against the owner.
+    """
+    configure_logging("info", as_json=True)
+    async with Node(keys) as owner, Node(keys) as reader:
+        await owner.put(1)
+        await owner.put(2)
+        await until(lambda: peer_tokens(reader, 2) == WHOLE * TOKENS)
+        assert await reader.get(1) == WHOLE
+        cluster = reader.manager.engine._core.cluster
+        assert isinstance(cluster, _Node)
+        cluster.transports.transport.stop(1)
+        with monkeypatch.context() as patch:
+            none_left = {**vars(socket), "socket": _no_descriptor}
+            patch.setattr(tcp, "socket", SimpleNamespace(**none_left))
+            assert await reader.get(2) == 0
+        assert reader.cluster.down == ()
+        await until(lambda: peer_tokens(reader, 2) == WHOLE * TOKENS)
+        assert await reader.get(2) == WHOLE
+    told = capfd.readouterr().err
+    assert "peer_not_connected" in told
+    assert "Too many open files" in told
+    assert "peer_read_failed" not in told
+
+
+def _no_descriptor(*_: object) -> None:
+    raise OSError(EMFILE, os.strerror(EMFILE))

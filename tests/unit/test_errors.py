@@ -60,7 +60,7 @@ EXAMPLES: list[Exception] = [
     StorageError("/ssd/blocks-0000.flexkv", 4096, 5, 7),
     ShortTransferError("/ssd/blocks-0000.flexkv", 4096, 10, 5),
     RemoteError("s3://bucket", "get", "status 503", is_busy=True),
-    PeerError("10.0.0.2:7001", "want", "its link has ended", is_busy=True),
+    PeerError("10.0.0.2:7001", "want", "its link has ended", is_busy=True, is_own=True),
     DeviceError("cuMemcpyAsync", 700),
     AgentGoneError(7, "host→device", 3, "why"),
     CorruptBlockError("/ssd/blocks-0000.flexkv", 4096, [1, 2]),

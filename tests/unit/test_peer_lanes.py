@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, nullcontext
+from errno import ENOMEM
 from itertools import count
 from typing import Any, Literal, cast
 
 import pytest
 
+from flexkv.cluster import tcp
 from flexkv.common.errors import PeerError
 from flexkv.io.peer.lanes import IDLE_S, Lanes
 from flexkv.io.peer.receiver import Receiver
 from flexkv.io.peer.sockets import SocketRing
+from flexkv.observe.logs import configure_logging
 from flexkv.testing.virtual_time import run_virtual
+from tests.cluster_rigs import open_descriptors
+from tests.unit.scripted_owner import Reading, reading
 
 CONNECT_S = 2.0
 
@@ -24,14 +32,18 @@ class Ring:
 
     Attributes:
         dropped: the indices of sockets that were closed.
+        is_full: whether it takes no socket.
     """
 
     def __init__(self) -> None:
         self.dropped: list[int] = []
+        self.is_full = False
         self._indices = count()
 
     def add(self, connection: socket.socket) -> int:
         """Return an index."""
+        if self.is_full:
+            raise OSError(ENOMEM, "Cannot allocate memory")
         return next(self._indices)
 
     def drop(self, index: int) -> None:
@@ -94,6 +106,71 @@ def test_a_connection_that_does_not_come_is_waited_for_once() -> None:
         connecting.close()
 
     run_virtual(main())
+
+
+def test_a_ring_that_takes_no_connection_is_this_nodes_own_failure(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """All that wait for the connection are told so, and there is one log line; the next is made."""
+    configure_logging("info", as_json=True)
+
+    async def work(own: Idle) -> None:
+        own.ring.is_full = True
+        connect = own.connecting.__call__
+
+        async def slowly(holder: int) -> tuple[socket.socket, str]:
+            await asyncio.sleep(CONNECT_S)
+            return await connect(holder)
+
+        own.lanes._connect = slowly
+        before = open_descriptors()
+        tasks = [asyncio.ensure_future(borrow(own.lanes)) for _ in range(3)]
+        for failure in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(failure, PeerError)
+            assert failure.is_own
+            assert "this node has no room for another connection" in failure.why
+        assert (own.connecting.attempts, open_descriptors()) == (1, before)
+        own.ring.is_full = False
+        await borrow(own.lanes)
+
+    idle(work)
+    assert capfd.readouterr().err.count("peer_not_connected") == 1
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_lack_of_descriptors_is_not_the_peers_failure(is_own: bool) -> None:
+    """The error of a data connection that this node has no descriptor for says so; others do not.
+
+    The peer stays up.
+    """
+
+    async def work(rig: Reading) -> None:
+        await rig.want()
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            address = tcp.address_of(*listening.getsockname())
+        rig.peers._peer(rig.owner.node)._shared = rig.peers._shared._replace(
+            dial=lambda _: tcp.connected(address)
+        )
+        why = "no descriptors or memory left.*Too many open files" if is_own else "Errno 111"
+        lacking = without_descriptors() if is_own else nullcontext()
+        with lacking, pytest.raises(PeerError, match=why) as raised:
+            await rig.peers.data_socket(1)
+        assert raised.value.is_own == is_own
+        assert rig.peers.is_up(1)
+
+    reading(work)
+
+
+@contextmanager
+def without_descriptors() -> Iterator[None]:
+    """Let this process open no descriptor."""
+    limits, lowest = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 async def borrow(lanes: Lanes, lane: int = 0) -> Receiver:

@@ -101,6 +101,24 @@ async def test_a_holder_that_is_left_out_is_not_asked() -> None:
         assert (own.holders.wishes, own.holders.told) == ([], [])
 
 
+async def test_nobody_is_blamed_for_what_this_node_lacks() -> None:
+    """A read that this node could not make fails, and its holder may be read from at once."""
+    async with reading() as own:
+
+        def lack() -> None:
+            raise PeerError("it", "connecting", "no descriptors", is_own=True)
+
+        own.holders.on_connect = lack
+        own.submit()
+        ended = await own.completion()
+        assert isinstance(ended.error, PeerError)
+        assert (ended.error.is_own, ended.filled, own.holders.told) == (True, 0, [])
+        own.holders.on_connect = lambda: None
+        own.submit()
+        assert (await own.completion()).error is None
+        assert own.port.counts[HOLDER]["failed"] == 1
+
+
 @pytest.mark.parametrize("is_silent", [True, False])
 async def test_a_holder_that_lends_nothing_for_a_while_is_to_blame(is_silent: bool) -> None:
     """The transfer's error blames the holder, whether that says it is busy or says nothing."""

@@ -1,8 +1,8 @@
 """Connections over which blocks of other nodes are read: a few for each.
 
-    none ──a read begins──▶ open, in use ──it ends──▶ open ──unused for a minute──▶ none
-                                ▲                      │
-                                └──── a read begins ───┘
+none ──a read begins──▶ open, in use ──it ends──▶ open ──unused for a minute──▶ none
+                            ▲                      │
+                            └──── a read begins ───┘
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from contextlib import asynccontextmanager
 from flexkv.common.errors import PeerError
 from flexkv.io.peer.receiver import Receiver
 from flexkv.io.peer.sockets import SocketRing
+from flexkv.observe.logs import get_logger
+
+log = get_logger(__name__)
 
 LANES = 2
 """Connections for each node: one more lets bytes arrive while those of the other are summed."""
@@ -93,12 +96,14 @@ class Lanes:
             if lane.receiver is not None and lane.receiver.is_broken:
                 await self._close(lane)
             if lane.receiver is None:
-                if lane.error is not None and lane.error is not before:
-                    raise PeerError(lane.error.peer, "connecting", lane.error.why)
+                if (error := lane.error) is not None and error is not before:
+                    raise PeerError(error.peer, "connecting", error.why, is_own=error.is_own)
                 try:
                     lane.receiver = await self._opened(holder)
                 except PeerError as error:
                     lane.error = error
+                    if error.is_own:
+                        log.warning("peer_not_connected", reason=error.why)
                     raise
             lane.users += 1
             return lane.receiver
@@ -107,7 +112,11 @@ class Lanes:
         """Return a new connection."""
         connection, peer = await self._connect(holder)
         with connection:  # the ring has a descriptor of its own
-            index = self._ring.add(connection)
+            try:
+                index = self._ring.add(connection)
+            except OSError as error:
+                why = f"this node has no room for another connection: {error}"
+                raise PeerError(peer, "connecting", why, is_own=True) from error
         receiver = Receiver(self._ring, index, peer, self._stall_s)
         if self._is_stopped:  # while it was being made
             receiver.stop()

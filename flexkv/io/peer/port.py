@@ -325,10 +325,11 @@ class PeerPort:
             brought = await self._transport.fetch(part)
         except PeerError as error:
             brought = Fetched(0, error)
-        except (OSError, ClosedError) as error:  # there is no room for another socket
+        except ClosedError as error:
             brought = Fetched(0, PeerError(str(part.holder), "connecting", str(error)))
         if isinstance(brought.error, PeerError):
-            self._holders.blame(part.holder, brought.error)
+            if not brought.error.is_own:
+                self._holders.blame(part.holder, brought.error)
         elif brought.error is None:
             self._holders.arrived(part.holder)
         ended.set_result(brought)
