@@ -362,6 +362,23 @@ def test_blocks_stay_while_they_are_being_sent() -> None:
     with_grants(work)
 
 
+def test_the_end_of_a_link_ends_all_grants_of_its_peer_at_once() -> None:
+    """Nothing of them is lent or kept any more, long before they would expire; others' go on."""
+
+    async def work(rig: Rig) -> None:
+        keys, other = rig.stored(1, 4), rig.stored(2, 3)
+        numbers = [rig.want(A, keys, 0, 4), rig.want(A, keys, 1, 3)]
+        kept = rig.want(B, other, 0, 3)
+        rig.grants.end_peer(A)
+        for number in numbers:
+            assert rig.grants.blocks(A, number, 1, 1) is ReadStatus.NO_GRANT
+        assert rig.grants.counts.grants == 1
+        assert len(rig.owner.holds) == rig.grants.counts.pinned_blocks == 3
+        lent(rig.grants.blocks(B, kept, 0, 3)).ended()
+
+    with_grants(work)
+
+
 def test_what_is_not_granted_yet_is_not_lent() -> None:
     """A Want that waits for the disk lends nothing, not even what is in host memory."""
 

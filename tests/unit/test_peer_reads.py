@@ -16,7 +16,7 @@ from flexkv.io.peer import sender as sender_module
 from flexkv.io.peer.frames import BLOCKS_MAX, HEADER_BYTES, SUM_BYTES, Read, Status
 from flexkv.io.peer.receiver import Receiver
 from flexkv.io.peer.sender import Granted, Sender
-from flexkv.io.peer.sockets import SocketRing
+from flexkv.io.peer.sockets import Extents, SocketRing
 from flexkv.io.peer.transport import Fetched
 from tests.peer_rig import (
     BLOCK_BYTES,
@@ -216,6 +216,26 @@ async def test_a_cancelled_sender_lets_its_blocks_go() -> None:
         await owner.ring.remove(index)
         ours.close()
         theirs.close()
+
+
+async def test_blocks_are_held_until_the_last_of_them_is_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While any message of an answer is being sent, all its blocks stay; then they are let go."""
+    pins, send = [], SocketRing.send
+    async with nodes() as (owner, reader), serving(owner, reader) as receiver:
+
+        async def watched(
+            ring: SocketRing, index: int, extents: Extents, head: bytes = b""
+        ) -> None:
+            await send(ring, index, extents, head)
+            if ring is owner.ring:
+                pins.append(owner.pins)
+
+        monkeypatch.setattr(SocketRing, "send", watched)
+        assert await fetch(reader, receiver, 0, places(*range(20))) == Fetched(20, None)
+        assert await fetch(reader, receiver, 0, places(*range(5))) == Fetched(5, None)
+    assert pins == [20, 20, 20, 5]
 
 
 async def test_mistakes_of_ours_are_refused() -> None:
