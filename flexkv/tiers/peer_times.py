@@ -3,7 +3,8 @@
     asked ──▶ lent ──▶ read by Mooncake ──▶ connected ──▶ read by TCP
     └ asking ─┘└────── mooncake ───────┘└── connect ──┘└── stall ───┘
 
-A node may hang in any of these stages, after the ones before it took as long as they may.
+A node may hang in any of these stages, after the ones before it took as long as they may. One that
+sends slowly has the time for the bytes in addition: see `SLOWEST_BYTES_S`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from typing import NamedTuple
 
 from flexkv.cluster.grants import IDLE_S
 from flexkv.cluster.peer import PeerTimes
+from flexkv.io.peer.sockets import STALL_NOTICED
 
 ASKING_SHARE, ANSWER_SHARE, MOONCAKE_SHARE, STALL_SHARE = 0.35, 0.25, 0.15, 0.25
 """Of `io_deadline_s`."""
 ANSWER_MAX_S, MOONCAKE_MAX_S = 10.0, 5.0
 CONNECT_S, CONNECT_SHARE, CONNECT_MAX_S = 0.2, 0.1, 3.0
 """A connection takes several round trips, however short the deadline is."""
-STALL_NOTICED = 1.5
-"""A stall is noticed after 1 to 1.5 times its limit: see `SocketRing.unless_stalled`."""
 
 
 class ReaderTimes(NamedTuple):
@@ -42,7 +42,7 @@ class ReaderTimes(NamedTuple):
 
     @property
     def hang_s(self) -> float:
-        """Return the longest time that a read takes to end if none of its bytes arrive."""
+        """Return the longest time that a read takes to end, beside the time of its bytes."""
         return self.asking_s + self.mooncake_s + self.connect_s + STALL_NOTICED * self.stall_s
 
     @property

@@ -6,6 +6,10 @@
 Several reads of one socket are asked for at once, and answered in order. A read that fails or is
 cancelled while its answer is due breaks the connection, since the rest of the stream has no meaning
 without it. A refusal breaks nothing.
+
+A read may take 1.5 times `stall_s`, and in addition what its bytes take at `SLOWEST_BYTES_S`, and
+those of the reads before it. So an owner may wait for its turn, or the network may be busy, but a
+trickle of bytes holds nobody for long.
 """
 
 from __future__ import annotations
@@ -26,7 +30,14 @@ from flexkv.io.peer.frames import (
     messages,
     unpack_answer,
 )
-from flexkv.io.peer.sockets import NO_EXTENTS, Extents, SocketRing, StreamEndedError
+from flexkv.io.peer.sockets import (
+    NO_EXTENTS,
+    SLOWEST_BYTES_S,
+    STALL_NOTICED,
+    Extents,
+    SocketRing,
+    StreamEndedError,
+)
 from flexkv.io.ports import Sums
 
 MESSAGE_BYTES = 8 << 20
@@ -55,7 +66,7 @@ class Receiver:
         """
         self._ring, self._stall_s = ring, stall_s
         self.index, self.peer, self.is_broken = index, peer, False
-        self._asking = asyncio.Lock()
+        self._asking, self._due_bytes = asyncio.Lock(), 0
         self._last_over = asyncio.Event()
         self._last_over.set()
 
@@ -82,23 +93,30 @@ class Receiver:
         if len(addresses) != read.blocks or not 1 <= read.blocks <= BLOCKS_MAX:
             raise InvariantError(f"{len(addresses)} addresses for {read}")
         over, is_asked = asyncio.Event(), False
+        nbytes = read.blocks * read.block_bytes
+        self._due_bytes += nbytes
+        limit_s = STALL_NOTICED * self._stall_s + self._due_bytes / SLOWEST_BYTES_S
+        limit = asyncio.timeout(limit_s)
         try:
-            async with self._asking:
+            async with limit:
+                async with self._asking:
+                    self._check_whole()
+                    before, self._last_over, is_asked = self._last_over, over, True
+                    await self._send(read.packed())
+                await before.wait()
                 self._check_whole()
-                before, self._last_over, is_asked = self._last_over, over, True
-                await self._send(read.packed())
-            await before.wait()
-            self._check_whole()
-            status, sums = await self._answer(read, addresses, arrived)
+                status, sums = await self._answer(read, addresses, arrived)
         except (OSError, StreamEndedError, MalformedError) as error:
             self.stop()
-            why = str(error) or f"nothing moved for {self._stall_s} s"
+            slow = f"its blocks took longer than {limit_s:.1f} s"
+            why = slow if limit.expired() else str(error) or f"nothing moved for {self._stall_s} s"
             raise self._failed(why) from error
         except BaseException:
             if is_asked:
                 self.stop()
             raise
         finally:
+            self._due_bytes -= nbytes
             over.set()
         if status is not Status.OK:
             raise self._failed(status.why)

@@ -43,9 +43,10 @@ WAKE_BYTES_MAX = 512 << 10
 """While more bytes are due, the kernel copies what has arrived in steps of at least this size: it
 costs a tenth less CPU time, at both ends, than to be woken for every packet."""
 
-
-SLOWEST_BYTES_S = 256 << 10
+SLOWEST_BYTES_S = 2 << 20
 """A connection that is slower is given up: blocks would be computed long before they arrive."""
+STALL_NOTICED = 1.5
+"""A stall is noticed after 1 to 1.5 times its limit: see `SocketRing.unless_stalled`."""
 
 _MOVED, _MOVED_AT = struct.Struct("=QQ"), 120
 """Bytes acknowledged and bytes received, in the kernel's struct tcp_info since Linux 4.1."""
