@@ -256,7 +256,6 @@ class FaultyTcp:
                 begun = call.answers.feed(chunk)
             if call.is_frozen:
                 await self.until_healed()
-                call.is_frozen = False
             if not await self._struck(stream, chunk, begun):
                 await (_drip(self, stream, chunk) if stream.drips else stream.send(chunk))
         stream.end()
@@ -346,6 +345,7 @@ async def _freeze(hit: _Hit) -> None:
     """Hold both directions up until the wire is healed."""
     hit.stream.call.is_frozen = True
     await _stall(hit)
+    hit.stream.call.is_frozen = False
 
 
 async def _delay(hit: _Hit) -> None:
