@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from errno import ENOMEM
 
 import numpy as np
 import pytest
@@ -101,12 +102,17 @@ async def test_a_holder_that_is_left_out_is_not_asked() -> None:
         assert (own.holders.wishes, own.holders.told) == ([], [])
 
 
-async def test_nobody_is_blamed_for_what_this_node_lacks() -> None:
+@pytest.mark.parametrize(
+    "failure",
+    [PeerError("it", "connecting", "no descriptors", is_own=True), OSError(ENOMEM, "no memory")],
+    ids=["told", "raised"],
+)
+async def test_nobody_is_blamed_for_what_this_node_lacks(failure: Exception) -> None:
     """A read that this node could not make fails, and its holder may be read from at once."""
     async with reading() as own:
 
         def lack() -> None:
-            raise PeerError("it", "connecting", "no descriptors", is_own=True)
+            raise failure
 
         own.holders.on_connect = lack
         own.submit()

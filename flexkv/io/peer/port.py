@@ -325,8 +325,9 @@ class PeerPort:
             brought = await self._transport.fetch(part)
         except PeerError as error:
             brought = Fetched(0, error)
-        except ClosedError as error:
-            brought = Fetched(0, PeerError(str(part.holder), "connecting", str(error)))
+        except (OSError, ClosedError) as error:  # of this node: the kernel refused, or it closes
+            failed = PeerError(str(part.holder), "connecting", str(error), is_own=True)
+            brought = Fetched(0, failed)
         if isinstance(brought.error, PeerError):
             if not brought.error.is_own:
                 self._holders.blame(part.holder, brought.error)
