@@ -123,7 +123,7 @@ static bool is_dead(const struct hints *hints, pair pair)
     return holder->retired || (!holder->in_round && is_unseen(holder, pair));
 }
 
-static uint32_t holder_dead(const struct holder *holder)
+uint32_t holder_dead(const struct holder *holder)
 {
     return holder->retired ? holder->pairs : holder->in_round ? 0 : holder->unseen;
 }

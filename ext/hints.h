@@ -96,6 +96,9 @@ static inline int64_t pair_id(pair pair)
     return pair_holder(pair) + (int64_t)(pair >> PAIR_TIER_SHIFT & 1) * HOLDERS_MAX;
 }
 
+/* Return how many of a holder's pairs are dead. */
+uint32_t holder_dead(const struct holder *holder);
+
 /* Each returns the rule that forbids it, or NULL. */
 const char *holder_retire(struct hints *hints, unsigned holder);
 const char *holder_revive(struct hints *hints, unsigned holder);

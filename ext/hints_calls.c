@@ -214,7 +214,7 @@ static PyObject *pairs_of(Hints *self, struct value *values)
 {
     const struct holder *holder = &self->hints.holders[values[0].integer];
 
-    return Py_BuildValue("(II)", holder->pairs, holder->unseen);
+    return Py_BuildValue("(III)", holder->pairs, holder->unseen, holder_dead(holder));
 }
 
 static CALL(hints_call_, pairs_of, Hints, 1, HOLDER)

@@ -663,8 +663,8 @@ class Hints:
     def scrub(self, lines: int) -> int:
         """Remove the dead pairs of up to some lines of 8; return how many dead pairs are left."""
 
-    def pairs_of(self, holder: int) -> tuple[int, int]:
-        """Return how many pairs a holder has, dead ones included, and how many are unseen."""
+    def pairs_of(self, holder: int) -> tuple[int, int, int]:
+        """Return how many pairs a holder has, dead ones included; unseen ones; dead ones."""
 
     def counts(self) -> tuple[int, int, int, int]:
         """Return counts: pairs, dead ones included; dead ones; pairs lost so far; bytes of memory.

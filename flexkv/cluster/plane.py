@@ -207,7 +207,7 @@ class MetadataPlane:
             address=node.address,
             zone=node.zone,
             holder=member.holder,
-            spans=self._hints.pairs_of(member.holder),
+            spans=self._hints.spans_of(member.holder),
             stale_s=now_s - member.heard_s,
             is_behind=self.follower.is_behind(node.life),
         )

@@ -190,6 +190,11 @@ class Hints:
         """Return how many pairs a holder has, dead ones included."""
         return self._table.pairs_of(holder)[0]
 
+    def spans_of(self, holder: int) -> int:
+        """Return how many spans a holder is said to have: its pairs that are not dead."""
+        pairs, _, dead = self._table.pairs_of(holder)
+        return pairs - dead
+
     def counts(self) -> HintCounts:
         """Return how many pairs there are."""
         return HintCounts(*self._table.counts())

@@ -269,7 +269,7 @@ def _statistics(
         where=requests.store.where,
         is_joined=current is not None,
         generation=0 if current is None else current.description.generation,
-        known_spans=len(hints),
+        known_spans=hints.spans_of(STORE),
         lost_spans=hints.counts().lost,
         listed_rounds=listed_rounds,
         requests=requests.counts(),

@@ -252,8 +252,9 @@ class HintsMachine(RuleBasedStateMachine):
             known = self.hints.known(holder, b"".join(map(key_of, NAMES)))
             assert known == bytes((name, holder) in live for name in NAMES)
             mine = [pair for pair in self.pairs if pair[1] == holder]
-            pairs, unseen = self.hints.pairs_of(holder)
-            assert sum(pair[1] == holder for pair in live) <= pairs <= len(mine)
+            pairs, unseen, dead = self.hints.pairs_of(holder)
+            assert sum(pair[1] == holder for pair in live) == pairs - dead
+            assert pairs <= len(mine)
             if holder in self.in_round and holder not in self.retired:
                 old = [pair for pair in mine if self.pairs[pair].round != self.round[holder]]
                 assert unseen == len(old)

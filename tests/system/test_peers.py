@@ -29,7 +29,7 @@ from flexkv.trace.summary import Summary
 from flexkv.trace.view import data
 
 from . import test_remote
-from .test_remote import BLOCKS, TOKENS, WHOLE, prompt
+from .test_remote import BLOCKS, SPAN, TOKENS, WHOLE, prompt
 
 PATIENCE_S = 30.0
 
@@ -159,12 +159,17 @@ async def test_a_request_that_nobody_expected_ends_a_connection_only(
 
 async def test_nodes_share_through_both_far_tiers(keys: dict[str, Any], tmp_path: Path) -> None:
     """What no peer has any more comes from the remote tier, behind what peers have."""
-    remote = {"enable_remote": True, "remote_cache_path": f"file://{tmp_path}"}
+    remote: dict[str, Any] = {"enable_remote": True, "remote_cache_path": f"file://{tmp_path}"}
+    remote["remote_list_per_s"] = 1000.0
     async with Node({**keys, **remote}) as first, Node({**keys, **remote}) as second:
         await first.until_stores(1)
         await until(lambda: peer_tokens(second, 1) == WHOLE * TOKENS)
         assert await second.get(1) == WHOLE
         assert second.manager.statistics().hit_blocks["peer"] == WHOLE
+        rounds, spans = second.store.listed_rounds, WHOLE // SPAN
+        await until(lambda: second.store.listed_rounds > rounds + 1)
+        assert second.store.known_spans == spans, "those of peers do not count"
+        assert [node.spans for node in second.cluster.state.nodes] == [spans]
         generation = await first.manager.reset_cluster()
         for node in (first, second):
             await until(lambda: node.store.generation == generation << 20)  # noqa: B023

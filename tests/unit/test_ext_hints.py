@@ -278,5 +278,5 @@ def test_a_cleared_table_is_like_a_new_one() -> None:
         assert hints.note(ONE, 0, keys) == 5_000
         hints.clear()
         assert hints.counts()[:2] == (0, 0)
-        assert (len(hints), hints.pairs_of(ONE)) == (0, (0, 0))
+        assert (len(hints), hints.pairs_of(ONE)) == (0, (0, 0, 0))
         assert hints.known(ONE, keys) == bytes(5_000)

@@ -100,7 +100,7 @@ def test_a_catalogue_is_empty_while_all_pairs_are_dead() -> None:
     hints.retire(NODE)
     assert catalogue.is_empty
     assert hints.counts() == HintCounts(3, 3, 0, hints.counts().memory_bytes)
-    assert hints.pairs_of(NODE) == 3
+    assert (hints.pairs_of(NODE), hints.spans_of(NODE)) == (3, 0)
     assert hints.scrub(1 << 20) == 0
     hints.revive(NODE)
     assert hints.note(NODE, span(0, 12)) == 3
