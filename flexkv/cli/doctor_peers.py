@@ -18,6 +18,8 @@ from flexkv.cluster.store import ClusterStoreError
 from flexkv.common.config import CacheConfig
 from flexkv.common.errors import BackendUnavailableError, ConfigError
 from flexkv.io.peer.sockets import SocketRing
+from flexkv.mover.engine_config import load_engine_config
+from flexkv.mover.installed import check_installed
 
 ROUND_TRIPS = 5
 SLOW_MS = 50.0
@@ -37,7 +39,7 @@ class _Told(NamedTuple):
 
 
 def peers(cache: CacheConfig) -> Iterator[Finding]:
-    """Yield what sharing between nodes needs: sockets, an address, a secret, and Redis."""
+    """Yield what sharing between nodes needs: sockets, an address, a secret, Redis."""
     name = "sharing between nodes"
     if not cache.has_peers:
         for key in sorted(cache.model_fields_set.intersection(GIVEN)):
@@ -46,6 +48,8 @@ def peers(cache: CacheConfig) -> Iterator[Finding]:
     yield _ring()
     yield _address(cache)
     yield _secret(cache)
+    if cache.mooncake_config_path:
+        yield _mooncake(cache)
     yield from _redis(cache)
 
 
@@ -62,12 +66,14 @@ def _ring() -> Finding:
 
 def _address(cache: CacheConfig) -> Finding:
     """Return whether this node can listen where others are to reach it."""
-    name, where = "sharing: address", tcp.address_of(cache.local_ip, cache.p2p_port)
+    name = "sharing: address"
     try:
         tcp.listening(cache.local_ip, cache.p2p_port, BACKLOG).close()
     except ConfigError as error:
-        advice = f"set {error.field}; or is an engine running that uses it already?"
-        return Finding(name, f"{where}: {error.why}", False, advice, fatal=True)
+        advice = "set it to the address at which other nodes reach this one"
+        if error.field == "p2p_port":
+            advice = "set another p2p_port; or is an engine running that uses it already?"
+        return Finding(name, str(error), False, advice, fatal=True)
     port = f"port {cache.p2p_port}" if cache.p2p_port else "any free port"
     advice = ""
     if ip_address(cache.local_ip).is_loopback:
@@ -87,6 +93,18 @@ def _secret(cache: CacheConfig) -> Finding:
         return Finding(name, f"derived from {' and '.join(keys)}", True)
     found = "none is set: every user of this machine may read the cache"
     return Finding(name, found, False, "set cluster_secret")
+
+
+def _mooncake(cache: CacheConfig) -> Finding:
+    """Return whether Mooncake's configuration file is right, and Mooncake can be loaded."""
+    name = "sharing: Mooncake"
+    try:
+        config = load_engine_config(cache.mooncake_config_path, cache.p2p_trusted_network)
+        check_installed("Mooncake's TransferEngine")
+    except (ConfigError, BackendUnavailableError) as error:
+        advice = "unset mooncake_config_path to move blocks over TCP without it"
+        return Finding(name, str(error), False, advice, fatal=True)
+    return Finding(name, f"can be loaded; {config.protocol} at {config.engine_ip}", True)
 
 
 def _redis(cache: CacheConfig) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ An address is `ip:port`, or `[ip]:port` for IPv6. It names no host: nobody waits
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from ipaddress import ip_address
 
@@ -54,6 +55,8 @@ def listening(local_ip: str, port: int, backlog: int) -> socket.socket:
         bound.setblocking(False)
     except OSError as error:
         bound.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError("local_ip", local_ip, "is no address of this machine") from error
         why = f"cannot be listened on: {error.strerror or error}"
         raise ConfigError("p2p_port", address_of(local_ip, port), why) from error
     return bound

@@ -77,10 +77,11 @@ def test_an_address_of_another_machine_or_in_use_is_fatal(redis: RedisServer) ->
     """The node must be able to listen at local_ip and p2p_port."""
     other = found(redis, local_ip="192.0.2.1")["sharing: address"]
     assert (other.good, other.fatal) == (False, True)
-    assert "192.0.2.1" in other.found
+    assert "local_ip='192.0.2.1': is no address of this machine" in other.found
     with socket.create_server(("127.0.0.1", 0)) as taken:
         used = found(redis, p2p_port=taken.getsockname()[1])["sharing: address"]
     assert (used.good, used.fatal) == (False, True)
+    assert "p2p_port" in used.advice
 
 
 def test_it_says_what_the_secret_is_made_of(redis: RedisServer) -> None:
@@ -89,6 +90,24 @@ def test_it_says_what_the_secret_is_made_of(redis: RedisServer) -> None:
     assert (said.found, said.good) == ("derived from key_secret and redis_password", True)
     said = found(redis, redis_password="")["sharing: secret"]
     assert not said.good
+
+
+def test_a_configuration_of_mooncake_is_tried(redis: RedisServer, tmp_path: Path) -> None:
+    """A right file is said to be one; a file that no engine would start with is fatal."""
+    file = tmp_path / "mooncake.json"
+    for text, said in (
+        (None, "cannot be read: No such file"),
+        ('{"engine_ip": "127.0.0.1", "protocol": "rdma"}', "needs p2p_trusted_network"),
+    ):
+        if text is not None:
+            file.write_text(text)
+        wrong = found(redis, mooncake_config_path=str(file))["sharing: Mooncake"]
+        assert (wrong.good, wrong.fatal) == (False, True)
+        assert said in wrong.found
+    file.write_text('{"engine_ip": "127.0.0.1"}')
+    right = found(redis, mooncake_config_path=str(file))["sharing: Mooncake"]
+    assert (right.good, right.found) == (True, "can be loaded; tcp at 127.0.0.1")
+    assert "sharing: Mooncake" not in found(redis)
 
 
 def test_sharing_needs_io_uring(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,12 @@ async def test_an_address_that_is_taken_is_refused() -> None:
             tcp.listening("127.0.0.1", port, 16)
 
 
+def test_an_address_of_another_machine_is_refused() -> None:
+    """It is local_ip that is wrong then, not the port."""
+    with pytest.raises(ConfigError, match=r"local_ip='192\.0\.2\.1': is no address of this"):
+        tcp.listening("192.0.2.1", 0, 16)
+
+
 @pytest.mark.parametrize("local_ip", ["0.0.0.0", "::", "node-7", "", "localhost"])
 def test_an_address_that_others_cannot_use_is_refused(local_ip: str) -> None:
     """What is told to other nodes must be the IP address of one machine."""
