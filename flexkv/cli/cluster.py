@@ -88,7 +88,10 @@ def _show(known: ClusterStatistics) -> None:
     for name, value in _facts(known).items():
         console.print(f"[bold]{name:>11}[/]  {value}", soft_wrap=True)
     if not known.state.nodes:
-        console.print("no other node is known: they need the same model, settings and p2p_zone")
+        why = "they need the same model, settings and p2p_zone"
+        if not known.state.is_store_up:
+            why = "Redis does not answer, and none was heard of before"
+        console.print(f"no other node is known: {why}")
         return
     columns = "node", "life", "spans", "heard s", "state", "blocks", "MB", "busy", "failed"
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -115,6 +116,8 @@ def remote_tier(cache: CacheConfig) -> Iterator[Finding]:
     try:
         requests = opened(cache, lists=False)
     except (ConfigError, BackendUnavailableError) as error:
+        if isinstance(error, ConfigError):
+            keys = re.split("[.:]", error.field)[0]
         yield Finding(name, str(error), False, f"see {keys} in the configuration", True)
         return
     where = requests.store.where

@@ -285,11 +285,13 @@ def clear(
         return
     spans = sum(found.spans for found, _ in bases)
     pools = "1 pool" if len(bases) == 1 else f"{len(bases)} pools"
-    what = f"{spans} spans of {pools} at {' '.join(cache.remote_cache_path)}"
+    what = f"the {spans} spans of {pools} at {' '.join(cache.remote_cache_path)}"
     if not yes:
-        typer.confirm(f"{'Delete' if delete else 'Leave'} {what}?", abort=True)
+        how = ", and delete" if delete else " without"
+        typer.confirm(f"Begin a new generation{how} {what}?", abort=True)
     deleted = run(cache, lambda session: _cleared(session, cache, bases, delete))
-    typer.echo(f"{'deleted' if delete else 'left'} {deleted if delete else spans} spans")
+    ends = f"deleted {deleted} spans" if delete else f"engines will delete the {spans} older spans"
+    typer.echo(f"began a new generation; {ends}")
 
 
 Bases = list[tuple[FoundPool, Pool]]

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flexkv.common.config import CacheConfig
-from flexkv.common.errors import HIDDEN, ConfigError
+from flexkv.common.config_keys import HIDDEN
+from flexkv.common.errors import ConfigError
 from flexkv.io.remote.names import Pool
 from flexkv.io.remote.offline import FoundPool, FoundPools, pools_of
 from flexkv.io.remote.open import open_mooncake, open_store

@@ -185,6 +185,7 @@ def test_redis_that_is_down_is_named_without_its_password(make: Make, redis: Red
     eventually(lambda: not node.told()["state"]["is_store_up"], PATIENCE_S)
     shown = run("status", node)
     assert f"redis 127.0.0.1:{redis.port}: down" in shown
+    assert "no other node is known: Redis does not answer" in shown
     line = ["cluster", "reset", "--yes", "--server", node.address]
     failed = CliRunner().invoke(commands, line)
     assert isinstance(failed.exception, ConfigError)

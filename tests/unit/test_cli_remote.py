@@ -173,9 +173,11 @@ def test_clear_begins_a_generation(shared: Shared) -> None:
     """Clear asks, begins the next generation, and deletes older spans only if told to."""
     shared.fill()
     generations = shared.folder / POOL.generations
-    shared.run("clear", status=1, answer="n\n")
+    asked = shared.run("clear", status=1, answer="n\n").stdout
+    assert "Begin a new generation without the 6 spans of 1 pool at" in asked
     assert not generations.exists()
-    assert "6 spans" in shared.run("clear", answer="y\n").stdout
+    told = shared.run("clear", answer="y\n").stdout
+    assert told.endswith("began a new generation; engines will delete the 6 older spans\n")
     assert [each.name for each in generations.iterdir()] == ["1"]
     assert len(shared.spans()) == 5
     assert "deleted 6 spans" in shared.run("clear", "--delete", "--yes").stdout
@@ -234,7 +236,7 @@ def test_commands_need_a_store(shared: Shared, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("FLEXKV_REMOTE_CACHE_PATH")
     result = RUNNER.invoke(commands, ["remote", "ls"])
     assert isinstance(result.exception, ConfigError)
-    assert result.exception.field == "remote_cache_path"
+    assert str(result.exception).startswith("remote_cache_path: set it to the address")
 
 
 def test_doctor_tries_the_remote_tier(shared: Shared) -> None:
@@ -279,6 +281,17 @@ def test_doctor_says_why_the_remote_tier_cannot_be_used(shared: Shared) -> None:
     assert "connection was refused" in finding["found"]
     assert "credentials" in finding["advice"]
     assert SECRET not in result.output
+
+
+def test_doctor_advises_to_look_at_the_key_that_is_wrong(shared: Shared) -> None:
+    """A refused option of the store's client is no reason to look at its address."""
+    shared.set("FLEXKV_ENABLE_REMOTE", "1")
+    shared.set("FLEXKV_REMOTE_CACHE_PATH", "s3://bucket/kv")
+    shared.set("FLEXKV_REMOTE_CONFIG_CUSTOM", json.dumps({"endpont": "http://127.0.0.1:1"}))
+    result = RUNNER.invoke(commands, ["doctor", "--json"])
+    finding = json.loads(result.stdout)["remote tier"]
+    assert (result.exit_code, finding["fatal"]) == (1, True)
+    assert finding["advice"] == "see remote_config_custom in the configuration"
 
 
 def test_doctor_says_what_a_directory_needs(shared: Shared) -> None:
