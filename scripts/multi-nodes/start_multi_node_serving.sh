@@ -80,6 +80,9 @@ for program in curl setsid vllm flexkv python; do
 	command -v "$program" >/dev/null || fail "$program is not on the PATH: activate vLLM's environment"
 done
 case $nodes$port$tp in *[!0-9]* | '') fail "NODES, PORT and TP must be numbers" ;; esac
+[ "$nodes" -ge 1 ] && [ "$tp" -ge 1 ] || fail "NODES and TP must be at least 1"
+[ $((port + 1000 + nodes)) -le 65536 ] ||
+	fail "PORT=$port is too high: node $((nodes - 1)) would have its metrics at $((port + 999 + nodes))"
 mkdir -p -m 700 "$run"
 run=$(cd "$run" && pwd)
 for file in "$run"/*.pid; do

@@ -13,6 +13,8 @@ from contextlib import closing
 from pathlib import Path
 from random import SystemRandom
 
+import pytest
+
 from flexkv.server.operator import command
 from flexkv.testing.vllm_serve import free_port
 from tests.system.serving import eventually
@@ -114,6 +116,22 @@ def test_nodes_of_one_machine_share_over_redis(tmp_path: Path) -> None:
         told("stop")
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     assert not list(run.glob("*.pid"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(("two",), "must be numbers"), (("0",), "at least 1"), (("2", "64600"), "PORT=64600 is too")],
+)
+def test_a_start_that_cannot_be_is_refused(
+    tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    """start_multi_node_serving: a wrong number is named before anything is started or written."""
+    script = str(ROOT / "scripts/multi-nodes/start_multi_node_serving.sh")
+    environment = {**ENVIRONMENT, "RUN_DIR": str(tmp_path / "run")}
+    done = subprocess.run([script, *words], env=environment, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert said in done.stderr.decode()
+    assert not (tmp_path / "run").exists()
 
 
 def eventually_knows(config: Path) -> None:
