@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from ipaddress import ip_address
 from typing import NamedTuple
 
-from flexkv.cli.doctor_tiers import Finding
+from flexkv.cli.doctor_tiers import INSTALL, Finding
 from flexkv.cli.remote_store import run_until_signal
 from flexkv.cluster import tcp
 from flexkv.cluster.listener import BACKLOG
@@ -111,10 +111,12 @@ def _redis(cache: CacheConfig) -> Iterator[Finding]:
     name = "Redis"
     try:
         told = run_until_signal(_ask(cache))
-    except (ClusterStoreError, BackendUnavailableError) as error:
-        yield Finding(
-            name, str(error), False, "see redis_host, redis_port and redis_password", True
-        )
+    except BackendUnavailableError as error:
+        yield Finding(name, str(error), False, INSTALL, fatal=True)
+        return
+    except ClusterStoreError as error:
+        advice = "see redis_host, redis_port and redis_password"
+        yield Finding(name, str(error), False, advice, fatal=True)
         return
     facts, where = told.facts, f"{cache.redis_host}:{cache.redis_port}"
     product, version = "redis", facts.get("redis_version", "?")

@@ -36,6 +36,8 @@ ADVICE = defaultdict(
     mooncake="check that its master runs at this address, and that a node adds memory",
 )
 """What to look at if a store cannot be used, by its kind."""
+INSTALL = "install what is missing"
+"""What to do if a package that a configured part needs is not there; the error names it."""
 SWITCHES = {
     "remote_cache_path": "enable_remote",
     "mooncake_store_config_path": "use_mooncake_store_backend",
@@ -111,14 +113,13 @@ def remote_tier(cache: CacheConfig) -> Iterator[Finding]:
             switch = SWITCHES[key]
             yield Finding(name, f"off, though {key} is given", False, f"set {switch} to use it")
         return
-    uses_mooncake = cache.use_mooncake_store_backend
-    keys = "mooncake_store_config_path" if uses_mooncake else "remote_cache_path"
     try:
         requests = opened(cache, lists=False)
     except (ConfigError, BackendUnavailableError) as error:
+        advice = INSTALL
         if isinstance(error, ConfigError):
-            keys = re.split("[.:]", error.field)[0]
-        yield Finding(name, str(error), False, f"see {keys} in the configuration", True)
+            advice = f"see {re.split('[.:]', error.field)[0]} in the configuration"
+        yield Finding(name, str(error), False, advice, True)
         return
     where = requests.store.where
     try:

@@ -120,7 +120,7 @@ def opened(cache: CacheConfig, lists: bool = True) -> Requests:
         store = open_mooncake(path, options, ROUND_TRIP_BYTES, adds_memory=False)
         return Requests(store, options)
     if len(cache.remote_cache_path) != 1:
-        why = "set it to the address of the remote tier, as for the engine"
+        why = "set it to the one address of the remote tier, as for the engine"
         raise ConfigError("remote_cache_path", HIDDEN, why)
     (address,) = cache.remote_cache_path
     custom = cache.remote_config_custom.get_secret_value()

@@ -56,7 +56,8 @@ class RedisCommands:
             from redis.backoff import NoBackoff
             from redis.exceptions import MovedError, RedisError
         except ImportError as error:
-            raise BackendUnavailableError("redis", "install flexkv[cluster]") from error
+            why = "the package redis is not installed: pip install 'flexkv[cluster]'"
+            raise BackendUnavailableError("sharing over Redis", why) from error
         self.where = f"redis {host}:{port}"
         self._password, self._answer_s = password, answer_s
         self._raised, self._moved = (RedisError, *_RAISED), MovedError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,18 @@ def test_a_redis_that_cannot_be_used_is_fatal(redis: RedisServer) -> None:
         assert (said.good, said.fatal) == (False, True)
         assert "redis_password" in said.advice
         assert "wrong" not in said.found
+
+
+def test_a_client_of_redis_that_is_not_installed_is_named(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finding says which extra brings it, and does not blame the address of Redis."""
+    monkeypatch.setitem(sys.modules, "redis", None)
+    monkeypatch.setitem(sys.modules, "redis.asyncio", None)
+    said = found(redis)["Redis"]
+    assert (said.good, said.fatal) == (False, True)
+    assert "pip install 'flexkv[cluster]'" in said.found
+    assert said.advice == "install what is missing"
 
 
 def test_an_address_of_another_machine_or_in_use_is_fatal(redis: RedisServer) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -232,11 +233,15 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(shared: Shared) -> None:
 
 
 def test_commands_need_a_store(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an address the commands name the key that is missing."""
-    monkeypatch.delenv("FLEXKV_REMOTE_CACHE_PATH")
-    result = RUNNER.invoke(commands, ["remote", "ls"])
-    assert isinstance(result.exception, ConfigError)
-    assert str(result.exception).startswith("remote_cache_path: set it to the address")
+    """Without an address, or with two, the commands name the key that is wrong."""
+    for path in (None, "s3://one;s3://two"):
+        monkeypatch.delenv("FLEXKV_REMOTE_CACHE_PATH")
+        if path is not None:
+            shared.set("FLEXKV_REMOTE_CACHE_PATH", path)
+        result = RUNNER.invoke(commands, ["remote", "ls"])
+        assert isinstance(result.exception, ConfigError)
+        assert str(result.exception).startswith("remote_cache_path: set it to the one address")
+        shared.set("FLEXKV_REMOTE_CACHE_PATH", "")
 
 
 def test_doctor_tries_the_remote_tier(shared: Shared) -> None:
@@ -292,6 +297,20 @@ def test_doctor_advises_to_look_at_the_key_that_is_wrong(shared: Shared) -> None
     finding = json.loads(result.stdout)["remote tier"]
     assert (result.exit_code, finding["fatal"]) == (1, True)
     assert finding["advice"] == "see remote_config_custom in the configuration"
+
+
+def test_doctor_names_the_extra_that_is_missing(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the store's client is not installed, no key of the configuration is wrong."""
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    shared.set("FLEXKV_ENABLE_REMOTE", "1")
+    shared.set("FLEXKV_REMOTE_CACHE_PATH", "s3://bucket/kv")
+    result = RUNNER.invoke(commands, ["doctor", "--json"])
+    finding = json.loads(result.stdout)["remote tier"]
+    assert (result.exit_code, finding["fatal"]) == (1, True)
+    assert "pip install 'flexkv[remote]'" in finding["found"]
+    assert finding["advice"] == "install what is missing"
 
 
 def test_doctor_says_what_a_directory_needs(shared: Shared) -> None:
