@@ -13,6 +13,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.console import Console
+
 from flexkv.cli.remote_store import opened, run_until_signal
 from flexkv.common.config import GB, CacheConfig
 from flexkv.common.errors import BackendUnavailableError, ConfigError, RemoteError
@@ -123,7 +125,8 @@ def remote_tier(cache: CacheConfig) -> Iterator[Finding]:
         return
     where = requests.store.where
     try:
-        found = run_until_signal(_round_trip(requests))
+        with Console(stderr=True).status(f"trying {where}, for {ROUND_TRIP_S:g} s at most"):
+            found = run_until_signal(_round_trip(requests))
     except (RemoteError, TimeoutError) as error:
         why = str(error) or f"{where}: no answer within {ROUND_TRIP_S:g} s"
         yield Finding(name, why, False, ADVICE[requests.store.kind], fatal=True)

@@ -299,6 +299,19 @@ def test_doctor_advises_to_look_at_the_key_that_is_wrong(shared: Shared) -> None
     assert finding["advice"] == "see remote_config_custom in the configuration"
 
 
+def test_doctor_says_what_it_waits_for(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal shows what is tried, and for how long; a file has only the findings."""
+    shared.set("FLEXKV_ENABLE_REMOTE", "1")
+    for is_terminal in (True, False):
+        if is_terminal:
+            monkeypatch.setenv("FORCE_COLOR", "1")
+        else:
+            monkeypatch.delenv("FORCE_COLOR")
+        result = RUNNER.invoke(commands, ["doctor", "--json"])
+        assert result.exit_code == 0, result.output
+        assert ("trying directory" in result.stderr) == is_terminal
+
+
 def test_doctor_names_the_extra_that_is_missing(
     shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
