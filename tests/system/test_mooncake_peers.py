@@ -28,7 +28,7 @@ from .test_remote import TOKENS, WHOLE
 @pytest.fixture
 def own(shared: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of nodes that share with each other by connections of their own."""
-    return {**shared, "enable_remote": False, "node_ttl_seconds": 3.0, "io_deadline_s": 8.0}
+    return {**shared, "enable_remote": False, "node_ttl_seconds": 3.0, "io_deadline_s": 30.0}
 
 
 @pytest.fixture
@@ -136,6 +136,7 @@ async def test_a_mover_that_is_killed_is_replaced(
 
 async def test_a_mover_that_is_stopped_costs_a_bounded_time(keys: dict[str, Any]) -> None:
     """An engine that hangs is given up long before the deadline, and then left out."""
+    keys["io_deadline_s"] = 8.0
     async with Node(keys) as owner, Node(keys) as reader:
         await until_lent(owner, reader)
         stopped = life(owner).pid
