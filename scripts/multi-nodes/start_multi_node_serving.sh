@@ -15,11 +15,11 @@
 #   LOCAL_IP=127.0.0.1      address at which the nodes reach each other
 #   CPU_CACHE_GB= SSD_CACHE_GB= SSD_DIR=      the tiers; with an SSD, enable_p2p_ssd is set, too
 #   MOONCAKE_CONFIG_PATH=   passed on as mooncake_config_path; no Redis of its own is needed for it
-#   RUN_DIR=./flexkv-multi-node   READY_S=600
+#   RUN_DIR=./flexkv-multi-node   READY_S=600   STOP_S=30 (then what still runs is killed)
 #   VLLM_ARGS=              more arguments of `vllm serve`
 set -eu
 
-nodes=${NODES:-2} port=${PORT:-30001} tp=${TP:-1} ready_s=${READY_S:-600}
+nodes=${NODES:-2} port=${PORT:-30001} tp=${TP:-1} ready_s=${READY_S:-600} stop_s=${STOP_S:-30}
 run=${RUN_DIR:-flexkv-multi-node}
 case ${1:-} in
 stop) verb=stop ;;
@@ -39,22 +39,28 @@ is_alive() { # PID: it lives, and is no zombie
 	grep -q '^State:[[:space:]]*[^ZX]' "/proc/$1/status" 2>/dev/null
 }
 
+lives() { # PID SINCE: it, or what it left of its session, runs
+	[ ! -e "/proc/$1" ] || [ "$(started "$1")" = "$2" ] || return 1 # another one has its number
+	cat /proc/[0-9]*/stat 2>/dev/null | sed 's/.*) //' |
+		awk -v session="$1" '$4 == session && $1 !~ /[ZX]/ { found = 1 } END { exit !found }'
+}
+
 stop_these() { # FILE...: stop processes by their notes, all at once
 	for file; do
 		[ -e "$file" ] || continue
 		read -r pid since < "$file"
-		[ "$(started "$pid")" != "$since" ] || kill -TERM "$pid" 2>/dev/null || true
+		! lives "$pid" "$since" || kill -TERM "$pid" 2>/dev/null || kill -TERM "-$pid" || true
 	done
 	for file; do
 		[ -e "$file" ] || continue
 		read -r pid since < "$file"
-		left=60
-		while [ "$left" -gt 0 ] && [ "$(started "$pid")" = "$since" ] && is_alive "$pid"; do
+		left=$((2 * stop_s))
+		while [ "$left" -gt 0 ] && lives "$pid" "$since"; do
 			sleep 0.5
 			left=$((left - 1))
 		done
 		# It led a session of its own: what did not end in time is killed.
-		[ "$left" -gt 0 ] || kill -KILL -- "-$pid" 2>/dev/null || true
+		! lives "$pid" "$since" || kill -KILL "-$pid" 2>/dev/null || true
 		rm -f "$file"
 		echo "stopped $(basename "$file" .pid)"
 	done
@@ -156,9 +162,11 @@ while [ "$i" -lt "$nodes" ]; do
 		    "local_ip": get("LOCAL_IP") or "127.0.0.1",
 		}
 		if get("TINY"):  # computing it is faster than loading it
-		    cache |= {"num_cpu_blocks": 512, "load_if_faster": False}
+		    cache |= {"load_if_faster": False}
 		if get("CPU_CACHE_GB"):
 		    cache |= {"cpu_cache_gb": float(get("CPU_CACHE_GB"))}
+		elif get("TINY"):
+		    cache |= {"num_cpu_blocks": 512}
 		if float(get("SSD_CACHE_GB") or 0):
 		    folder = os.path.join(get("SSD_DIR") or get("FOLDER"), os.path.basename(get("FOLDER")))
 		    os.makedirs(folder, 0o700, exist_ok=True)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 import yaml
 
 from flexkv.common.config import CacheConfig, Settings
+
+from .serving import eventually
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -137,3 +141,48 @@ def test_prefixes_of_a_transformers_model_are_kept(tmp_path: Path) -> None:
         "32",
         "79",
     ]  # whole blocks are hit, and at least one token is computed
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process runs and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_stopping_several_nodes_leaves_none_of_their_processes(tmp_path: Path) -> None:
+    """What ignores SIGTERM is killed, and so is what a node that died has left; no stranger is."""
+    stubborn = "trap '' TERM; sleep 1000 & echo $!; wait"
+    dies = "sleep 1000 & echo $!; read line"
+    with ExitStack() as undo:
+        nodes, pids = [], []
+        for number, text in enumerate((stubborn, dies, dies)):
+            node = subprocess.Popen(
+                ["sh", "-c", text], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                start_new_session=True,
+            )  # fmt: skip
+            undo.enter_context(node)
+            undo.callback(kill_session, node.pid)
+            assert node.stdout is not None
+            pids.append(int(node.stdout.readline()))
+            since = Path(f"/proc/{node.pid}/stat").read_text().rpartition(")")[2].split()[19]
+            is_ours = number < 2
+            (tmp_path / f"node-{number}.pid").write_text(f"{node.pid} {since if is_ours else 1}\n")
+            nodes.append(node)
+        nodes[1].kill()
+        nodes[1].wait()
+        script = ROOT / "scripts/multi-nodes/start_multi_node_serving.sh"
+        environment = {**os.environ, "RUN_DIR": str(tmp_path), "STOP_S": "0"}
+        subprocess.run([script, "stop"], env=environment, check=True, capture_output=True)
+        assert nodes[0].wait(timeout=60) == -signal.SIGKILL
+        eventually(lambda: not is_running(pids[0]) and not is_running(pids[1]))
+        assert is_running(pids[2])
+        assert nodes[2].poll() is None
+        assert not list(tmp_path.glob("*.pid"))
+
+
+def kill_session(group: int) -> None:
+    """Kill what is left of a session."""
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)

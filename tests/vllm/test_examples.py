@@ -93,7 +93,8 @@ def test_nodes_of_one_machine_share_over_redis(tmp_path: Path) -> None:
     """start_multi_node_serving: what one node computed, the other one loads; `stop` ends all."""
     script = str(ROOT / "scripts/multi-nodes/start_multi_node_serving.sh")
     run, port = tmp_path / "run", two_ports()
-    environment = {**ENVIRONMENT, "RUN_DIR": str(run), "READY_S": str(RUN_S)}
+    sizes = {"CPU_CACHE_GB": "0.1", "SSD_CACHE_GB": "0.1"}
+    environment = {**ENVIRONMENT, **sizes, "RUN_DIR": str(run), "READY_S": str(RUN_S)}
 
     def told(*words: str) -> str:
         out = tmp_path / "out"
