@@ -54,6 +54,14 @@ def eventually(what: Callable[[], Any], within_s: float = 60.0) -> Any:
     return found
 
 
+def is_running(pid: int) -> bool:
+    """Return whether a process runs and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class Instance:
     """An engine's scheduler and its workers, in this process."""
 

@@ -16,7 +16,7 @@ import yaml
 
 from flexkv.common.config import CacheConfig, Settings
 
-from .serving import eventually
+from .serving import eventually, is_running
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -141,14 +141,6 @@ def test_prefixes_of_a_transformers_model_are_kept(tmp_path: Path) -> None:
         "32",
         "79",
     ]  # whole blocks are hit, and at least one token is computed
-
-
-def is_running(pid: int) -> bool:
-    """Return whether a process runs and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_stopping_several_nodes_leaves_none_of_their_processes(tmp_path: Path) -> None:

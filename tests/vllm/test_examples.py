@@ -17,7 +17,7 @@ import pytest
 
 from flexkv.server.operator import command
 from flexkv.testing.vllm_serve import free_port
-from tests.system.serving import eventually
+from tests.system.serving import eventually, is_running
 
 ROOT = Path(__file__).parents[2]
 RUN_S = 400
@@ -115,7 +115,7 @@ def test_nodes_of_one_machine_share_over_redis(tmp_path: Path) -> None:
         assert answer_at(port + 1) == (first, 768)
     finally:
         told("stop")
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert not any(map(is_running, pids))
     assert not list(run.glob("*.pid"))
 
 
