@@ -160,8 +160,8 @@ class SharedPool:
         """
         log.warning(
             "tiers_cleared",
-            reason="another engine that shares the remote tier was cleared, "
-            "and the SSD tier's blocks are of before",
+            reason="another engine that shares the remote tier was cleared after the blocks on "
+            "SSD had been stored",
         )
         self.clear_engine()
         self.clear(None)
