@@ -64,7 +64,7 @@ class GenerationChanges:
             if remote is not None:
                 name, is_apart = generation.noted.name, generation.noted.is_apart
                 number = name if name >> RANDOM_BITS else 0  # a book is no generation
-                remote.stay(number, is_apart)
+                remote.stay(number, is_apart, self._start_anew)
         self._generations.on_joined = self._joined
         self._generations.on_reset = self._reset
         self._generations.on_renamed = self._renamed
@@ -99,14 +99,23 @@ class GenerationChanges:
 
     def _clear(self, number: int) -> None:
         """Forget all blocks for a generation of the cluster."""
+        self._clear_blocks()
+        if self._remote is not None:
+            self._remote.follow(number or None)
+
+    def _start_anew(self) -> None:
+        """Forget all blocks, and go on sharing: what others have of this generation is right."""
+        self._clear_blocks()
+        self._plane.follower.resync()  # what others have was forgotten, too
+
+    def _clear_blocks(self) -> None:
+        """Forget all blocks, but not as a clear of this node alone."""
         self._generation.is_adopting = True
         try:
             self._actions.clear()
         finally:
             self._generation.is_adopting = False
         self._actions.end_reads()
-        if self._remote is not None:
-            self._remote.follow(number or None)
 
     def _begin_to_share(self) -> None:
         self._actions.avoid_peers()

@@ -144,10 +144,12 @@ class RemoteTier:
         if self.pool is not None:
             self.pool.follow(cluster_generation)
 
-    def stay(self, cluster_generation: int, is_apart: bool) -> None:
+    def stay(
+        self, cluster_generation: int, is_apart: bool, clear_engine: Callable[[], object]
+    ) -> None:
         """Stay in the pool of the blocks on SSD until `follow`: see `SharedPool`."""
         if self.pool is not None:
-            self.pool.stay(cluster_generation, is_apart)
+            self.pool.stay(cluster_generation, is_apart, clear_engine)
 
     def _work(
         self, port: RemotePort, hints: Hints, work: Callable[[Spawn], Work], hooks: TierHooks

@@ -87,6 +87,9 @@ class SharedPool:
         """The generation of blocks that an earlier run has left on SSD; None: there are none."""
         self._stays = False
         """Whether the engine stays in that generation, even if there is a later one."""
+        self._is_known = False
+        """Whether that generation is noted; otherwise it is the first one."""
+        self._clear_member: Callable[[], object] | None = None
         self._era: int | None = None
         """The cluster's generation to which the one in use belongs; None: it is not known."""
         self._bell = Bell()
@@ -163,7 +166,7 @@ class SharedPool:
             reason="another engine that shares the remote tier was cleared after the blocks on "
             "SSD had been stored",
         )
-        self.clear_engine()
+        (self._clear_member or self.clear_engine)()
         self.clear(None)
         self._is_new_wanted = False
 
@@ -247,8 +250,8 @@ class SharedPool:
         """
         if Tier.DISK in residency.tiers and residency.counts(Tier.DISK).ready:
             generation, _, place = self._noted.partition(" ")
-            is_known = place == self._place and generation.isdecimal()
-            self._kept = int(generation) if is_known else 0
+            self._is_known = place == self._place and generation.isdecimal()
+            self._kept = int(generation) if self._is_known else 0
         return 0
 
     def stored(self, block_ids: BlockIds) -> None:
@@ -281,19 +284,31 @@ class SharedPool:
         self.clear(None)
         self._is_new_wanted, self._is_followed, self._era = False, True, cluster_generation
 
-    def stay(self, cluster_generation: int, is_apart: bool) -> None:
+    def stay(
+        self,
+        cluster_generation: int,
+        is_apart: bool,
+        clear_engine: Callable[[], object] | None = None,
+    ) -> None:
         """Stay in the generation that is noted for the blocks on SSD, until `follow`.
+
+        If none is noted, that is the first of the cluster's generation. Before the first reset,
+        this engine may have been cleared since the first one: it joins the latest then, and clears
+        its tiers if that is a later one.
 
         Args:
             cluster_generation: of which they are; 0 before the first reset.
             is_apart: whether the engine was cleared alone in it. If no generation of the pool that
                 it has begun then is noted, it begins another one.
+            clear_engine: clears the tiers, and keeps sharing; None: `clear_engine` of the pool.
         """
         if self.current is None:
             first, kept = CLEARS_MAX * cluster_generation, self._kept or 0
             if cluster_generation and kept // CLEARS_MAX != cluster_generation:
                 kept = first
-            self._kept, self._stays, self._era = kept, True, kept // CLEARS_MAX
+            self._kept, self._era = kept, kept // CLEARS_MAX
+            self._stays = self._is_known or cluster_generation > 0
+            self._clear_member = clear_engine
             self._is_new_wanted = is_apart and not kept % CLEARS_MAX
 
     async def written(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import cast
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -21,6 +22,9 @@ from flexkv.io.remote.names import PoolDescription
 from flexkv.testing.timed_store import TimedObjects, TimedStore
 from flexkv.testing.virtual_time import run_virtual
 from flexkv.tiers import remote_pool
+from flexkv.tiers.generation import Generation
+from flexkv.tiers.generation_changes import GenerationChanges, NodeActions
+from flexkv.tiers.remote import RemoteTier
 from flexkv.tiers.remote_pool import ANSWER_S, CLEARS_MAX, NOTE, SharedPool
 
 DESCRIPTION = PoolDescription({"model": "a model"}, (64,), 2)
@@ -295,3 +299,33 @@ async def test_an_engine_with_blocks_of_an_earlier_run_stores_none_of_them_after
     away.follow(3)
     assert await generation_of(away) == await generation_of(fresh) == 3 * CLEARS_MAX
     store.close()
+
+
+async def test_an_engine_of_a_cluster_does_not_go_back_to_before_its_own_clears(
+    engines: Engines,
+) -> None:
+    """Without a note it may have been cleared since the first generation: it joins the latest.
+
+    The note is gone after a run without the remote tier, or with another store. The tiers are
+    cleared then, and the engine goes on sharing.
+    """
+    cleared = engines.start("engine", has_blocks=False)
+    cleared.clear(None)
+    assert await generation_of(cleared) == 1
+    engines.note("engine").unlink()
+    again = engines.start("engine")
+    generation = Generation(())
+    generation.has_restored, generation.name = True, 1
+    plane, resynced = MagicMock(), []
+    plane.follower.resync = lambda: resynced.append(engines.cleared[:])
+
+    def clear_engine() -> None:
+        again.clear_engine()
+        generation.clear(None)
+
+    actions = NodeActions(clear_engine, again.ssd_cleared, *[lambda: None] * 3)
+    remote = cast(RemoteTier, SimpleNamespace(stay=again.stay))
+    GenerationChanges(generation, plane, remote, actions)
+    assert await generation_of(again) == 1
+    assert resynced == [["engine"]]
+    assert generation.is_sharing
