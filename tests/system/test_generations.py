@@ -187,7 +187,7 @@ async def test_a_node_with_blocks_of_an_earlier_run_joins_no_later_pool_by_itsel
 ) -> None:
     """Its blocks get into no later pool before Redis has said whether there was a reset."""
     stayed: list[int] = []
-    monkeypatch.setattr(SharedPool, "stay", lambda _, number, is_apart: stayed.append(number))
+    monkeypatch.setattr(SharedPool, "stay", lambda _, number, *_rest: stayed.append(number))
     ssd = {"enable_ssd": True, "num_ssd_blocks": 256, "ssd_cache_dir": str(tmp_path)}
     remote = {"enable_remote": True, "remote_cache_path": f"file://{tmp_path / 'remote'}"}
     (tmp_path / "remote").mkdir()
