@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -171,18 +172,19 @@ class SharedPool:
         self._is_new_wanted = False
 
     async def _note_generation(self, generation: int) -> None:
-        """Note whose blocks the SSD tier has; if that fails, the next run may clear the tier."""
+        """Note whose blocks the SSD tier has.
+
+        If that fails, an older note goes, too: the next run must not join a pool that was left.
+        """
 
         async def note() -> None:
             await self.ssd_cleared()
-            thread = Workers(1, "flexkv-note")
-            line = f"{generation} {self._place}"
-            noting = asyncio.get_running_loop().run_in_executor(thread, self._note.write, line)
-            thread.shutdown(wait=False)  # it ends after the write
-            await noting
+            await _in_thread(partial(self._note.write, f"{generation} {self._place}"))
 
         if why := await failure_within(NOTE_S, note()):
             log.warning("remote_generation_not_noted", generation=generation, error=why)
+            if why := await failure_within(NOTE_S, _in_thread(self._note.forget)):
+                log.warning("ssd_note_not_removed", error=why)
 
     @property
     def _place(self) -> str:
@@ -338,6 +340,14 @@ class SharedPool:
 
     async def finish(self) -> None:
         """Do nothing."""
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    """Run work that may hang; its thread ends after it."""
+    thread = Workers(1, "flexkv-note")
+    running = asyncio.get_running_loop().run_in_executor(thread, work)
+    thread.shutdown(wait=False)
+    await running
 
 
 async def _nothing_to_clear() -> None:

@@ -329,3 +329,24 @@ async def test_an_engine_of_a_cluster_does_not_go_back_to_before_its_own_clears(
     assert await generation_of(again) == 1
     assert resynced == [["engine"]]
     assert generation.is_sharing
+
+
+async def test_what_was_cleared_stays_cleared_if_that_could_not_be_noted(
+    engines: Engines,
+) -> None:
+    """An engine of a cluster that is restarted joins no pool that it has left."""
+
+    async def fails() -> None:
+        raise StorageError("a journal", 0, EIO)
+
+    member = engines.start("engine", has_blocks=False)
+    member.follow(2)
+    assert await generation_of(member) == 2 * CLEARS_MAX
+    for clears in (1, 2):
+        member.clear(None)
+        if clears == 2:
+            member.ssd_cleared = fails
+        assert await generation_of(member) == 2 * CLEARS_MAX + clears
+    again = engines.start("engine")
+    again.stay(2, True)
+    assert await generation_of(again) > 2 * CLEARS_MAX + 1
