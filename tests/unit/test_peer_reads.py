@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from errno import ECONNRESET, ENOBUFS
 from typing import Any
 
 import numpy as np
@@ -276,3 +277,20 @@ async def test_both_ends_bound_how_long_the_bytes_of_a_read_may_take(
         assert await fetch(reader, receiver, 0, places(*range(10))) == Fetched(10, None)
     answer_bytes = HEADER_BYTES + 10 * (SUM_BYTES + BLOCK_BYTES)
     assert sum(bounded) == 2 * answer_bytes
+
+
+@pytest.mark.parametrize(("number", "is_own"), [(ENOBUFS, True), (ECONNRESET, False)])
+async def test_a_read_for_which_this_node_lacks_memory_blames_no_peer(
+    monkeypatch: pytest.MonkeyPatch, number: int, is_own: bool
+) -> None:
+    """A peer is left out for its own failures only."""
+
+    async def refused(*_: object) -> None:
+        raise OSError(number, "an error")
+
+    async with nodes() as (owner, reader), serving(owner, reader) as receiver:
+        monkeypatch.setattr(reader.ring, "send", refused)
+        error = (await fetch(reader, receiver, 0, places(1, 2))).error
+        assert isinstance(error, PeerError)
+        assert error.is_own is is_own
+        assert receiver.is_broken

@@ -39,6 +39,7 @@ from flexkv.io.peer.sockets import (
     StreamEndedError,
 )
 from flexkv.io.ports import Sums
+from flexkv.process.descriptors import is_lack
 
 MESSAGE_BYTES = 8 << 20
 """What is received at once: small enough that summing overlaps with receiving."""
@@ -110,7 +111,7 @@ class Receiver:
             self.stop()
             slow = f"its blocks took longer than {limit_s:.1f} s"
             why = slow if limit.expired() else str(error) or f"nothing moved for {self._stall_s} s"
-            raise self._failed(why) from error
+            raise self._failed(why, is_lack(error)) from error
         except BaseException:
             if is_asked:
                 self.stop()
@@ -131,8 +132,8 @@ class Receiver:
         if self.is_broken:
             raise self._failed("the connection is broken")
 
-    def _failed(self, why: str) -> PeerError:
-        return PeerError(self.peer, "reading blocks", why)
+    def _failed(self, why: str, is_own: bool = False) -> PeerError:
+        return PeerError(self.peer, "reading blocks", why, is_own=is_own)
 
     async def _answer(
         self, read: Read, addresses: NDArray[np.int64], arrived: Arrived
