@@ -323,7 +323,10 @@ async def test_an_engine_of_a_cluster_does_not_go_back_to_before_its_own_clears(
         again.clear_engine()
         generation.clear(None)
 
-    actions = NodeActions(clear_engine, again.ssd_cleared, *[lambda: None] * 3)
+    async def ssd_cleared() -> None:
+        pass
+
+    actions = NodeActions(clear_engine, ssd_cleared, *[lambda: None] * 3)
     remote = cast(RemoteTier, SimpleNamespace(stay=again.stay))
     GenerationChanges(generation, plane, remote, actions)
     assert await generation_of(again) == 1
