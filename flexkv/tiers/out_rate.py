@@ -8,7 +8,8 @@ stands still. The second holds whatever readers do, over connections of our own;
 itself what is granted.
 
 In any interval of T seconds, messages of at most `rate x T` bytes and one message more begin. A
-message that ends early counts with the bytes that were sent of it.
+message that ends early counts with the bytes that were sent of it, or as a whole if these are not
+known, because the connection was reset.
 """
 
 from __future__ import annotations

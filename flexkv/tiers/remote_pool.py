@@ -164,8 +164,8 @@ class SharedPool:
         """
         log.warning(
             "tiers_cleared",
-            reason="another engine that shares the remote tier was cleared after the blocks on "
-            "SSD had been stored",
+            reason="the blocks on SSD may be older than a clear of another engine that shares "
+            "the remote tier",
         )
         (self._clear_member or self.clear_engine)()
         self.clear(None)

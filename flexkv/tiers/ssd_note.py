@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ class SsdNote:
     def __init__(self, directories: Sequence[Path], name: str) -> None:
         """Take the directories of the tier, none if there is no such tier, and the files' name."""
         self._files = [each / name for each in directories]
+        self._lock = threading.Lock()
+        """Held while a disk hangs, too, so that what comes later is written later."""
 
     def __bool__(self) -> bool:
         """Return whether there is an SSD tier."""
@@ -35,19 +38,24 @@ class SsdNote:
         Raises:
             StorageError: a directory does not take it.
         """
-        for file in self._files:
-            try:
-                _write(file, line)
-            except OSError as error:
-                raise StorageError(str(file), 0, error.errno or 0) from error
+        with self._lock:
+            for file in self._files:
+                try:
+                    _write(file, line)
+                except OSError as error:
+                    raise StorageError(str(file), 0, error.errno or 0) from error
 
     def forget(self) -> None:
-        """Remove the note, because this run will not keep it true."""
-        for file in self._files:
-            try:
-                file.unlink(missing_ok=True)
-            except OSError as error:
-                log.warning("ssd_note_not_removed", path=str(file), error=str(error))
+        """Remove the note, because it is not true any more, or this run will not keep it true."""
+        with self._lock:
+            for file in self._files:
+                try:
+                    file.unlink()
+                    _sync(file.parent)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    log.warning("ssd_note_not_removed", path=str(file), error=str(error))
 
 
 def _read(file: Path) -> str:
@@ -64,7 +72,11 @@ def _write(file: Path, line: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(new, file)
-    folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(file.parent)
+
+
+def _sync(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         sync_directory(folder)
     finally:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 from collections.abc import Iterator
 from errno import EIO
 from pathlib import Path
@@ -26,6 +28,7 @@ from flexkv.tiers.generation import Generation
 from flexkv.tiers.generation_changes import GenerationChanges, NodeActions
 from flexkv.tiers.remote import RemoteTier
 from flexkv.tiers.remote_pool import ANSWER_S, CLEARS_MAX, NOTE, SharedPool
+from flexkv.tiers.ssd_note import SsdNote
 
 DESCRIPTION = PoolDescription({"model": "a model"}, (64,), 2)
 
@@ -353,3 +356,27 @@ async def test_what_was_cleared_stays_cleared_if_that_could_not_be_noted(
     again = engines.start("engine")
     again.stay(2, True)
     assert await generation_of(again) > 2 * CLEARS_MAX + 1
+
+
+def test_a_disk_that_hangs_leaves_the_latest_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that hangs and ends late does not displace one that was asked for after it."""
+    note, hangs, goes_on = SsdNote([tmp_path], NOTE), threading.Event(), threading.Event()
+    sync = os.fsync
+
+    def hang(descriptor: int) -> None:
+        if not hangs.is_set():
+            hangs.set()
+            assert goes_on.wait(60)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", hang)
+    writers = [threading.Thread(target=note.write, args=(line,)) for line in ("1", "2")]
+    writers[0].start()
+    assert hangs.wait(60)
+    writers[1].start()
+    goes_on.set()
+    for writer in writers:
+        writer.join()
+    assert note.read() == "2"
