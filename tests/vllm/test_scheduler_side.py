@@ -18,7 +18,7 @@ import pytest
 from flexkv.server.operator import command
 from flexkv.server.wire import Copied, Copy, Ready
 from tests.system.conftest import MODEL, PER_BLOCK
-from tests.system.serving import Peer, eventually, settings_in
+from tests.system.serving import ANSWER_MS, Peer, eventually, settings_in
 
 pytest.importorskip("vllm")
 
@@ -155,7 +155,7 @@ def test_a_step_waits_for_puts_that_read_what_it_writes(rig: Rig) -> None:
     threading.Timer(0.1, lambda: rig.agent.say(Copied(copy.op_id))).start()
     begin = time.monotonic()
     rig.side.build_connector_meta(output(("b", [9, 2, 3, 10])))
-    assert 0.09 < time.monotonic() - begin < 0.24
+    assert 0.09 < time.monotonic() - begin < ANSWER_MS / 1e3
     begin = time.monotonic()
     rig.side.get_num_new_matched_tokens(Request("c", 2000), 0)
     rig.side.build_connector_meta(output(("c", [11, 12, 13, 14])))
@@ -169,7 +169,7 @@ def test_a_step_waits_for_puts_that_read_what_it_zeroes(rig: Rig) -> None:
     step, begin = output(), time.monotonic()
     step.new_block_ids_to_zero = [9, 2]
     rig.side.build_connector_meta(step)
-    assert 0.09 < time.monotonic() - begin < 0.24
+    assert 0.09 < time.monotonic() - begin < ANSWER_MS / 1e3
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -180,7 +180,7 @@ def test_a_step_does_not_wait_for_a_server_that_is_gone(rig: Rig, number: int) -
     threading.Timer(0.05, lambda: os.kill(rig.pid, number)).start()
     begin = time.monotonic()
     step = rig.side.build_connector_meta(output(("b", [9, 2, 3, 10])))
-    assert time.monotonic() - begin < 1.0
+    assert time.monotonic() - begin < 4 * ANSWER_MS / 1e3
     assert len(step.puts) == 1
     os.kill(rig.pid, signal.SIGCONT) if number is signal.SIGSTOP else None
     for name in ("a", "b"):
