@@ -248,7 +248,7 @@ class SharedPool:
     def restore(self, residency: Residency) -> int:
         """Restore nothing: the table does not have what is far, but it has what is on SSD.
 
-        If no generation of this pool is noted for those, they count as of before all clears.
+        If no generation of this pool is noted for those, they count as older than every clear.
         """
         if Tier.DISK in residency.tiers and residency.counts(Tier.DISK).ready:
             generation, _, place = self._noted.partition(" ")
@@ -299,7 +299,8 @@ class SharedPool:
         its tiers if that is a later one.
 
         Args:
-            cluster_generation: of which they are; 0 before the first reset.
+            cluster_generation: of the cluster, to which those blocks belong; 0 before the first
+                reset.
             is_apart: whether the engine was cleared alone in it. If no generation of the pool that
                 it has begun then is noted, it begins another one.
             clear_engine: clears the tiers, and keeps sharing; None: `clear_engine` of the pool.

@@ -52,7 +52,10 @@ class Chaos:
     def connect(self) -> None:
         """Let a connection be made, or not."""
         if self.random.random() < self.evil / 2:
-            raise PeerError("it", "connecting", "no", is_own=self.random.random() < 0.5)
+            own = PeerError("it", "connecting", "no", is_own=True)
+            raise self.random.choice(
+                (PeerError("it", "connecting", "no"), own, OSError(24, "EMFILE"))
+            )
 
     async def strike(self) -> None:
         """Break connections, clear or stop, until cancelled."""

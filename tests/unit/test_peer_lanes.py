@@ -163,7 +163,7 @@ def test_a_lack_of_descriptors_is_not_the_peers_failure(is_own: bool) -> None:
 
 @contextmanager
 def without_descriptors() -> Iterator[None]:
-    """Let this process open no descriptor."""
+    """Keep this process from opening any descriptor."""
     limits, lowest = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
     os.close(lowest)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))

@@ -176,7 +176,7 @@ class Engines:
 
 @pytest.fixture
 def engines(tmp_path: Path) -> Iterator[Engines]:
-    """Return engines, none of which runs yet, over an empty store."""
+    """Yield engines over an empty store; none of them runs yet."""
     made = Engines(tmp_path)
     yield made
     made.store.close()
@@ -247,7 +247,7 @@ async def test_a_generation_that_the_store_has_lost_is_begun_again(
 
 @pytest.mark.parametrize("line", ["", "1", "1 elsewhere", "one file", "\xff", "-1 file"])
 async def test_a_note_of_another_store_is_not_believed(engines: Engines, line: str) -> None:
-    """Blocks of which it is not known count as of before all clears."""
+    """Blocks whose generation is not known count as older than every clear."""
     cleared = engines.start("cleared", has_blocks=False)
     cleared.clear(None)
     assert await generation_of(cleared) == 1

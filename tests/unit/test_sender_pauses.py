@@ -21,7 +21,7 @@ HEAD_BYTES = HEADER_BYTES + 5 * SUM_BYTES
 
 
 class Turns:
-    """Turns of which the second one comes only once `free` is set.
+    """Turns; the second one comes only once `free` is set.
 
     Attributes:
         told: the turns that were asked for and that came, what was sent, and what was not.

@@ -37,7 +37,7 @@ class Trickle(SocketRing):
     async def receive(
         self, index: int, extents: Extents, head_bytes: int = 0, due_bytes: int = 0
     ) -> bytes:
-        """Let the next bytes arrive."""
+        """Return the next bytes once they have arrived."""
         now_s = asyncio.get_running_loop().time()
         nbytes = head_bytes + int(extents[:, 1].sum())
         await asyncio.sleep(max(0.0, self._wait_s - now_s) + nbytes / self._bytes_s)

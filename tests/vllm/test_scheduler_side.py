@@ -18,7 +18,7 @@ import pytest
 from flexkv.server.operator import command
 from flexkv.server.wire import Copied, Copy, Ready
 from tests.system.conftest import MODEL, PER_BLOCK
-from tests.system.serving import ANSWER_MS, Peer, eventually, settings_in
+from tests.system.serving import Peer, eventually, settings_in
 
 pytest.importorskip("vllm")
 
@@ -76,7 +76,8 @@ class Rig:
     """A scheduler's side, its server, and the agent of its one rank."""
 
     def __init__(self, folder: Path, match_wait_ms: float = 10_000, **cache: Any) -> None:
-        settings = settings_in(folder, **cache).model_copy(update={"match_wait_ms": match_wait_ms})
+        waits = {"match_wait_ms": match_wait_ms, "server_answer_ms": 250}
+        settings = settings_in(folder, **cache).model_copy(update=waits)
         setup = Setup(MODEL, settings, 0, launches=True, tells_events=True)
         self.side = SchedulerSide(setup)
         self.agent = Peer(settings, "agent")
@@ -155,7 +156,7 @@ def test_a_step_waits_for_puts_that_read_what_it_writes(rig: Rig) -> None:
     threading.Timer(0.1, lambda: rig.agent.say(Copied(copy.op_id))).start()
     begin = time.monotonic()
     rig.side.build_connector_meta(output(("b", [9, 2, 3, 10])))
-    assert 0.09 < time.monotonic() - begin < ANSWER_MS / 1e3
+    assert 0.09 < time.monotonic() - begin < 0.24
     begin = time.monotonic()
     rig.side.get_num_new_matched_tokens(Request("c", 2000), 0)
     rig.side.build_connector_meta(output(("c", [11, 12, 13, 14])))
@@ -169,7 +170,7 @@ def test_a_step_waits_for_puts_that_read_what_it_zeroes(rig: Rig) -> None:
     step, begin = output(), time.monotonic()
     step.new_block_ids_to_zero = [9, 2]
     rig.side.build_connector_meta(step)
-    assert 0.09 < time.monotonic() - begin < ANSWER_MS / 1e3
+    assert 0.09 < time.monotonic() - begin < 0.24
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -180,7 +181,7 @@ def test_a_step_does_not_wait_for_a_server_that_is_gone(rig: Rig, number: int) -
     threading.Timer(0.05, lambda: os.kill(rig.pid, number)).start()
     begin = time.monotonic()
     step = rig.side.build_connector_meta(output(("b", [9, 2, 3, 10])))
-    assert time.monotonic() - begin < 4 * ANSWER_MS / 1e3
+    assert time.monotonic() - begin < 1.0
     assert len(step.puts) == 1
     os.kill(rig.pid, signal.SIGCONT) if number is signal.SIGSTOP else None
     for name in ("a", "b"):
